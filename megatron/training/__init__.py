@@ -1,0 +1,1 @@
+"""The application: flags, configs, the training loop, logs and checkpoints."""

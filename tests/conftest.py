@@ -1,0 +1,35 @@
+"""Shared fixtures: the golden figures, and the switch for slow sweeps."""
+
+import os
+from pathlib import Path
+
+# Before torch is imported: test models are tiny, and xdist workers share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="also run the slow sweeps")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--all"):
+        return
+    skip = pytest.mark.skip(reason="slow sweep: run with --all")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Directory of the figures measured on Megatron-LM core_v0.12.1."""
+    return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    return ROOT
