@@ -1,0 +1,95 @@
+"""Which global ranks belong together: pure arithmetic on the grid of parallel axes.
+
+A world is a hyper-rectangle with one axis per kind of parallelism. The order string names the axes
+from the fastest-moving to the slowest: with ``tp-cp-ep-dp-pp`` neighbouring ranks differ in their
+tensor-parallel coordinate first.
+"""
+
+from megatron.core.errors import ConfigError
+
+AXES = ("tp", "cp", "ep", "dp", "pp")
+
+
+def generate_masked_orthogonal_rank_groups(
+    world_size: int, parallel_size: list[int], mask: list[bool]
+) -> list[list[int]]:
+    """Every group of ranks that share their coordinates on the unmasked axes.
+
+    Args:
+        world_size: number of ranks, a multiple of the product of ``parallel_size``.
+        parallel_size: size of each axis, the fastest first.
+        mask: True for the axes that vary inside a group.
+
+    Returns:
+        Groups in the order of their fixed coordinates, first axis fastest; ranks ascending.
+    """
+    strides = [1]
+    for size in parallel_size:
+        strides.append(strides[-1] * size)
+    block = strides.pop()
+    members = _offsets([(n, s) for n, s, m in zip(parallel_size, strides, mask, strict=True) if m])
+    anchors = _offsets([(n, s) for n, s, m in zip(parallel_size, strides, mask, strict=True) if not m])
+    return [
+        [start + anchor + member for member in members]
+        for start in range(0, world_size, block)
+        for anchor in anchors
+    ]
+
+
+def _offsets(axes: list[tuple[int, int]]) -> list[int]:
+    """All sums of coordinate * stride over (size, stride) axes, first axis fastest."""
+    offsets = [0]
+    for size, stride in axes:
+        offsets = [offset + i * stride for i in range(size) for offset in offsets]
+    return offsets
+
+
+class RankGenerator:
+    """Rank lists of one (tp, ep, dp, pp, cp) layout for any set of its axes.
+
+    Args:
+        tp: tensor-parallel size.
+        ep: expert-parallel size; excludes cp > 1, because experts have a grid of their own.
+        dp: data-parallel size.
+        pp: pipeline-parallel size.
+        cp: context-parallel size.
+        order: axes joined by ``-``, the fastest first; axes left out must have size 1.
+        rank_offset: first global rank of the layout.
+    """
+
+    def __init__(self, tp: int, ep: int, dp: int, pp: int, cp: int, order: str, rank_offset: int = 0):
+        if ep > 1 and cp > 1:
+            raise ConfigError(
+                f"one rank grid cannot have both expert ({ep}) and context ({cp}) parallel axes: "
+                "experts use a grid of their own with cp = 1"
+            )
+        self.tp, self.ep, self.dp, self.pp, self.cp = tp, ep, dp, pp, cp
+        self.rank_offset = rank_offset
+        self.world_size = tp * ep * dp * pp * cp
+        self.name_to_size = {"tp": tp, "ep": ep, "dp": dp, "pp": pp, "cp": cp}
+        axes = order.lower().split("-")
+        unknown = sorted(set(axes) - set(AXES))
+        if unknown or len(set(axes)) != len(axes):
+            raise ConfigError(f"rank order {order!r}: name each of {', '.join(AXES)} at most once")
+        for axis, size in self.name_to_size.items():
+            if axis not in axes:
+                if size != 1:
+                    raise ConfigError(
+                        f"rank order {order!r} leaves out {axis}, whose size is {size}: add it, "
+                        f"for example {order}-{axis}"
+                    )
+                axes.append(axis)
+        self.order = "-".join(axes)
+        self.ordered_size = [self.name_to_size[axis] for axis in axes]
+
+    def get_mask(self, order: str, token: str) -> list[bool]:
+        """For each axis of ``order``, whether ``token`` (axes joined by ``-``) names it."""
+        named = token.split("-")
+        return [axis in named for axis in order.split("-")]
+
+    def get_ranks(self, token: str) -> list[list[int]]:
+        """Groups of global ranks that vary along the axes of ``token``, such as ``tp`` or ``dp-cp``."""
+        groups = generate_masked_orthogonal_rank_groups(
+            self.world_size, self.ordered_size, self.get_mask(self.order, token)
+        )
+        return [[rank + self.rank_offset for rank in group] for group in groups]

@@ -1,0 +1,285 @@
+"""Small helpers of the training application: printing on one rank, model statistics, batches."""
+
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+import torch
+
+from megatron.core import accelerator, parallel_state
+from megatron.core.datasets.utils import get_blend_from_list
+from megatron.core.errors import ConfigError, DataError
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.training.global_vars import get_args
+
+__all__ = [
+    "append_to_progress_log",
+    "average_losses_across_data_parallel_group",
+    "calc_params_l2_norm",
+    "get_batch_on_this_cp_rank",
+    "get_batch_on_this_tp_rank",
+    "get_blend_and_blend_per_split",
+    "get_ltor_masks_and_position_ids",
+    "is_last_rank",
+    "is_rank0",
+    "logical_and_across_model_parallel_group",
+    "print_rank_0",
+    "print_rank_last",
+    "reduce_max_stat_across_model_parallel_group",
+    "report_memory",
+    "unwrap_model",
+    "update_use_dist_ckpt",
+]
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def is_rank0() -> bool:
+    """True on global rank 0, and in a run without torch.distributed."""
+    return _rank_and_world_size()[0] == 0
+
+
+def is_last_rank() -> bool:
+    """True on the last global rank, the one that prints losses."""
+    rank, world_size = _rank_and_world_size()
+    return rank == world_size - 1
+
+
+def print_rank_0(message: str) -> None:
+    """Print on global rank 0, flushed."""
+    if is_rank0():
+        print(message, flush=True)
+
+
+def print_rank_last(message: str) -> None:
+    """Print on the last global rank, flushed."""
+    if is_last_rank():
+        print(message, flush=True)
+
+
+def print_datetime(label: str) -> None:
+    """Wait for every rank, then print ``[label] datetime: ...`` on rank 0."""
+    if _rank_and_world_size()[1] > 1:
+        torch.distributed.barrier()
+    print_rank_0(f"[{label}] datetime: {datetime.now():%Y-%m-%d %H:%M:%S} ")
+
+
+def unwrap_model(model: Any, module_instances: tuple[type, ...] | None = None) -> Any:
+    """Strip wrappers that keep the model in ``.module`` (DDP, Float16Module); lists are unwrapped itemwise.
+
+    Args:
+        model: a module or a list of modules.
+        module_instances: wrapper classes to strip; None strips everything that has ``.module``.
+    """
+    if isinstance(model, list):
+        return [unwrap_model(chunk, module_instances) for chunk in model]
+    while hasattr(model, "module") and (module_instances is None or isinstance(model, module_instances)):
+        model = model.module
+    return model
+
+
+def calc_params_l2_norm(model: Any, force_create_fp32_copy: bool = False) -> float:
+    """Global L2 norm of the parameters, each counted once.
+
+    Half-precision parameters count by their fp32 main copy where the optimizer keeps one.
+
+    Args:
+        model: model chunk or list of them.
+        force_create_fp32_copy: ignore main copies and cast the parameters instead.
+    """
+    chunks = model if isinstance(model, list) else [model]
+    counted = []
+    for chunk in chunks:
+        for param in chunk.parameters():
+            if not (param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param)):
+                continue
+            main_copy = None if force_create_fp32_copy else getattr(param, "main_param", None)
+            counted.append((param if main_copy is None else main_copy).detach().float())
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(counted))).item()
+
+
+def average_losses_across_data_parallel_group(losses: list[torch.Tensor]) -> torch.Tensor:
+    """Mean over the data-parallel ranks of each scalar loss; [len(losses)]."""
+    stacked = torch.stack([loss.detach().clone().view(()) for loss in losses])
+    group = parallel_state.get_data_parallel_group()
+    world_size = parallel_state.get_data_parallel_world_size()
+    if world_size > 1:
+        torch.distributed.all_reduce(stacked, group=group)
+        stacked /= world_size
+    return stacked
+
+
+def _reduce_over_model_parallel_group(value: float, operation: torch.distributed.ReduceOp) -> float:
+    group = parallel_state.get_model_parallel_group()
+    if torch.distributed.get_world_size(group) == 1:
+        return value
+    tensor = torch.tensor([value], dtype=torch.float32, device=accelerator.current_device())
+    torch.distributed.all_reduce(tensor, op=operation, group=group)
+    return tensor.item()
+
+
+def reduce_max_stat_across_model_parallel_group(stat: float | None) -> float | None:
+    """Maximum over the tensor x pipeline group; None when no rank has a value."""
+    reduced = _reduce_over_model_parallel_group(
+        -1.0 if stat is None else float(stat), torch.distributed.ReduceOp.MAX
+    )
+    return None if reduced == -1.0 else reduced
+
+
+def logical_and_across_model_parallel_group(flag: bool) -> bool:
+    """True when every rank of the tensor x pipeline group says True."""
+    return bool(_reduce_over_model_parallel_group(float(flag), torch.distributed.ReduceOp.MIN))
+
+
+def report_memory(name: str) -> None:
+    """Print allocator figures in MiB on data-parallel rank 0."""
+    if parallel_state.get_data_parallel_rank() != 0:
+        return
+    report = accelerator.memory_report()
+    figures = " | ".join(
+        f"{label}: {report[key] / 2**20}"
+        for label, key in (
+            ("allocated", "allocated"),
+            ("max allocated", "max_allocated"),
+            ("reserved", "reserved"),
+            ("max reserved", "max_reserved"),
+        )
+    )
+    print(f"[Rank {_rank_and_world_size()[0]}] {name} memory (MB) | {figures}", flush=True)
+
+
+def append_to_progress_log(string: str, barrier: bool = True) -> None:
+    """Add a time-stamped line to ``<save>/progress.txt`` on rank 0.
+
+    Args:
+        string: tab-separated text of the line.
+        barrier: wait for every rank first.
+    """
+    args = get_args()
+    if args.save is None:
+        return
+    rank, world_size = _rank_and_world_size()
+    if barrier and world_size > 1:
+        torch.distributed.barrier()
+    if rank != 0:
+        return
+    os.makedirs(args.save, exist_ok=True)
+    job_id = os.environ.get("SLURM_JOB_ID", "")
+    with open(os.path.join(args.save, "progress.txt"), "a") as progress:
+        progress.write(
+            f"{datetime.now():%Y-%m-%d %H:%M:%S}\tJob ID: {job_id}\t# GPUs: {world_size}\t{string}\n"
+        )
+
+
+def update_use_dist_ckpt(args: Namespace) -> None:
+    """Set ``args.use_dist_ckpt``: every format but ``torch`` is a distributed one."""
+    args.use_dist_ckpt = args.ckpt_format != "torch"
+
+
+def get_blend_and_blend_per_split(args: Namespace) -> tuple[Any, Any]:
+    """Data blends from the data path arguments.
+
+    Returns:
+        ``(blend, blend_per_split)``; at most one is not None. A blend is (prefixes, weights or None).
+    """
+    words = args.data_path
+    if args.data_args_path is not None:
+        with open(args.data_args_path) as file:
+            words = file.read().split()
+    if words:
+        return get_blend_from_list(words), None
+    if args.per_split_data_args_path is not None:
+        return None, _blend_per_split_from_file(args.per_split_data_args_path)
+    per_split = (args.train_data_path, args.valid_data_path, args.test_data_path)
+    if any(path is not None for path in per_split):
+        return None, [get_blend_from_list(path) for path in per_split]
+    return None, None
+
+
+def _blend_per_split_from_file(path: str) -> list[Any]:
+    import json
+
+    with open(path) as file:
+        try:
+            table = json.load(file)
+        except json.JSONDecodeError as exc:
+            raise DataError(f"--per-split-data-args-path {path}: not a JSON file ({exc})") from exc
+    missing = [split for split in ("train", "valid", "test") if split not in table]
+    if missing:
+        raise ConfigError(
+            f"--per-split-data-args-path {path}: key(s) {', '.join(missing)} missing; the file needs "
+            '{"train": [...], "valid": [...], "test": [...]}, null where a split is not used'
+        )
+    blends = []
+    for split in ("train", "valid", "test"):
+        words = table[split]
+        blends.append(get_blend_from_list(words.split() if isinstance(words, str) else words))
+    return blends
+
+
+def get_ltor_masks_and_position_ids(
+    data: torch.Tensor,
+    eod_token: int,
+    reset_position_ids: bool,
+    reset_attention_mask: bool,
+    eod_mask_loss: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Causal mask, loss mask and positions for a batch of token ids.
+
+    Args:
+        data: [b, s] token ids.
+        eod_token: id of the end-of-document token.
+        reset_position_ids: restart positions after each end of document.
+        reset_attention_mask: hide earlier documents.
+        eod_mask_loss: no loss on end-of-document tokens.
+
+    Returns:
+        attention mask [b or 1, 1, s, s] bool, True = hidden; loss mask [b, s] float32;
+        position ids [b, s] int64.
+    """
+    b, s = data.shape
+    is_eod = data == eod_token
+    loss_mask = torch.ones(b, s, dtype=torch.float32, device=data.device)
+    if eod_mask_loss:
+        loss_mask[is_eod] = 0.0
+
+    # The document a token belongs to: the number of documents that ended before it.
+    document = is_eod.cumsum(dim=1) - is_eod.long()  # [b, s]
+    positions = torch.arange(s, device=data.device).expand(b, s)
+    if reset_position_ids:
+        starts = torch.where(
+            torch.nn.functional.pad(is_eod[:, :-1], (1, 0)), positions, torch.zeros_like(positions)
+        )
+        positions = positions - starts.cummax(dim=1).values
+    else:
+        positions = positions.clone()
+
+    hidden = torch.ones(1, 1, s, s, dtype=torch.bool, device=data.device).triu(1)
+    if reset_attention_mask:
+        other_document = document[:, None, :, None] != document[:, None, None, :]  # [b, 1, s, s]
+        hidden = hidden | other_document
+    return hidden, loss_mask, positions
+
+
+def get_batch_on_this_tp_rank(data_iterator: Iterator | None) -> dict[str, torch.Tensor | None]:
+    """Next micro-batch on the device.
+
+    Returns:
+        tokens, labels, position_ids [b, s] int64, loss_mask [b, s] float32,
+        attention_mask [b, 1, s, s] bool or None.
+    """
+    sample = next(data_iterator)
+    device = accelerator.current_device()
+    keys = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+    return {
+        key: sample[key].to(device, non_blocking=True) if sample.get(key) is not None else None
+        for key in keys
+    }
