@@ -1,0 +1,28 @@
+"""Description of a batch whose sequences are packed into one row."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class PackedSeqParams:
+    """Where the sequences of a packed batch begin and end.
+
+    Attributes:
+        qkv_format: layout word; ``"thd"`` for packed rows, ``"sbhd"`` otherwise.
+        cu_seqlens_q: cumulative query lengths, starting with 0.  [sequences + 1]
+        cu_seqlens_kv: the same for keys and values.
+        cu_seqlens_q_padded: the same, counting padding.
+        cu_seqlens_kv_padded: the same, counting padding.
+        max_seqlen_q: longest query sequence.
+        max_seqlen_kv: longest key sequence.
+    """
+
+    qkv_format: str | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_kv: Tensor | None = None
+    cu_seqlens_q_padded: Tensor | None = None
+    cu_seqlens_kv_padded: Tensor | None = None
+    max_seqlen_q: Tensor | None = None
+    max_seqlen_kv: Tensor | None = None

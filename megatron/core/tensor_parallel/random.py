@@ -1,0 +1,353 @@
+"""Named random streams, and recomputation of activations that replays them exactly.
+
+The word ``cuda`` in public names is history: everything acts on the active device, or on the CPU's generator
+where there is no accelerator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.core import accelerator
+from megatron.core.errors import MegatronError
+
+_MODEL_PARALLEL_RNG_TRACKER_NAME = "model-parallel-rng"
+_EXPERT_PARALLEL_RNG_TRACKER_NAME = "expert-parallel-rng"
+_DATA_PARALLEL_RNG_TRACKER_NAME = "data-parallel-rng"
+
+# Distances of the streams' seeds from the base seed.
+_MODEL_PARALLEL_OFFSET = 2718
+_EXPERT_PARALLEL_OFFSET = 1024
+_SEEDS_PER_EXPERT_RANK = 100
+
+
+def get_expert_parallel_rng_tracker_name() -> str:
+    """Name of the stream for expert weights."""
+    return _EXPERT_PARALLEL_RNG_TRACKER_NAME
+
+
+def get_data_parallel_rng_tracker_name() -> str:
+    """Name of the stream that equals the default one at start."""
+    return _DATA_PARALLEL_RNG_TRACKER_NAME
+
+
+class RngStreamError(MegatronError):
+    """A random stream that does not exist, or exists already."""
+
+
+class CudaRNGStatesTracker:
+    """Named random streams of the device.
+
+    Args:
+        use_cudagraphable_rng: accepted for callers' sake; the states are always plain tensors here.
+        is_inference_rng_tracker: make ``add`` and ``fork`` do nothing (inference draws nothing).
+    """
+
+    def __init__(self, use_cudagraphable_rng: bool = False, is_inference_rng_tracker: bool = False):
+        self.use_cudagraphable_rng = use_cudagraphable_rng
+        self.is_inference_rng_tracker = is_inference_rng_tracker
+        self.reset()
+
+    def is_initialized(self) -> bool:
+        """True once a stream was added or loaded."""
+        return bool(self.states_)
+
+    def reset(self) -> None:
+        """Forgets all streams."""
+        self.states_: dict[str, Tensor] = {}
+        self.seeds_: set[int] = set()
+
+    def get_states(self) -> dict[str, Tensor]:
+        """Name -> state.  The dict is a copy; a state tensor is replaced, never written to."""
+        return dict(self.states_)
+
+    def set_states(self, states: dict[str, Tensor]) -> None:
+        """Replaces all streams."""
+        self.states_ = dict(states)
+
+    def add(self, name: str, seed: int) -> None:
+        """Starts a stream; two streams may share neither name nor seed."""
+        if self.is_inference_rng_tracker:
+            return
+        if seed in self.seeds_:
+            raise RngStreamError(f"random stream {name!r}: seed {seed} is taken by another stream")
+        if name in self.states_:
+            raise RngStreamError(f"random stream {name!r} exists already; reset() the tracker first")
+        self.seeds_.add(seed)
+        before = accelerator.get_rng_state()
+        accelerator.manual_seed(seed)
+        self.states_[name] = accelerator.get_rng_state()
+        accelerator.set_rng_state(before)
+
+    @contextlib.contextmanager
+    def fork(self, name: str = _MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+        """Draws from the stream ``name`` inside the context, which leaves that stream advanced."""
+        if self.is_inference_rng_tracker:
+            yield
+            return
+        if name not in self.states_:
+            raise RngStreamError(
+                f"random stream {name!r} does not exist (there are: {sorted(self.states_) or 'none'}); "
+                "call model_parallel_cuda_manual_seed(seed) first"
+            )
+        before = accelerator.get_rng_state()
+        accelerator.set_rng_state(self.states_[name])
+        try:
+            yield
+        finally:
+            self.states_[name] = accelerator.get_rng_state()
+            accelerator.set_rng_state(before)
+
+
+_tracker: CudaRNGStatesTracker | None = None
+
+
+def initialize_rng_tracker(
+    use_te_rng_tracker: bool = False,
+    inference_rng_tracker: bool = False,
+    use_cudagraphable_rng: bool = False,
+) -> None:
+    """Creates the tracker of this process, unless there is one.
+
+    ``use_te_rng_tracker`` asks for TransformerEngine's class upstream; the streams are the same, so it
+    changes nothing here.
+    """
+    global _tracker
+    if _tracker is None:
+        _tracker = CudaRNGStatesTracker(use_cudagraphable_rng, inference_rng_tracker)
+
+
+def get_cuda_rng_tracker(
+    use_te_rng_tracker: bool = False,
+    inference_rng_tracker: bool = False,
+    use_cudagraphable_rng: bool = False,
+) -> CudaRNGStatesTracker:
+    """The tracker of this process, created on demand."""
+    initialize_rng_tracker(use_te_rng_tracker, inference_rng_tracker, use_cudagraphable_rng)
+    assert _tracker is not None
+    return _tracker
+
+
+def get_all_rng_states() -> dict[str, Tensor]:
+    """States of the process's tracker; empty while there is none."""
+    return {} if _tracker is None else _tracker.get_states()
+
+
+def model_parallel_cuda_manual_seed(
+    seed: int,
+    te_rng_tracker: bool = False,
+    inference_rng_tracker: bool = False,
+    use_cudagraphable_rng: bool = False,
+) -> None:
+    """Seeds the device's default generator and the tracker's streams from one base seed.
+
+    =====================  ======================================================
+    default, data-parallel ``seed``: equal on tensor-parallel ranks
+    model-parallel         ``seed + 2718 + tp_rank``
+    expert-parallel        ``seed + 1024 + 100 * ep_rank + expert_tp_rank``
+    =====================  ======================================================
+    """
+    from megatron.core import parallel_state
+
+    tp_rank = ep_rank = expert_tp_rank = 0
+    if parallel_state.model_parallel_is_initialized():
+        tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        ep_rank = parallel_state.get_expert_model_parallel_rank()
+        expert_tp_rank = parallel_state.get_expert_tensor_parallel_rank()
+    tracker = get_cuda_rng_tracker(te_rng_tracker, inference_rng_tracker, use_cudagraphable_rng)
+    tracker.reset()
+    accelerator.manual_seed(seed)
+    tracker.add(_DATA_PARALLEL_RNG_TRACKER_NAME, seed)
+    tracker.add(_MODEL_PARALLEL_RNG_TRACKER_NAME, seed + _MODEL_PARALLEL_OFFSET + tp_rank)
+    expert_seed = seed + _EXPERT_PARALLEL_OFFSET + _SEEDS_PER_EXPERT_RANK * ep_rank + expert_tp_rank
+    tracker.add(_EXPERT_PARALLEL_RNG_TRACKER_NAME, expert_seed)
+
+
+@dataclass(frozen=True)
+class _RngSnapshot:
+    """All random state that a forward pass can draw from."""
+
+    cpu: Tensor
+    device: Tensor | None  # None where the CPU is the device
+    streams: dict[str, Tensor]
+
+    @classmethod
+    def take(cls) -> _RngSnapshot:
+        device = accelerator.get_rng_state() if accelerator.is_accelerated() else None
+        return cls(torch.get_rng_state(), device, get_cuda_rng_tracker().get_states())
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.device is not None:
+            accelerator.set_rng_state(self.device)
+        get_cuda_rng_tracker().set_states(self.streams)
+
+    @contextlib.contextmanager
+    def replay(self) -> Iterator[None]:
+        """Inside, random draws repeat those made since the snapshot; outside, nothing has changed."""
+        now = _RngSnapshot.take()
+        self.restore()
+        try:
+            yield
+        finally:
+            now.restore()
+
+
+class _SavedCall:
+    """A function and its arguments, kept for a second run."""
+
+    def __init__(self, ctx: Any, function: Callable[..., Any], args: tuple[Any, ...]):
+        self.function = function
+        self.rng = _RngSnapshot.take()
+        self.is_tensor = [isinstance(arg, Tensor) for arg in args]
+        self.others = [arg for arg in args if not isinstance(arg, Tensor)]
+        ctx.save_for_backward(*(arg for arg in args if isinstance(arg, Tensor)))
+
+    def arguments(self, ctx: Any) -> list[Any]:
+        """The arguments again, tensors cut from the graph they came from."""
+        tensors, others = iter(ctx.saved_tensors), iter(self.others)
+        return [
+            (tensor := next(tensors)).detach().requires_grad_(tensor.requires_grad)
+            if is_tensor
+            else next(others)
+            for is_tensor in self.is_tensor
+        ]
+
+    def run_again(self, args: list[Any]) -> Any:
+        with self.rng.replay(), torch.enable_grad():
+            return self.function(*args)
+
+
+def _backward_through(outputs: Any, grads: tuple[Tensor | None, ...], args: list[Any]) -> list[Tensor | None]:
+    """Gradients of a recomputed call's tensor arguments; its parameters accumulate theirs on the way."""
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    pairs = [
+        (output, grad)
+        for output, grad in zip(outputs, grads, strict=True)
+        if isinstance(output, Tensor) and output.requires_grad and grad is not None
+    ]
+    torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
+    return [arg.grad if isinstance(arg, Tensor) else None for arg in args]
+
+
+def _check_plain_backward() -> None:
+    if not torch.autograd._is_checkpoint_valid():
+        raise MegatronError("recomputation works with loss.backward(), not with torch.autograd.grad()")
+
+
+class CheckpointFunction(torch.autograd.Function):
+    """Autograd node of :func:`checkpoint`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run_function: Callable[..., Any], distribute_saved_activations: bool, *args: Any
+    ) -> Any:
+        ctx.call = _SavedCall(ctx, run_function, args)
+        with torch.no_grad():
+            return run_function(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _check_plain_backward()
+        args = ctx.call.arguments(ctx)
+        outputs = ctx.call.run_again(args)
+        return (None, None, *_backward_through(outputs, grads, args))
+
+
+def checkpoint(function: Callable[..., Any], distribute_saved_activations: bool, *args: Any) -> Any:
+    """``function(*args)`` that keeps only ``args`` and runs again in backward, drawing the same random numbers.
+
+    Args:
+        function: returns a tensor or a tuple of tensors.
+        distribute_saved_activations: keep only this rank's 1/TP of the first argument; all of it with one
+            rank.
+    """
+    return CheckpointFunction.apply(function, distribute_saved_activations, *args)
+
+
+class CheckpointWithoutOutputFunction(torch.autograd.Function):
+    """Autograd node of :class:`CheckpointWithoutOutput`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run_function: Callable[..., Any],
+        checkpoint_without_output_obj: CheckpointWithoutOutput,
+        *args: Any,
+    ) -> Any:
+        ctx.call = _SavedCall(ctx, run_function, args)
+        ctx.owner = checkpoint_without_output_obj
+        checkpoint_without_output_obj.ctx = ctx
+        with torch.no_grad():
+            return run_function(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _check_plain_backward()
+        args, outputs = ctx.owner.take_recomputed()
+        return (None, None, *_backward_through(outputs, grads, args))
+
+
+class CheckpointWithoutOutput:
+    """Recomputation whose output is freed as well, once its consumers have run.
+
+    Meant for cheap operations in front of an expensive one that saves its input (a norm before a linear
+    layer)::
+
+        recompute = CheckpointWithoutOutput()
+        normed = recompute.checkpoint(norm, x)
+        out = linear(normed)
+        recompute.discard_output_and_register_recompute(out)
+
+    When the gradient of ``out`` arrives, ``normed`` is computed again into its old place, where ``linear``
+    finds it.
+    """
+
+    def __init__(self) -> None:
+        self.ctx: Any = None
+        self.outputs: tuple[Tensor, ...] = ()
+        self._recomputed: tuple[list[Any], Any] | None = None
+
+    def checkpoint(self, run_function: Callable[..., Any], *args: Any) -> Any:
+        """Runs the function and remembers how to run it again."""
+        outputs = CheckpointWithoutOutputFunction.apply(run_function, self, *args)
+        self.outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        return outputs
+
+    def discard_output_and_register_recompute(self, hook_tensor: Tensor) -> None:
+        """Frees the outputs; they come back when the gradient of ``hook_tensor`` does.
+
+        ``hook_tensor`` must be computed from the outputs, and last of all their consumers. Nothing is freed
+        when it needs no gradient: no backward will come.
+        """
+        if not hook_tensor.requires_grad:
+            return
+        self._bytes = [output.untyped_storage().nbytes() for output in self.outputs]
+        for output in self.outputs:
+            output.untyped_storage().resize_(0)
+        hook_tensor.register_hook(self._refill)
+
+    def _refill(self, _: Tensor) -> None:
+        args = self.ctx.call.arguments(self.ctx)
+        results = self.ctx.call.run_again(args)
+        fresh = (results,) if isinstance(results, Tensor) else results
+        for output, result, size_bytes in zip(self.outputs, fresh, self._bytes, strict=True):
+            # Through the storage, so that autograd does not see its saved tensor change.
+            output.untyped_storage().resize_(size_bytes)
+            output.untyped_storage().copy_(result.detach().contiguous().untyped_storage())
+        self._recomputed = (args, results)
+        self.outputs = ()
+
+    def take_recomputed(self) -> tuple[list[Any], Any]:
+        """Arguments and outputs of the second run, which happens now if no hook has asked for it."""
+        if self._recomputed is None:
+            args = self.ctx.call.arguments(self.ctx)
+            self._recomputed = (args, self.ctx.call.run_again(args))
+        recomputed, self._recomputed, self.ctx = self._recomputed, None, None
+        return recomputed

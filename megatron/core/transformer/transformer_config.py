@@ -1,0 +1,218 @@
+"""Hyper-parameters of a transformer, and what follows from them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+
+from megatron.core.errors import ConfigError
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.transformer.config_rules import transformer_problems
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.utils import init_method_normal, scaled_init_method_normal
+
+
+@dataclass
+class TransformerConfig(ModelParallelConfig):
+    """All hyper-parameters of a model.  Unset values are derived, then all rules are checked at once.
+
+    Raises:
+        ConfigError: settings that contradict each other; the message lists every one with a way out.
+    """
+
+    num_layers: int = 0  # depth of the (encoder or decoder-only) transformer; also fills encoder-num-layers
+    mtp_num_layers: int | None = None  # number of multi-token-prediction layers
+    mtp_loss_scaling_factor: float | None = None  # weight of the averaged MTP loss
+    num_layers_in_first_pipeline_stage: int | None = None  # own depth of the first stage (decoder)
+    num_layers_in_last_pipeline_stage: int | None = None  # own depth of the last stage (decoder)
+    account_for_embedding_in_pipeline_split: bool = False  # count the embedding as one layer when splitting
+    account_for_loss_in_pipeline_split: bool = False  # count the loss as one layer when splitting
+    hidden_size: int = 0  # model width
+    num_attention_heads: int = 0  # number of query heads
+    # pick the attention implementation (auto/flash/fused/unfused/local)
+    attention_backend: AttnBackend = AttnBackend.auto
+    softmax_scale: float | None = None  # fixed softmax scale instead of 1/sqrt(d)
+    num_query_groups: int | None = None  # number of key/value heads when GQA is on
+    ffn_hidden_size: int | None = None  # MLP inner width
+    kv_channels: int | None = None  # per-head width
+    hidden_dropout: float = 0.1  # dropout on hidden states and embeddings
+    attention_dropout: float = 0.1  # dropout on attention probabilities
+    fp32_residual_connection: bool = False  # keep the residual stream in fp32
+    # take the residual after the norm (original BERT order)
+    apply_residual_connection_post_layernorm: bool = False
+    layernorm_epsilon: float = 1e-05  # epsilon of norms
+    layernorm_zero_centered_gamma: bool = False  # norm weight stored as gamma-1
+    add_bias_linear: bool = True  # bias in linear layers
+    add_qkv_bias: bool = False  # bias on the QKV projection only
+    gated_linear_unit: bool = False  # gated MLP (SwiGLU/GEGLU)
+    activation_func: Callable[..., Any] = F.gelu  # MLP activation
+    activation_func_fp8_input_store: bool = False  # keep activation input in fp8 for backward
+    num_moe_experts: int | None = None  # experts per MoE layer, None for a dense model
+    rotary_interleaved: bool = False  # rotate even/odd pairs instead of the two halves
+    window_size: tuple[int, int] | None = None  # (left, right) sliding window
+    normalization: str = "LayerNorm"  # LayerNorm or RMSNorm
+    qk_layernorm: bool = False  # norm on queries and keys
+    test_mode: bool = False  # run internal consistency checks during training
+    calculate_per_token_loss: bool = False  # divide gradients by the global count of unmasked tokens
+    multi_latent_attention: bool = False  # DeepSeek style low-rank attention
+    init_method: Callable[..., Any] | None = None  # weight initialiser; None becomes normal(init_method_std)
+    # initialiser of linear_proj and fc2; None becomes scaled normal
+    output_layer_init_method: Callable[..., Any] | None = None
+    init_method_std: float = 0.02  # std of the normal initialiser
+    init_model_with_meta_device: bool = False  # build the model on the meta device
+    apply_query_key_layer_scaling: bool = False  # divide QK by layer number, undo in softmax
+    attention_softmax_in_fp32: bool = True  # softmax in fp32 (forced by query-key layer scaling)
+    disable_bf16_reduced_precision_matmul: bool = False  # cuBLAS switch for bf16 accumulation
+    bias_activation_fusion: bool = False  # fuse bias and activation
+    masked_softmax_fusion: bool = False  # fuse scale, mask, softmax
+    persist_layer_norm: bool = False  # persistent norm kernel
+    memory_efficient_layer_norm: bool = False  # recompute norm input in backward
+    bias_dropout_fusion: bool = False  # fuse bias, dropout, residual add
+    apply_rope_fusion: bool = False  # fused rotary kernel
+    recompute_granularity: str | None = None  # full layer or selective recompute
+    recompute_method: str | None = None  # uniform or block layer choice for full recompute
+    recompute_num_layers: int | None = None  # layers per unit (uniform) or per stage (block)
+    distribute_saved_activations: bool | None = None  # spread the recompute inputs over the TP group
+    recompute_modules: list[str] | None = None  # which sub-modules selective recompute covers
+    fp8: str | None = None  # TE fp8 mode: e4m3 or hybrid
+    fp8_recipe: str | None = "delayed"  # fp8 scaling recipe
+    fp8_param: bool = False  # fp8 weights
+    fp8_margin: int = 0  # fp8 margin
+    fp8_interval: int = 1  # unused
+    fp8_amax_history_len: int = 1  # fp8 history
+    fp8_amax_compute_algo: str = "most_recent"  # fp8 history rule
+    fp8_wgrad: bool = True  # weight gradients in fp8
+    fp8_dot_product_attention: bool = False  # fp8 attention
+    fp8_multi_head_attention: bool = False  # fp8 attention with outer projections
+    tp_only_amax_red: bool = False  # fp8 statistics only over TP
+    first_last_layers_bf16: bool = False  # keep edge layers in bf16 under fp8
+    num_layers_at_start_in_bf16: int = 1  # edge layer count
+    num_layers_at_end_in_bf16: int = 1  # edge layer count
+    moe_shared_expert_intermediate_size: int | None = None  # total width of shared experts
+    moe_shared_expert_overlap: bool = False  # overlap shared experts with dispatch
+    moe_layer_freq: int | list[int] = 1  # every N-th layer is MoE, or a 0/1 pattern expression
+    moe_ffn_hidden_size: int | None = None  # expert inner width
+    moe_router_load_balancing_type: str = "aux_loss"  # aux_loss, seq_aux_loss, sinkhorn, none
+    moe_router_topk: int = 2  # experts per token
+    moe_router_topk_limited_devices: int | None = None  # deprecated form of group-limited routing
+    moe_router_num_groups: int | None = None  # expert groups for limited routing
+    moe_router_group_topk: int | None = None  # groups kept per token
+    moe_router_pre_softmax: bool = False  # softmax before the top-k
+    moe_router_topk_scaling_factor: float | None = None  # multiplier on routing probabilities
+    moe_router_score_function: str = "softmax"  # softmax or sigmoid scores
+    moe_router_dtype: str | None = None  # routing precision fp32/fp64
+    moe_router_enable_expert_bias: bool = False  # bias-based balancing without aux loss
+    moe_router_bias_update_rate: float = 0.001  # step of the expert bias
+    moe_grouped_gemm: bool = False  # batch the experts' GEMMs
+    moe_use_legacy_grouped_gemm: bool = False  # older grouped GEMM class
+    moe_aux_loss_coeff: float = 0  # weight of the balancing loss
+    moe_z_loss_coeff: float | None = None  # weight of the router z-loss
+    moe_input_jitter_eps: float | None = None  # multiplicative input noise for the router
+    moe_token_dropping: bool = False  # unused
+    moe_token_dispatcher_type: str = "allgather"  # allgather, alltoall, flex, alltoall_seq
+    moe_enable_deepep: bool = False  # DeepEP kernels for the flex dispatcher
+    moe_per_layer_logging: bool = False  # write MoE losses per layer to TensorBoard
+    moe_expert_capacity_factor: float | None = None  # capacity per expert (unset = dropless)
+    moe_pad_expert_input_to_capacity: bool = False  # pad every expert to capacity
+    moe_token_drop_policy: str = "probs"  # drop by probability or position
+    moe_layer_recompute: bool = False  # recompute the whole MoE layer
+    moe_permute_fusion: bool = False  # TE fused token permutation
+    moe_apply_probs_on_input: bool = False  # multiply by probability before the expert (top-1 only)
+    cp_comm_type: str | list[str] | None = None  # CP exchange scheme, one word or one per layer
+    enable_cuda_graph: bool = False  # capture layers as CUDA graphs
+    cuda_graph_use_single_mempool: bool = False  # CUDA graph detail
+    cuda_graph_retain_backward_graph: bool = False  # CUDA graph detail
+    cuda_graph_warmup_steps: int = 3  # CUDA graph warmup
+    external_cuda_graph: bool = False  # user-captured CUDA graphs
+    cuda_graph_scope: str = "full"  # what to capture
+    # clone after the sequence scatter of embeddings so the full tensor is freed
+    clone_scatter_output_in_embedding: bool = True
+    disable_parameter_transpose_cache: bool = False  # TE weight transpose cache off
+    config_logger_dir: str = ""  # dump configs as JSON into this directory
+    flash_decode: bool = False  # decode kernel switch
+    use_te_rng_tracker: bool = False  # TE random tracker
+    inference_rng_tracker: bool = False  # no-op random tracker for inference
+    mrope_section: list[int] | None = None  # channel split for multimodal RoPE
+    is_hybrid_model: bool = False  # Mamba hybrid
+    mamba_state_dim: int = 128  # Mamba
+    mamba_head_dim: int = 64  # Mamba
+    mamba_num_groups: int = 8  # Mamba
+    heterogeneous_block_specs: bool = False  # per-layer specs (out of scope)
+
+    # Fields of this package
+    attention_layout: str = "SBH"  # layout of the operands of fused attention: SBH or BSH
+    glu_gate_last: bool = False  # gated MLP multiplies by the activated second half instead of the first
+
+    def _derive(self) -> None:
+        super()._derive()
+        self._derive_shapes()
+        self._derive_initialisers()
+        if self.apply_query_key_layer_scaling:
+            # Scores divided by the layer number are multiplied back inside the softmax, which overflows fp16.
+            self.attention_softmax_in_fp32 = True
+        if self.recompute_modules is None:
+            self.recompute_modules = ["core_attn"]
+        if self.moe_layer_recompute and self.recompute_granularity != "full":
+            self.recompute_granularity = "selective"
+            if "moe" not in self.recompute_modules:
+                self.recompute_modules = [*self.recompute_modules, "moe"]
+        if self.window_size is not None:
+            self.window_size = tuple(self.window_size)
+        self._derive_moe()
+
+    def _derive_shapes(self) -> None:
+        if self.ffn_hidden_size is None:
+            self.ffn_hidden_size = 4 * self.hidden_size
+        if self.num_query_groups is None:
+            self.num_query_groups = self.num_attention_heads
+        if self.kv_channels is None and self.num_attention_heads > 0:
+            if self.hidden_size % self.num_attention_heads:
+                raise ConfigError(
+                    f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                    f"{self.num_attention_heads}: change one of them, or set kv_channels to the width "
+                    "of a head"
+                )
+            self.kv_channels = self.hidden_size // self.num_attention_heads
+
+    def _derive_initialisers(self) -> None:
+        if self.init_method is None:
+            self.init_method = init_method_normal(self.init_method_std)
+        if self.output_layer_init_method is None:
+            self.output_layer_init_method = scaled_init_method_normal(
+                self.init_method_std, max(self.num_layers, 1), multiplier=2.0
+            )
+
+    def _derive_moe(self) -> None:
+        if self.num_moe_experts is not None and self.moe_ffn_hidden_size is None:
+            self.moe_ffn_hidden_size = self.ffn_hidden_size
+        if self.moe_expert_capacity_factor is not None and self.moe_expert_capacity_factor < 0:
+            self.moe_expert_capacity_factor = None
+        if self.moe_router_topk_limited_devices is not None and self.moe_router_group_topk is None:
+            self.moe_router_group_topk = self.moe_router_topk_limited_devices
+            self.moe_router_num_groups = self.expert_model_parallel_size
+
+    def _problems(self) -> list[str]:
+        return super()._problems() + transformer_problems(self)
+
+
+@dataclass
+class MLATransformerConfig(TransformerConfig):
+    """Adds the sizes of multi-head latent attention (DeepSeek-V2, section 2.1)."""
+
+    multi_latent_attention: bool = True  # DeepSeek style low-rank attention
+    q_lora_rank: int = 512  # rank of the query compression
+    kv_lora_rank: int = 512  # rank of the key/value compression
+    qk_head_dim: int = 128  # non-rotary head width
+    qk_pos_emb_head_dim: int = 64  # rotary head width
+    v_head_dim: int = 128  # value head width
+    normalization: str = "RMSNorm"  # LayerNorm or RMSNorm
+    rope_type: str = "yarn"  # 'rope' or 'yarn'
+    rotary_base: float = 10000  # rotary base frequency
+    rotary_percent: float = 1.0  # share of head width that is rotated
+    rotary_scaling_factor: float = 40  # YaRN factor
+    max_position_embeddings: int = 4096  # YaRN original context length
+    beta_fast: float = 32  # YaRN fast bound
+    beta_slow: float = 1  # YaRN slow bound
+    mscale: float = 0.707  # YaRN magnitude scale
+    mscale_all_dim: float = 0.707  # YaRN magnitude scale over all dims
