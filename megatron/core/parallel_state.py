@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron.core.errors import ConfigError, NotBuiltYetError
-from megatron.core.rank_grid import RankGenerator, generate_masked_orthogonal_rank_groups
+from megatron.core.rank_grid import RankGenerator, generate_masked_orthogonal_rank_groups  # noqa: F401
 from megatron.core.utils import GlobalMemoryBuffer
 
 # Variable that holds a group -> (grid it is cut from, axes that vary inside it). The expert grid spans
@@ -142,7 +142,7 @@ def _make_grids(
         (f"expert tensor {expert_tp} x expert {ep} x pipeline {pp}", expert_tp * ep * pp),
     ):
         if world_size % model_size:
-            fitting = [n for n in range(model_size, world_size + model_size, model_size)][-2:]
+            fitting = list(range(model_size, world_size + model_size, model_size))[-2:]
             raise ConfigError(
                 f"a world of {world_size} ranks does not divide into {label} = {model_size} ranks: "
                 f"start {' or '.join(map(str, fitting))} ranks, or choose smaller sizes"
@@ -324,10 +324,15 @@ def is_pipeline_first_stage(ignore_virtual: bool = False) -> bool:
 def is_pipeline_last_stage(ignore_virtual: bool = False) -> bool:
     """True on the last stage (and its last virtual stage, unless ignored)."""
     virtual_size = get_virtual_pipeline_model_parallel_world_size()
-    if not ignore_virtual and virtual_size is not None:
-        if get_virtual_pipeline_model_parallel_rank() != virtual_size - 1:
-            return False
-    return get_pipeline_model_parallel_rank() == get_pipeline_model_parallel_world_size() - 1
+    is_inner_chunk = (
+        not ignore_virtual
+        and virtual_size is not None
+        and get_virtual_pipeline_model_parallel_rank() != virtual_size - 1
+    )
+    return (
+        not is_inner_chunk
+        and get_pipeline_model_parallel_rank() == get_pipeline_model_parallel_world_size() - 1
+    )
 
 
 def get_virtual_pipeline_model_parallel_rank() -> int | None:

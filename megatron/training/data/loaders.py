@@ -1,0 +1,103 @@
+"""From a datasets provider to the iterators of the training loop."""
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megatron.core.rerun_state_machine import RerunDataIterator
+from megatron.training.data.samplers import build_pretraining_data_loader
+
+from megatron.core import parallel_state
+from megatron.training.global_vars import get_args
+from megatron.training.utils import print_rank_0
+
+
+def cyclic_iter(iterable: Any) -> Iterator:
+    """Iterate over ``iterable`` again and again."""
+    while True:
+        yield from iterable
+
+
+def get_train_valid_test_num_samples() -> tuple[int, int, int]:
+    """Samples a run asks of each split.
+
+    Validation runs every ``eval_interval`` iterations and once at the end; an interval of 0 means only
+    at the end.
+    """
+    args = get_args()
+    train = args.train_samples or args.train_iters * args.global_batch_size
+    evaluations = args.train_iters // args.eval_interval + 1 if args.eval_interval else 1
+    per_evaluation = args.eval_iters * args.global_batch_size
+    return train, evaluations * per_evaluation, per_evaluation
+
+
+def build_train_valid_test_datasets(provider: Callable) -> tuple[Any, Any, Any]:
+    """Call the datasets provider with the sizes of this run and print them."""
+    sizes = get_train_valid_test_num_samples()
+    print_rank_0(" > datasets target sizes (minimum size):")
+    for label, size in zip(("train:     ", "validation:", "test:      "), sizes, strict=True):
+        print_rank_0(f"    {label} {size}")
+    return provider(sizes)
+
+
+def _restore_consumed_samples(args: Namespace) -> None:
+    """Checkpoints from before sample counting hold an iteration but no counts."""
+    if args.iteration == 0 or args.train_samples is not None:
+        return
+    if args.consumed_train_samples == 0:
+        args.consumed_train_samples = args.iteration * args.global_batch_size
+    if args.consumed_valid_samples == 0 and args.eval_interval:
+        evaluations = args.iteration // args.eval_interval
+        args.consumed_valid_samples = evaluations * args.eval_iters * args.global_batch_size
+
+
+def _valid_samples_to_pass_over(args: Namespace, valid: Any) -> int:
+    """Where validation goes on: after the samples it has consumed, or from the start once all are."""
+    if valid is None or args.skip_train or args.dataloader_type == "external":
+        return 0
+    return args.consumed_valid_samples % max(len(valid), 1)
+
+
+def build_train_valid_test_data_loaders(provider: Callable) -> tuple[Any, Any, Any]:
+    """Loaders of the three splits; sets ``args.do_train``, ``do_valid`` and ``do_test``."""
+    args = get_args()
+    print_rank_0("> building train, validation, and test datasets ...")
+    _restore_consumed_samples(args)
+    loaders: tuple[Any, Any, Any] = (None, None, None)
+    is_distributed = getattr(provider, "is_distributed", False)
+    if is_distributed or parallel_state.get_tensor_model_parallel_rank() == 0:
+        train, valid, test = build_train_valid_test_datasets(provider)
+        # A finished run that is started again has consumed all its samples; it only evaluates.
+        nothing_to_train = args.skip_train or args.iteration >= args.train_iters
+        loaders = (
+            None if nothing_to_train else build_pretraining_data_loader(train, args.consumed_train_samples),
+            build_pretraining_data_loader(valid, _valid_samples_to_pass_over(args, valid)),
+            build_pretraining_data_loader(test, 0),
+        )
+    args.do_train = loaders[0] is not None
+    args.do_valid = loaders[1] is not None and args.eval_iters > 0
+    args.do_test = loaders[2] is not None and args.eval_iters > 0
+    return loaders
+
+
+def build_train_valid_test_data_iterators(provider: Callable) -> tuple[Any, Any, Any]:
+    """Iterators of the three splits, None where a split has no data.
+
+    A single-pass training loader ends when its samples do. Validation and test start again from their
+    first sample, so that an evaluation can always run.
+    """
+    args = get_args()
+    loaders = build_train_valid_test_data_loaders(provider)
+
+    def iterator(loader: Any, single_pass: bool) -> RerunDataIterator | None:
+        if loader is None:
+            return None
+        if args.dataloader_type == "external":
+            return RerunDataIterator(iter(loader) if not hasattr(loader, "__next__") else loader)
+        return RerunDataIterator(iter(loader if single_pass else cyclic_iter(loader)))
+
+    return (
+        iterator(loaders[0], args.dataloader_type == "single"),
+        iterator(loaders[1], False),
+        iterator(loaders[2], False),
+    )

@@ -1,0 +1,177 @@
+"""Running the model on held-out data, and printing what came out."""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from megatron.core import accelerator
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+from megatron.training.global_vars import get_args, get_tensorboard_writer, get_timers
+from megatron.training.logging.writers import write_scalar
+from megatron.training.losses import average_reports
+from megatron.training.utils import is_last_rank, print_rank_0, print_rank_last
+
+LARGEST_EXPONENT = 20.0
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), capped where the number would only be noise."""
+    return math.exp(min(LARGEST_EXPONENT, loss))
+
+
+def evaluate(
+    forward_step_func: Callable,
+    data_iterator: Iterator,
+    model: list[torch.nn.Module],
+    process_non_loss_data_func: Callable | None,
+    config: Any,
+    verbose: bool = False,
+    non_loss_data_func: Callable | None = None,
+) -> tuple[dict[str, float] | None, Any, bool]:
+    """Mean losses over ``eval_iters`` global batches.
+
+    Returns:
+        (loss per name, or None when the time limit was hit; collected non-loss data; time limit hit).
+    """
+    timers = get_timers()
+    timers("evaluate", log_level=0).start(barrier=True)
+    rerun_machine = get_rerun_state_machine()
+    rerun_mode = rerun_machine.get_mode()
+    rerun_machine.set_mode(RerunMode.DISABLED)
+    was_training = [chunk.training for chunk in model]
+    for chunk in model:
+        chunk.eval()
+    config.timers = None
+    try:
+        losses, timed_out = _run_eval_iters(forward_step_func, data_iterator, model, verbose)
+        collected = None
+        if not timed_out:
+            collected = _collect_non_loss_data(
+                forward_step_func, data_iterator, model, process_non_loss_data_func, non_loss_data_func
+            )
+    finally:
+        for chunk, training in zip(model, was_training, strict=True):
+            chunk.train(training)
+        rerun_machine.set_mode(rerun_mode)
+        config.timers = timers
+    timers("evaluate").stop()
+    timers.log(["evaluate"])
+    return losses, collected, timed_out
+
+
+def _run_eval_iters(
+    forward_step_func: Callable, data_iterator: Iterator, model: list[torch.nn.Module], verbose: bool
+) -> tuple[dict[str, float] | None, bool]:
+    args = get_args()
+    num_microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    if verbose:
+        print_rank_0(f"Evaluating on {args.eval_iters * args.global_batch_size} samples")
+    forward_backward = get_forward_backward_func()
+    reports: list[dict[str, Any]] = []
+    with torch.no_grad():
+        for iteration in range(1, args.eval_iters + 1):
+            if verbose:
+                print_rank_0(f"Evaluating iter {iteration}/{args.eval_iters}")
+            reports += forward_backward(
+                forward_step_func=forward_step_func,
+                data_iterator=data_iterator,
+                model=model,
+                num_microbatches=num_microbatches,
+                seq_length=args.seq_length,
+                micro_batch_size=args.micro_batch_size,
+                decoder_seq_length=args.decoder_seq_length,
+                forward_only=True,
+            )
+            if args.empty_unused_memory_level >= 1:
+                accelerator.empty_cache()
+            args.consumed_valid_samples += args.global_batch_size
+            if _time_is_up(args):
+                print_rank_0("Exiting during evaluation, timelimit reached")
+                return None, True
+    return {name: float(value) for name, value in average_reports(reports).items()}, False
+
+
+def _time_is_up(args: Any) -> bool:
+    if not args.exit_duration_in_mins:
+        return False
+    return (time.time() - args.process_start_time) / 60.0 > args.exit_duration_in_mins
+
+
+def _collect_non_loss_data(
+    forward_step_func: Callable,
+    data_iterator: Iterator,
+    model: list[torch.nn.Module],
+    process_non_loss_data_func: Callable | None,
+    non_loss_data_func: Callable | None,
+) -> Any:
+    if non_loss_data_func is not None:
+        return non_loss_data_func(model)
+    if process_non_loss_data_func is None or not is_last_rank():
+        return None
+    args = get_args()
+    with torch.no_grad():
+        return get_forward_backward_func()(
+            forward_step_func=forward_step_func,
+            data_iterator=data_iterator,
+            model=model,
+            num_microbatches=1,
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            decoder_seq_length=args.decoder_seq_length,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+
+
+def evaluate_and_print_results(
+    prefix: str,
+    forward_step_func: Callable,
+    data_iterator: Iterator,
+    model: list[torch.nn.Module],
+    iteration: int,
+    process_non_loss_data_func: Callable | None,
+    config: Any,
+    verbose: bool = False,
+    write_to_tensorboard: bool = True,
+    non_loss_data_func: Callable | None = None,
+) -> bool:
+    """Evaluate, print the losses between two rules, write their curves.
+
+    Returns:
+        True when the time limit was hit, in which case nothing is printed.
+    """
+    args = get_args()
+    if args.manual_gc and args.manual_gc_eval:
+        gc.collect()
+    losses, collected, timed_out = evaluate(
+        forward_step_func,
+        data_iterator,
+        model,
+        process_non_loss_data_func,
+        config,
+        verbose,
+        non_loss_data_func,
+    )
+    if args.manual_gc and args.manual_gc_eval:
+        gc.collect(generation=0)
+    if timed_out:
+        return True
+    text = f" validation loss at {prefix} | "
+    for name, value in losses.items():
+        text += f"{name} value: {value:.6E} | {name} PPL: {perplexity(value):.6E} | "
+        if write_to_tensorboard:
+            write_scalar(f"{name} validation", value, iteration, args.consumed_train_samples)
+            if args.log_validation_ppl_to_tensorboard:
+                write_scalar(
+                    f"{name} validation ppl", perplexity(value), iteration, args.consumed_train_samples
+                )
+    if process_non_loss_data_func is not None and is_last_rank():
+        process_non_loss_data_func(collected, iteration, get_tensorboard_writer())
+    rule = "-" * (len(text) + 1)
+    print_rank_last(f"{rule}\n{text}\n{rule}")
+    return False

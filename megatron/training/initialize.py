@@ -1,0 +1,187 @@
+"""From the command line to a process that is ready to build a model."""
+
+import logging
+import os
+import random
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from datetime import timedelta
+
+import numpy as np
+import torch
+
+from megatron.core import accelerator, overrides, parallel_state
+from megatron.core.errors import ConfigError
+from megatron.core.rerun_state_machine import initialize_rerun_state_machine
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.training.arguments import parse_args, print_args, validate_args
+from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.global_vars import get_args, get_tensorboard_writer, set_global_variables
+from megatron.training.log_handler import CustomHandler
+from megatron.training.utils import print_datetime, print_rank_0
+
+logger = logging.getLogger(__name__)
+
+
+def initialize_megatron(
+    extra_args_provider: Callable | None = None,
+    args_defaults: dict | None = None,
+    ignore_unknown_args: bool = False,
+    allow_no_cuda: bool = False,
+    skip_mpu_initialization: bool = False,
+    get_embedding_ranks: Callable | None = None,
+    get_position_embedding_ranks: Callable | None = None,
+    parsed_args: Namespace | None = None,
+) -> Callable[[], None] | None:
+    """Parse and check the arguments, register the globals, join the process groups, seed everything.
+
+    Args:
+        extra_args_provider: adds flags to the parser and returns it.
+        args_defaults: values for arguments that are None after parsing.
+        ignore_unknown_args: drop unknown flags instead of failing.
+        allow_no_cuda: kept for callers; a run without an accelerator is always allowed.
+        skip_mpu_initialization: stop before process groups exist (tools).
+        get_embedding_ranks, get_position_embedding_ranks: see ``initialize_model_parallel``.
+        parsed_args: arguments parsed elsewhere.
+
+    Returns:
+        None, or with ``--lazy-mpu-init`` a function that finishes the set-up.
+    """
+    started = time.perf_counter()
+    args = parsed_args or parse_args(extra_args_provider, ignore_unknown_args)
+    if args.use_checkpoint_args:
+        load_args_from_checkpoint(args)
+    validate_args(args, args_defaults or {})
+    if args.rank == 0:
+        print_args(args)
+    _activate_overrides(args)
+    set_global_variables(args)
+    setup_logging()
+    initialize_rerun_state_machine(result_rejected_tracker_filename=args.result_rejected_tracker_filename)
+
+    def finish() -> None:
+        _initialize_distributed(args, get_embedding_ranks, get_position_embedding_ranks)
+        print_rank_0(f"> setting random seeds to {args.seed} ...")
+        _set_random_seed(args.seed, args.data_parallel_random_init)
+
+    if skip_mpu_initialization:
+        return None
+    if args.lazy_mpu_init:
+        parallel_state.set_tensor_model_parallel_world_size(args.tensor_model_parallel_size)
+        parallel_state.set_tensor_model_parallel_rank(args.rank)
+        return finish
+    finish()
+    print_rank_0(f"time to initialize megatron (seconds): {time.perf_counter() - started:.3f}")
+    print_datetime("after megatron is initialized")
+    return None
+
+
+def _activate_overrides(args: Namespace) -> None:
+    """Load the replacements of the device in use before anything is built from them."""
+    overrides.load(accelerator.device_type())
+    names = getattr(args, "disable_override", None)
+    if names:
+        overrides.disable(names)
+
+
+def _initialize_distributed(
+    args: Namespace,
+    get_embedding_ranks: Callable | None,
+    get_position_embedding_ranks: Callable | None,
+) -> None:
+    accelerator.set_device(args.local_rank)
+    timeout = timedelta(minutes=args.distributed_timeout_minutes)
+    print_rank_0("> initializing torch distributed ...")
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            backend=accelerator.collective_backend(args.distributed_backend),
+            # A single process needs no port and no host name.
+            store=torch.distributed.HashStore() if args.world_size == 1 else None,
+            world_size=args.world_size,
+            rank=args.rank,
+            timeout=timeout,
+        )
+    if parallel_state.model_parallel_is_initialized():
+        print_rank_0("model parallel is already initialized")
+        return
+    parallel_state.initialize_model_parallel(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+        distributed_timeout_minutes=args.distributed_timeout_minutes,
+        order="tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
+        get_embedding_ranks=get_embedding_ranks,
+        get_position_embedding_ranks=get_position_embedding_ranks,
+        create_gloo_process_groups=args.enable_gloo_process_groups,
+    )
+    for label, size in (
+        ("tensor", parallel_state.get_tensor_model_parallel_world_size()),
+        ("pipeline", parallel_state.get_pipeline_model_parallel_world_size()),
+    ):
+        print_rank_0(f"> initialized {label} model parallel with size {size}")
+
+
+def _set_random_seed(
+    seed_: int,
+    data_parallel_random_init: bool = False,
+    te_rng_tracker: bool = False,
+    inference_rng_tracker: bool = False,
+    use_cudagraphable_rng: bool = False,
+) -> None:
+    """Seed Python, NumPy, torch and the named device streams.
+
+    Pipeline stages get different seeds, and so do data-parallel ranks with
+    ``data_parallel_random_init``; tensor-parallel ranks differ in their own stream only.
+    """
+    if seed_ is None or seed_ <= 0:
+        raise ConfigError(f"--seed {seed_}: give a positive integer, for example --seed 1234")
+    seed = seed_ + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    if data_parallel_random_init:
+        seed += 10 * parallel_state.get_data_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(
+        seed, te_rng_tracker, inference_rng_tracker, use_cudagraphable_rng=use_cudagraphable_rng
+    )
+
+
+def write_args_to_tensorboard() -> None:
+    """Every argument as a text entry at the starting iteration."""
+    writer = get_tensorboard_writer()
+    if writer is None:
+        return
+    args = get_args()
+    for name, value in vars(args).items():
+        writer.add_text(name, str(value), global_step=args.iteration)
+
+
+def set_jit_fusion_options() -> None:
+    """Kept for callers: eager kernels need no fuser switches and no warm-up."""
+
+
+def setup_logging() -> None:
+    """Log to stdout as ``LEVEL:name:message``.
+
+    The level comes from ``--logging-level``, else from ``MEGATRON_LOGGING_LEVEL``, else INFO.
+    """
+    args = get_args()
+    level = args.logging_level
+    if level is None:
+        from_environment = os.environ.get("MEGATRON_LOGGING_LEVEL", str(logging.INFO))
+        if not from_environment.isdigit():
+            raise ConfigError(
+                f"MEGATRON_LOGGING_LEVEL={from_environment}: give a number such as 20 (INFO) or 30 (WARNING)"
+            )
+        level = int(from_environment)
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if isinstance(h, CustomHandler)]:
+        root.removeHandler(handler)
+    handler = CustomHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
+    root.addHandler(handler)
+    root.setLevel(level)

@@ -1,0 +1,198 @@
+"""The per-iteration line and everything that is counted for it.
+
+Field order, widths and tags are those parsers of Megatron-LM logs rely on.
+"""
+
+import math
+import os
+from argparse import Namespace
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import torch
+
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.training.global_vars import get_args, get_tensorboard_writer, get_timers
+from megatron.training.logging.flops import num_floating_point_operations
+from megatron.training.logging.writers import write_scalar, write_step
+from megatron.training.theoretical_memory_usage import report_theoretical_memory
+from megatron.training.utils import is_rank0, print_rank_last, report_memory
+
+ADVANCED, SKIPPED, NAN = "advanced iterations", "skipped iterations", "nan iterations"
+
+# Timers of the report below an iteration line, in this order.
+TIMERS_TO_LOG = [
+    "forward-backward",
+    "forward-compute",
+    "backward-compute",
+    "batch-generator",
+    "forward-recv",
+    "forward-send",
+    "backward-recv",
+    "backward-send",
+    "forward-send-forward-recv",
+    "forward-send-backward-recv",
+    "backward-send-forward-recv",
+    "backward-send-backward-recv",
+    "forward-backward-send-forward-backward-recv",
+    "layernorm-grads-all-reduce",
+    "embedding-grads-all-reduce",
+    "all-grads-sync",
+    "params-all-gather",
+    "optimizer-copy-to-main-grad",
+    "optimizer-unscale-and-check-inf",
+    "optimizer-clip-main-grad",
+    "optimizer-count-zeros",
+    "optimizer-inner-step",
+    "optimizer-copy-main-to-model-params",
+    "optimizer",
+]
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What one iteration produced, besides its losses."""
+
+    learning_rate: float | None
+    decoupled_learning_rate: float | None
+    loss_scale: float
+    grad_norm: float | None
+    params_norm: float | None
+    num_zeros_in_grad: float | None
+    batch_size: int
+
+
+def training_log(
+    loss_dict: dict[str, torch.Tensor],
+    total_loss_dict: dict[str, Any],
+    learning_rate: float | None,
+    decoupled_learning_rate: float | None,
+    iteration: int,
+    loss_scale: float,
+    report_memory_flag: bool,
+    skipped_iter: int,
+    grad_norm: float | None,
+    params_norm: float | None,
+    num_zeros_in_grad: float | None,
+) -> bool:
+    """Count one iteration, write its points, and print the line when its interval is over.
+
+    Args:
+        loss_dict: losses of this iteration, empty when the step was skipped or on inner stages.
+        total_loss_dict: sums since the last line; updated in place.
+        report_memory_flag: True until the memory report has been printed once.
+
+    Returns:
+        The new ``report_memory_flag``.
+    """
+    args, timers = get_args(), get_timers()
+    figures = StepFigures(
+        learning_rate=learning_rate,
+        decoupled_learning_rate=decoupled_learning_rate,
+        loss_scale=loss_scale,
+        grad_norm=grad_norm,
+        params_norm=params_norm,
+        num_zeros_in_grad=num_zeros_in_grad,
+        batch_size=args.micro_batch_size * args.data_parallel_size * get_num_microbatches(),
+    )
+    _accumulate(loss_dict, total_loss_dict, bool(skipped_iter))
+    if get_tensorboard_writer() is not None and iteration % args.tensorboard_log_interval == 0:
+        write_step(args, iteration, _scalars(args, figures, loss_dict))
+        if args.log_timers_to_tensorboard:
+            counted = max(total_loss_dict[ADVANCED] + total_loss_dict[SKIPPED], 1)
+            timers.write(TIMERS_TO_LOG, get_tensorboard_writer(), iteration, normalizer=counted, reset=False)
+    if iteration % args.log_interval != 0:
+        return report_memory_flag
+
+    counted = total_loss_dict[ADVANCED] + total_loss_dict[SKIPPED]
+    seconds = timers("interval-time").elapsed(barrier=True) / max(counted, 1)
+    throughput = num_floating_point_operations(args, figures.batch_size) / (seconds * 1e12 * args.world_size)
+    if args.log_timers_to_tensorboard:
+        write_scalar("iteration-time", seconds, iteration)
+        if args.log_throughput:
+            write_scalar("throughput", throughput, iteration)
+    print_rank_last(_line(args, iteration, figures, total_loss_dict, seconds, throughput))
+    total_loss_dict.clear()
+    if report_memory_flag and learning_rate is not None:
+        _report_memory_once(args, iteration)
+        report_memory_flag = False
+    timers.log(TIMERS_TO_LOG, normalizer=args.log_interval)
+    return report_memory_flag
+
+
+def _accumulate(loss_dict: dict[str, torch.Tensor], total: dict[str, Any], skipped: bool) -> None:
+    for name in (ADVANCED, SKIPPED, NAN):
+        total.setdefault(name, 0)
+    total[SKIPPED if skipped else ADVANCED] += 1
+    total[NAN] += int(any(not math.isfinite(float(value)) for value in loss_dict.values()))
+    if not skipped:
+        for name, value in loss_dict.items():
+            total[name] = total.get(name, 0.0) + float(value)
+
+
+def _scalars(args: Namespace, figures: StepFigures, losses: dict[str, Any]) -> dict[str, Any]:
+    """Points of this iteration by tag, in the order they are written."""
+    scalars: dict[str, Any] = {"learning-rate": figures.learning_rate}
+    if args.decoupled_lr is not None:
+        scalars["decoupled-learning-rate"] = figures.decoupled_learning_rate
+    if args.skipped_train_samples > 0:
+        scalars["skipped-train-samples"] = args.skipped_train_samples
+    scalars["batch-size"] = figures.batch_size
+    scalars.update(losses)
+    if args.log_loss_scale_to_tensorboard:
+        scalars["loss-scale"] = figures.loss_scale
+    if args.log_world_size_to_tensorboard:
+        scalars["world-size"] = args.world_size
+    scalars["grad-norm"] = figures.grad_norm
+    scalars["num-zeros"] = figures.num_zeros_in_grad
+    scalars["params-norm"] = figures.params_norm
+    return scalars
+
+
+def _line(
+    args: Namespace,
+    iteration: int,
+    figures: StepFigures,
+    total: dict[str, Any],
+    seconds: float,
+    throughput: float,
+) -> str:
+    # The line as printed in 2023, for scripts that cut it at fixed columns.
+    old_format = os.environ.get("MEGATRON_LOG_FORMAT") == "2023"
+    fields = [
+        f"iteration {iteration:8d}/{args.train_iters:8d}",
+        f"consumed samples: {args.consumed_train_samples:12d}",
+    ]
+    if args.skipped_train_samples > 0:
+        fields.append(f"skipped samples: {args.skipped_train_samples:12d}")
+    fields.append(f"elapsed time per iteration (ms): {seconds * 1000.0:.1f}")
+    if args.log_throughput:
+        fields.append(f"throughput per GPU (TFLOP/s/GPU): {throughput:.1f}")
+    if figures.learning_rate is not None:
+        fields.append(f"learning rate: {figures.learning_rate:.{3 if old_format else 6}E}")
+    if args.decoupled_lr is not None and figures.decoupled_learning_rate is not None:
+        fields.append(f"decoupled learning rate: {figures.decoupled_learning_rate:.6E}")
+    fields.append(f"global batch size: {figures.batch_size:5d}")
+    for name, value in total.items():
+        if name not in (ADVANCED, SKIPPED, NAN):
+            average = value / max(total[ADVANCED], 1)
+            if average > 0.0:
+                fields.append(f"{name}: {average:.6E}")
+    fields.append(f"loss scale: {figures.loss_scale:.1f}")
+    if figures.grad_norm is not None:
+        fields.append(f"grad norm: {figures.grad_norm:.3f}")
+    if figures.num_zeros_in_grad is not None:
+        fields.append(f"num zeros: {figures.num_zeros_in_grad:.1f}")
+    if figures.params_norm is not None:
+        fields.append(f"params norm: {figures.params_norm:.3f}")
+    fields.append(f"number of skipped iterations: {total[SKIPPED]:3d}")
+    fields.append(f"number of nan iterations: {total[NAN]:3d}")
+    prefix = "" if old_format else f" [{datetime.now():%Y-%m-%d %H:%M:%S}]"
+    return prefix + "".join(f" {field} |" for field in fields)
+
+
+def _report_memory_once(args: Namespace, iteration: int) -> None:
+    if is_rank0():
+        report_theoretical_memory(args, num_microbatches=get_num_microbatches(), verbose=True)
+    report_memory(f"(after {iteration} iterations)")

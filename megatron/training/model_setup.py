@@ -1,0 +1,226 @@
+"""Building the model, its optimizer and its schedules from the arguments."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from megatron.core import accelerator, parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.enums import ModelType
+from megatron.core.errors import ConfigError
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.parameter_count import gpt_parameter_count
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import get_model_config
+from megatron.training.checkpointing import checkpoint_exists, load_checkpoint
+from megatron.training.global_vars import get_args, get_timers
+from megatron.training.utils import print_rank_0, unwrap_model
+
+
+def get_model(
+    model_provider_func: Callable,
+    model_type: ModelType = ModelType.encoder_or_decoder,
+    wrap_with_ddp: bool = True,
+) -> list[torch.nn.Module]:
+    """Build the model of this rank: construct, count, move, cast, wrap.
+
+    Args:
+        model_provider_func: ``(pre_process, post_process) -> module``.
+        model_type: kind of model, kept as ``model.model_type``.
+        wrap_with_ddp: False for inference and tools.
+
+    Returns:
+        One module per model chunk of this rank.
+    """
+    args = get_args()
+    model = model_provider_func(
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+    model.model_type = model_type
+    for param in model.parameters():
+        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
+    _check_parameter_count(model)
+    if parallel_state.get_data_parallel_rank() == 0:
+        coordinates = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_pipeline_model_parallel_rank(),
+        )
+        count = sum(param.nelement() for param in model.parameters())
+        print(
+            " > number of parameters on (tensor, pipeline) model parallel rank "
+            f"({coordinates[0]}, {coordinates[1]}): {count}",
+            flush=True,
+        )
+    model.to(accelerator.current_device())
+    config = get_model_config(model)
+    if config.fp16 or config.bf16:
+        model = Float16Module(config, model)
+    if wrap_with_ddp:
+        model = DistributedDataParallel(config, _ddp_config(args), model)
+        if args.data_parallel_random_init:
+            model.broadcast_params()
+    return [model]
+
+
+def _check_parameter_count(model: torch.nn.Module) -> None:
+    """Compare the parameters that exist with the closed form from the config.
+
+    A model built wrongly (a bias too many, a head too few) trains and saves happily; counting is cheap.
+    """
+    if type(model) is not GPTModel:
+        return
+    counted = sum(param.nelement() for param in model.parameters())
+    expected = gpt_parameter_count(
+        model.config,
+        model.vocab_size,
+        model.max_sequence_length,
+        model.position_embedding_type,
+        model.share_embeddings_and_output_weights,
+    )
+    if counted != expected:
+        raise ConfigError(
+            f"the model has {counted} parameters but its configuration implies {expected}: a layer spec "
+            "(--spec) or a module builds something else than the configuration says"
+        )
+
+
+def _ddp_config(args: Namespace) -> DistributedDataParallelConfig:
+    renamed = {
+        "grad_reduce_in_fp32": args.accumulate_allreduce_grads_in_fp32,
+        "check_for_nan_in_grad": args.check_for_nan_in_loss_and_grad,
+        "bucket_size": args.ddp_bucket_size,
+        "average_in_collective": args.ddp_average_in_collective,
+        "pad_buckets_for_high_nccl_busbw": args.ddp_pad_buckets_for_high_nccl_busbw,
+    }
+    same_name = {
+        field.name: getattr(args, field.name)
+        for field in fields(DistributedDataParallelConfig)
+        if hasattr(args, field.name)
+    }
+    return DistributedDataParallelConfig(**(same_name | renamed))
+
+
+def optimizer_config_from_args(args: Namespace) -> OptimizerConfig:
+    """Every field of ``OptimizerConfig`` that has an argument of its name."""
+    values = {f.name: getattr(args, f.name) for f in fields(OptimizerConfig) if hasattr(args, f.name)}
+    return OptimizerConfig(**values)
+
+
+def update_train_iters(args: Namespace) -> None:
+    """Derive ``args.train_iters`` from ``--train-samples``; a partial last batch is dropped.
+
+    With a batch-size ramp the ramp is walked step by step, because every step consumes another number
+    of samples.
+    """
+    from megatron.core.num_microbatches_calculator import (
+        get_current_global_batch_size,
+        update_num_microbatches,
+    )
+
+    if args.train_iters:
+        return
+    if args.rampup_batch_size is None:
+        args.train_iters = args.train_samples // args.global_batch_size
+    else:
+        ramp_samples = int(args.rampup_batch_size[2])
+        iterations = consumed = 0
+        while consumed <= ramp_samples and consumed <= args.train_samples:
+            update_num_microbatches(consumed, consistency_check=False)
+            consumed += get_current_global_batch_size()
+            iterations += 1
+        update_num_microbatches(0, consistency_check=False)
+        remaining = args.train_samples - consumed
+        args.train_iters = iterations + max(remaining, 0) // args.global_batch_size
+    print_rank_0(f"setting training iterations to {args.train_iters}")
+
+
+def get_optimizer_param_scheduler(optimizer: Any) -> OptimizerParamScheduler:
+    """Learning-rate and weight-decay schedule, counted in samples.
+
+    Iteration flags become samples by the global batch size; ``--train-samples`` runs give samples
+    directly.
+    """
+    args = get_args()
+    if args.train_iters and args.train_samples is None:
+        update_train_iters(args)
+        batch = args.global_batch_size
+        decay = (args.lr_decay_iters or args.train_iters) * batch
+        args.lr_decay_iters = args.lr_decay_iters or args.train_iters
+        warmup = args.lr_warmup_iters * batch
+        wsd_decay = None if args.lr_wsd_decay_iters is None else args.lr_wsd_decay_iters * batch
+        wd_span = args.train_iters * batch
+    elif args.train_samples:
+        update_train_iters(args)
+        args.lr_decay_samples = args.lr_decay_samples or args.train_samples
+        decay = args.lr_decay_samples
+        warmup = args.lr_warmup_samples
+        wsd_decay = args.lr_wsd_decay_samples
+        wd_span = args.train_samples
+    else:
+        raise ConfigError("say how long to train: --train-iters N or --train-samples N")
+    if args.lr_warmup_fraction is not None:
+        warmup = args.lr_warmup_fraction * decay
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=args.lr_warmup_init,
+        max_lr=args.lr,
+        min_lr=args.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=decay,
+        lr_decay_style=args.lr_decay_style,
+        start_wd=args.start_weight_decay,
+        end_wd=args.end_weight_decay,
+        wd_incr_steps=wd_span,
+        wd_incr_style=args.weight_decay_incr_style,
+        use_checkpoint_opt_param_scheduler=args.use_checkpoint_opt_param_scheduler,
+        override_opt_param_scheduler=args.override_opt_param_scheduler,
+        wsd_decay_steps=wsd_decay,
+        lr_wsd_decay_style=args.lr_wsd_decay_style,
+    )
+
+
+def setup_model_and_optimizer(
+    model_provider_func: Callable,
+    model_type: ModelType,
+    no_wd_decay_cond: Callable | None = None,
+    scale_lr_cond: Callable | None = None,
+    lr_mult: float = 1.0,
+    checkpointing_context: dict | None = None,
+) -> tuple[list[torch.nn.Module], Any, OptimizerParamScheduler]:
+    """Model chunks, optimizer and scheduler, restored from ``--load`` if it holds a checkpoint.
+
+    Sets ``args.iteration`` and ``args.num_floating_point_operations_so_far``.
+    """
+    args, timers = get_args(), get_timers()
+    model = get_model(model_provider_func, model_type)
+    optimizer_config = optimizer_config_from_args(args)
+    optimizer_config.timers = timers
+    optimizer = get_megatron_optimizer(optimizer_config, model, no_wd_decay_cond, scale_lr_cond, lr_mult)
+    scheduler = get_optimizer_param_scheduler(optimizer)
+    args.iteration = 0
+    args.num_floating_point_operations_so_far = 0
+    if args.load is not None or args.pretrained_checkpoint is not None:
+        timers("load-checkpoint", log_level=0).start(barrier=True)
+        args.iteration, args.num_floating_point_operations_so_far = load_checkpoint(
+            model, optimizer, scheduler, checkpointing_context=checkpointing_context
+        )
+        timers("load-checkpoint").stop(barrier=True)
+        timers.log(["load-checkpoint"])
+    return model, optimizer, scheduler
+
+
+__all__ = [
+    "checkpoint_exists",
+    "get_model",
+    "get_optimizer_param_scheduler",
+    "optimizer_config_from_args",
+    "setup_model_and_optimizer",
+    "unwrap_model",
+    "update_train_iters",
+]

@@ -1,0 +1,83 @@
+"""What happens around each step without being part of it: profiling, garbage, hashes, synchronisation."""
+
+import gc
+import os
+from argparse import Namespace
+from typing import Any
+
+import torch
+
+from megatron.core import accelerator
+from megatron.core.errors import TrainingError
+from megatron.core.utils import check_param_hashes_across_dp_replicas
+from megatron.training.utils import print_rank_0
+
+
+class StepHooks:
+    """Context of the training loop; its methods are called around every step.
+
+    Args:
+        args: run arguments.
+        model: model chunks.
+        first_iteration: iterations finished before this run.
+    """
+
+    def __init__(self, args: Namespace, model: list[torch.nn.Module], first_iteration: int):
+        self._args = args
+        self._model = model
+        self._first_iteration = first_iteration
+        self._profiler: Any = None
+
+    def __enter__(self) -> "StepHooks":
+        if self._args.manual_gc:
+            gc.disable()
+            gc.collect()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop_profiler()
+        if self._args.manual_gc:
+            gc.enable()
+
+    def before_step(self, iteration: int) -> None:
+        """Start the profiler when its window opens."""
+        args = self._args
+        if args.profile and args.rank in args.profile_ranks and iteration == args.profile_step_start:
+            self._profiler = _make_profiler(args)
+            self._profiler.start()
+
+    def after_step(self, iteration: int) -> None:
+        """Run what is due after ``iteration`` finished iterations."""
+        args = self._args
+        if args.train_sync_interval and iteration % args.train_sync_interval == 0:
+            accelerator.synchronize()
+        interval = args.check_weight_hash_across_dp_replicas_interval
+        if interval and iteration % interval == 0:
+            if not check_param_hashes_across_dp_replicas(self._model, cross_check=True):
+                raise TrainingError(
+                    f"iteration {iteration}: the weights of data-parallel replicas differ; a device or the "
+                    "network returned wrong results. Resume from the last checkpoint."
+                )
+            print_rank_0(f">>> Weight hashes match after {iteration} iterations...")
+        if self._profiler is not None:
+            self._profiler.step()
+            if iteration >= args.profile_step_end:
+                self._stop_profiler()
+        if args.manual_gc and args.manual_gc_interval and iteration % args.manual_gc_interval == 0:
+            gc.collect()
+
+    def _stop_profiler(self) -> None:
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler = None
+
+
+def _make_profiler(args: Namespace) -> torch.profiler.profile:
+    """Profiler that writes one trace per rank, readable by TensorBoard and by chrome://tracing."""
+    directory = args.tensorboard_dir or os.path.join(args.save or ".", "profile")
+    print_rank_0(
+        f"profiling iterations {args.profile_step_start} to {args.profile_step_end} into {directory}"
+    )
+    return torch.profiler.profile(
+        record_shapes=True, on_trace_ready=torch.profiler.tensorboard_trace_handler(directory)
+    )

@@ -1,0 +1,360 @@
+"""The training loop: what a run does, from its first line to its last evaluation."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from megatron.core import accelerator
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.enums import ModelType
+from megatron.core.num_microbatches_calculator import (
+    get_current_global_batch_size,
+    get_current_running_global_batch_size,
+    get_num_microbatches,
+    update_num_microbatches,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import get_model_config
+from megatron.training.checkpointing import check_save_directory
+from megatron.training.data.loaders import (
+    build_train_valid_test_data_iterators,
+    build_train_valid_test_data_loaders,
+    build_train_valid_test_datasets,
+    cyclic_iter,
+    get_train_valid_test_num_samples,
+)
+from megatron.training.evaluation import evaluate, evaluate_and_print_results
+from megatron.training.exits import checkpoint_and_decide_exit, save_checkpoint_and_time
+from megatron.training.global_vars import flush_writers, get_args, get_timers
+from megatron.training.initialize import initialize_megatron, write_args_to_tensorboard
+from megatron.training.logging.flops import num_floating_point_operations
+from megatron.training.logging.progress import append_start_line
+from megatron.training.logging.step_log import training_log
+from megatron.training.losses import average_reports
+from megatron.training.model_setup import (
+    get_model,
+    get_optimizer_param_scheduler,
+    setup_model_and_optimizer,
+    update_train_iters,
+)
+from megatron.training.step_hooks import StepHooks
+from megatron.training.utils import (
+    calc_params_l2_norm,
+    logical_and_across_model_parallel_group,
+    print_datetime,
+    print_rank_0,
+    reduce_max_stat_across_model_parallel_group,
+)
+
+__all__ = [
+    "build_train_valid_test_data_iterators",
+    "build_train_valid_test_data_loaders",
+    "build_train_valid_test_datasets",
+    "checkpoint_and_decide_exit",
+    "cyclic_iter",
+    "evaluate",
+    "evaluate_and_print_results",
+    "get_model",
+    "get_optimizer_param_scheduler",
+    "get_train_valid_test_num_samples",
+    "num_floating_point_operations",
+    "pretrain",
+    "save_checkpoint_and_time",
+    "setup_model_and_optimizer",
+    "train",
+    "train_step",
+    "training_log",
+    "update_train_iters",
+]
+
+# Limits such as --exit-duration-in-mins count from here: importing is part of what a job waits for.
+_PROCESS_START_TIME = time.time()
+
+
+def pretrain(
+    train_valid_test_dataset_provider: Callable,
+    model_provider: Callable,
+    model_type: ModelType,
+    forward_step_func: Callable,
+    process_non_loss_data_func: Callable | None = None,
+    extra_args_provider: Callable | None = None,
+    args_defaults: dict | None = None,
+    get_embedding_ranks: Callable | None = None,
+    get_position_embedding_ranks: Callable | None = None,
+    non_loss_data_func: Callable | None = None,
+) -> None:
+    """A whole run: initialise, build, load, train, save, evaluate.
+
+    Args:
+        train_valid_test_dataset_provider: ``([n_train, n_valid, n_test]) -> three datasets or None``.
+        model_provider: ``(pre_process, post_process) -> module``.
+        model_type: kind of model.
+        forward_step_func: ``(data_iterator, model) -> (output, loss_func)``.
+        process_non_loss_data_func: ``(collected, iteration, writer)`` after an evaluation.
+        extra_args_provider, args_defaults, get_embedding_ranks, get_position_embedding_ranks: see
+            ``initialize_megatron``.
+        non_loss_data_func: ``(model) -> anything`` run at each evaluation.
+    """
+    initialize_megatron(
+        extra_args_provider,
+        args_defaults,
+        get_embedding_ranks=get_embedding_ranks,
+        get_position_embedding_ranks=get_position_embedding_ranks,
+    )
+    args, timers = get_args(), get_timers()
+    args.process_start_time = _PROCESS_START_TIME
+    if args.save is not None:
+        check_save_directory(args.save)
+    append_start_line(args)
+
+    timers("model-and-optimizer-setup", log_level=0).start(barrier=True)
+    model, optimizer, scheduler = setup_model_and_optimizer(model_provider, model_type)
+    timers("model-and-optimizer-setup").stop()
+    print_datetime("after model, optimizer, and learning rate scheduler are built")
+
+    timers("train/valid/test-data-iterators-setup", log_level=0).start(barrier=True)
+    train_iterator, valid_iterator, test_iterator = build_train_valid_test_data_iterators(
+        train_valid_test_dataset_provider
+    )
+    timers("train/valid/test-data-iterators-setup").stop()
+    print_datetime("after dataloaders are built")
+    print_rank_0("done with setup ...")
+    timers.log(["model-and-optimizer-setup", "train/valid/test-data-iterators-setup"], barrier=True)
+
+    config = get_model_config(model[0])
+    iteration = args.iteration
+    if args.skip_train:
+        print_rank_0("skipping training (--skip-train is on) ...")
+    else:
+        print_rank_0("training ...")
+        if args.do_train:
+            iteration, flops = train(
+                forward_step_func,
+                model,
+                optimizer,
+                scheduler,
+                train_iterator,
+                valid_iterator,
+                process_non_loss_data_func,
+                config,
+                {},
+                non_loss_data_func,
+            )
+            print_datetime("after training is done")
+            if args.save and iteration != 0 and iteration % args.save_interval != 0:
+                save_checkpoint_and_time(iteration, model, optimizer, scheduler, flops, {})
+
+    for name, wanted, iterator in (
+        ("validation", args.do_valid, valid_iterator),
+        ("test", args.do_test, test_iterator),
+    ):
+        if wanted:
+            evaluate_and_print_results(
+                f"iteration {iteration} on {name} set",
+                forward_step_func,
+                iterator,
+                model,
+                iteration,
+                process_non_loss_data_func,
+                config,
+                verbose=True,
+                write_to_tensorboard=not args.skip_train,
+                non_loss_data_func=non_loss_data_func,
+            )
+    flush_writers()
+
+
+def train(
+    forward_step_func: Callable,
+    model: list[torch.nn.Module],
+    optimizer: Any,
+    opt_param_scheduler: Any,
+    train_data_iterator: Iterator,
+    valid_data_iterator: Iterator | None,
+    process_non_loss_data_func: Callable | None,
+    config: Any,
+    checkpointing_context: dict,
+    non_loss_data_func: Callable | None,
+) -> tuple[int, float]:
+    """Iterate until ``--train-iters``, or until one of the exit conditions holds.
+
+    Returns:
+        (last iteration, floating-point operations of all runs so far).
+    """
+    args, timers = get_args(), get_timers()
+    write_args_to_tensorboard()
+    _connect(model, optimizer, config)
+    iteration, flops = args.iteration, args.num_floating_point_operations_so_far
+    print_rank_0(f"Setting rerun_state_machine.current_iteration to {iteration}...")
+    total_loss_dict: dict[str, Any] = {}
+    report_memory_flag, must_exit = True, False
+    print_datetime("before the start of training step")
+    timers("interval-time", log_level=0).start(barrier=True)
+
+    with StepHooks(args, model, iteration) as hooks:
+        while iteration < args.train_iters and not must_exit:
+            hooks.before_step(iteration)
+            if _batch_size_grew(args, iteration) and args.save:
+                save_checkpoint_and_time(
+                    iteration, model, optimizer, opt_param_scheduler, flops, checkpointing_context
+                )
+            get_rerun_state_machine().current_iteration = args.curr_iteration = iteration
+            if iteration in args.iterations_to_skip:
+                dummy_train_step(train_data_iterator)
+                iteration += 1
+                args.skipped_train_samples += _count_consumed_samples(args)
+                continue
+
+            losses, skipped, _, _, _, grad_norm, num_zeros = train_step(
+                forward_step_func, train_data_iterator, model, optimizer, opt_param_scheduler, config
+            )
+            iteration += 1
+            flops += num_floating_point_operations(args, _count_consumed_samples(args))
+            args.num_floating_point_operations_so_far = flops
+            report_memory_flag = training_log(
+                losses,
+                total_loss_dict,
+                *_learning_rates(optimizer),
+                iteration,
+                optimizer.get_loss_scale().item(),
+                report_memory_flag,
+                skipped,
+                grad_norm,
+                calc_params_l2_norm(model) if args.log_params_norm else None,
+                num_zeros,
+            )
+            if _evaluation_is_due(args, iteration):
+                timers("interval-time").stop()
+                evaluate_and_print_results(
+                    f"iteration {iteration}",
+                    forward_step_func,
+                    valid_data_iterator,
+                    model,
+                    iteration,
+                    process_non_loss_data_func,
+                    config,
+                    non_loss_data_func=non_loss_data_func,
+                )
+                timers("interval-time", log_level=0).start(barrier=True)
+            hooks.after_step(iteration)
+            must_exit = checkpoint_and_decide_exit(
+                model,
+                optimizer,
+                opt_param_scheduler,
+                iteration,
+                flops,
+                checkpointing_context,
+                train_data_iterator,
+            )
+    if must_exit:
+        flush_writers()
+        sys.exit(0)
+    return iteration, flops
+
+
+def _connect(model: list[torch.nn.Module], optimizer: Any, config: Any) -> None:
+    """Give the schedule its hooks: how to scale a loss, hold reductions back, and finish gradients."""
+    for chunk in model:
+        chunk.train()
+    config.grad_scale_func = optimizer.scale_loss
+    config.timers = get_timers()
+    config.no_sync_func = model[0].no_sync
+    config.finalize_model_grads_func = finalize_model_grads
+
+
+def _batch_size_grew(args: Any, iteration: int) -> bool:
+    """Move the batch-size ramp to the samples consumed so far; True when that changed the batch."""
+    before = get_num_microbatches()
+    update_num_microbatches(args.consumed_train_samples, consistency_check=False, verbose=True)
+    grew = get_num_microbatches() != before and iteration != 0
+    update_num_microbatches(args.consumed_train_samples, consistency_check=True, verbose=True)
+    return grew
+
+
+def _count_consumed_samples(args: Any) -> int:
+    """Add the batch just taken to the sample counts; returns its size.
+
+    A batch rounded down to fit the data-parallel size leaves samples behind; they count as skipped.
+    """
+    batch_size = args.data_parallel_size * args.micro_batch_size * get_num_microbatches()
+    args.consumed_train_samples += batch_size
+    args.skipped_train_samples += get_current_global_batch_size() - get_current_running_global_batch_size()
+    return batch_size
+
+
+def _learning_rates(optimizer: Any) -> tuple[float | None, float | None]:
+    """Rates in force for the next step: (ordinary groups, decoupled groups)."""
+    rates: dict[bool, float] = {}
+    for group in optimizer.param_groups:
+        rates[bool(group["is_decoupled_lr"])] = group["lr"]
+    return rates.get(False), rates.get(True)
+
+
+def _evaluation_is_due(args: Any, iteration: int) -> bool:
+    return bool(args.eval_interval) and iteration % args.eval_interval == 0 and args.do_valid
+
+
+def dummy_train_step(data_iterator: Iterator) -> None:
+    """Take the micro-batches of one step and drop them."""
+    machine = get_rerun_state_machine()
+    while machine.should_run_forward_backward(data_iterator):
+        for _ in range(get_num_microbatches()):
+            next(data_iterator)
+
+
+def train_step(
+    forward_step_func: Callable,
+    data_iterator: Iterator,
+    model: list[torch.nn.Module],
+    optimizer: Any,
+    opt_param_scheduler: Any,
+    config: Any,
+) -> tuple[dict[str, torch.Tensor], int, bool, bool, int, float | None, float | None]:
+    """One step: gradients of all micro-batches, one update.
+
+    Returns:
+        (loss per name, empty when the update was skipped; 1 if skipped else 0; whether a checkpoint and
+        an exit are asked for, and its status; gradient norm; zeros in the gradient or None).
+    """
+    args, timers = get_args(), get_timers()
+    machine = get_rerun_state_machine()
+    while machine.should_run_forward_backward(data_iterator):
+        for chunk in model:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        timers("forward-backward", log_level=1).start(barrier=args.barrier_with_L1_time)
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_step_func,
+            data_iterator=data_iterator,
+            model=model,
+            num_microbatches=get_num_microbatches(),
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            decoder_seq_length=args.decoder_seq_length,
+        )
+        timers("forward-backward").stop()
+    must_checkpoint, must_exit, exit_code = machine.should_checkpoint_and_exit()
+    if must_exit:
+        return {}, 1, must_checkpoint, must_exit, exit_code, None, None
+
+    if args.empty_unused_memory_level >= 1:
+        accelerator.empty_cache()
+    timers("optimizer", log_level=1).start(barrier=args.barrier_with_L1_time)
+    succeeded, grad_norm, num_zeros = optimizer.step()
+    timers("optimizer").stop()
+    succeeded = logical_and_across_model_parallel_group(succeeded)
+    grad_norm = reduce_max_stat_across_model_parallel_group(grad_norm)
+    if args.log_num_zeros_in_grad:
+        num_zeros = reduce_max_stat_across_model_parallel_group(num_zeros)
+    if succeeded:
+        opt_param_scheduler.step(
+            increment=get_num_microbatches() * args.micro_batch_size * args.data_parallel_size
+        )
+    if args.empty_unused_memory_level >= 2:
+        accelerator.empty_cache()
+    losses = average_reports(reports)
+    return losses, int(not succeeded), must_checkpoint, must_exit, exit_code, grad_norm, num_zeros
