@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megatron.core import accelerator
 from megatron.training.checkpointing import save_checkpoint
 from megatron.training.global_vars import get_args, get_signal_handler, get_timers
 from megatron.training.logging.progress import append_checkpoint_line
@@ -97,8 +98,6 @@ def _any_rank(flag: bool) -> bool:
     """True everywhere when it is true on one rank: ranks must leave the loop together."""
     if torch.distributed.get_world_size() == 1:
         return flag
-    from megatron.core import accelerator
-
     tensor = torch.tensor([int(flag)], device=accelerator.current_device())
     torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
     return bool(tensor.item())

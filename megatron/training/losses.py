@@ -1,5 +1,6 @@
 """Averaging what the loss function reported for each micro-batch."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ def average_reports(reports: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     for name in reports[0] if reports else ():
         values = [report[name] for report in reports]
         if isinstance(values[0], tuple | list):
-            total = torch.stack(
-                [torch.as_tensor(numerator).detach().float() for numerator, _ in values]
-            ).sum()
-            count = torch.stack([torch.as_tensor(denominator).detach().float() for _, denominator in values])
-            averages[name] = total / count.sum().clamp(min=1)
+            total, count = (_stack(column).sum() for column in zip(*values, strict=True))
+            averages[name] = total / count.clamp(min=1)
         else:
-            averages[name] = torch.stack([torch.as_tensor(v).detach().float() for v in values]).mean()
+            averages[name] = _stack(values).mean()
     return averages
+
+
+def _stack(values: Iterable[Any]) -> torch.Tensor:
+    return torch.stack([torch.as_tensor(value).detach().float() for value in values])

@@ -17,9 +17,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
-from megatron.training.checkpointing import checkpoint_exists, load_checkpoint
+from megatron.training.checkpointing import load_checkpoint
 from megatron.training.global_vars import get_args, get_timers
-from megatron.training.utils import print_rank_0, unwrap_model
+from megatron.training.utils import print_rank_0
 
 
 def get_model(
@@ -213,14 +213,3 @@ def setup_model_and_optimizer(
         timers("load-checkpoint").stop(barrier=True)
         timers.log(["load-checkpoint"])
     return model, optimizer, scheduler
-
-
-__all__ = [
-    "checkpoint_exists",
-    "get_model",
-    "get_optimizer_param_scheduler",
-    "optimizer_config_from_args",
-    "setup_model_and_optimizer",
-    "unwrap_model",
-    "update_train_iters",
-]
