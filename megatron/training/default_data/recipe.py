@@ -1,0 +1,121 @@
+"""From the standard library to a data set: corpus, vocabulary, ``.bin/.idx``, kept in a cache."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.core.errors import ConfigError, DataError
+from megatron.training.default_data.build_once import build_once
+from megatron.training.default_data.corpus import (
+    corpus_texts,
+    library_modules,
+    standard_library,
+    write_corpus,
+)
+from megatron.training.default_data.vocabulary import VOCABULARY_SIZE, train_vocabulary
+
+# Part of the cache key: raise it when the same sources should give other files.
+RECIPE_VERSION = 1
+PREPROCESS = Path(__file__).resolve().parents[3] / "tools" / "preprocess_data.py"
+
+
+@dataclass(frozen=True)
+class DefaultData:
+    """Where the finished files are."""
+
+    directory: Path
+
+    @property
+    def data_path(self) -> Path:
+        """Prefix of the ``.bin`` and ``.idx`` files, as ``--data-path`` takes it."""
+        return self.directory / "corpus_text_document"
+
+    @property
+    def vocab_file(self) -> Path:
+        return self.directory / "vocab.json"
+
+    @property
+    def merge_file(self) -> Path:
+        return self.directory / "merges.txt"
+
+
+def cache_root() -> Path:
+    """``$MEGATRON_CACHE``, else ``$XDG_CACHE_HOME/megatron-npu``, else ``~/.cache/megatron-npu``."""
+    if own := os.environ.get("MEGATRON_CACHE"):
+        return Path(own).absolute()
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(xdg):
+        return Path(xdg) / "megatron-npu"
+    try:
+        return Path.home() / ".cache" / "megatron-npu"
+    except RuntimeError as exc:
+        raise ConfigError("this user has no home directory: set MEGATRON_CACHE to a directory") from exc
+
+
+def ensure_default_data(root: Path | None = None, library: Path | None = None) -> DefaultData:
+    """Return the default data set, made first if it is not in the cache.
+
+    Args:
+        root: cache directory; default :func:`cache_root`.
+        library: directory whose Python sources are the corpus; default the standard library.
+
+    Raises:
+        DataError: no sources, or preprocessing failed.
+        ConfigError: the cache cannot be written.
+    """
+    library = library or standard_library()
+    modules = library_modules(library)
+    directory = (root or cache_root()) / "default-data" / _cache_key(modules)
+    try:
+        build_once(directory, lambda target: _build(library, modules, target), _say)
+    except OSError as exc:
+        raise ConfigError(
+            f"the default data set cannot be written under {directory.parent}: {exc}. "
+            "Set MEGATRON_CACHE to a directory with about 50 MB of room"
+        ) from exc
+    return DefaultData(directory)
+
+
+def _cache_key(modules: list[tuple[str, int]]) -> str:
+    recipe = {"version": RECIPE_VERSION, "vocabulary": VOCABULARY_SIZE, "modules": modules}
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
+    return f"python{platform.python_version()}-{digest}"
+
+
+def _build(library: Path, modules: list[tuple[str, int]], target: Path) -> None:
+    started = time.monotonic()
+    corpus = target / "corpus.jsonl"
+    documents = write_corpus(library, modules, corpus)
+    size_mb = corpus.stat().st_size / 1e6
+    _say(f"[1/3] corpus: {documents} modules of the Python standard library, {size_mb:.1f} MB")
+    _say(f"[2/3] vocabulary: training a byte-level BPE of {VOCABULARY_SIZE} tokens ...")
+    tokens = train_vocabulary(corpus_texts(corpus), target)
+    _say(f"[3/3] data set: tools/preprocess_data.py with the {tokens} tokens ...")
+    _preprocess(corpus, DefaultData(target))
+    _say(f"ready after {time.monotonic() - started:.0f} s, kept for the next run")
+
+
+def _preprocess(corpus: Path, data: DefaultData) -> None:
+    flags = {
+        "--input": corpus,
+        "--output-prefix": data.directory / "corpus",
+        "--tokenizer-type": "GPT2BPETokenizer",
+        "--vocab-file": data.vocab_file,
+        "--merge-file": data.merge_file,
+        "--workers": min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1),
+    }
+    words = [str(word) for pair in flags.items() for word in pair]
+    # The caller evaluates our stdout, so the tool's goes to stderr.
+    run = subprocess.run([sys.executable, str(PREPROCESS), *words, "--append-eod"], stdout=sys.stderr)
+    if run.returncode:
+        raise DataError(f"tools/preprocess_data.py failed with exit status {run.returncode}, see above")
+
+
+def _say(line: str) -> None:
+    print(f"default data: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,39 @@
+"""Installation: the packages ``megatron`` and ``megatron_npu``, pure Python."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# What each part needs. Only CORE is imported unless a flag or a file asks for more; the code that does
+# says which extra to install when the import fails.
+CORE = [
+    # The upper end is the newest version the tests have run with.
+    "torch>=2.6,<=2.13.0",
+    "numpy>=1.26",
+    "tokenizers>=0.20",
+]
+EXTRAS = {
+    # HuggingFace, SentencePiece / Llama2 and TikToken tokenizers
+    "tokenizers": ["transformers>=4.45", "sentencepiece>=0.2", "tiktoken>=0.7"],
+    # --yaml-cfg, .parquet and .zst input of tools/preprocess_data.py
+    "data": ["pyarrow>=15", "zstandard>=0.22", "pyyaml>=6"],
+    # --tensorboard-dir
+    "tensorboard": ["tensorboard>=2.14"],
+    # Ascend NPUs; the version of torch_npu decides the version of torch, and wants CANN to be installed
+    "npu": ["torch_npu>=2.6,<=2.13.0"],
+}
+EXTRAS["all"] = sorted({name for extra in ("tokenizers", "data", "tensorboard") for name in EXTRAS[extra]})
+EXTRAS["test"] = [*EXTRAS["all"], "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "safetensors>=0.4"]
+
+setup(
+    name="megatron-npu",
+    version="0.12.1.dev0",
+    description="Megatron-LM's commands and formats on Ascend NPUs, NVIDIA GPUs and CPUs",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron", "megatron.*", "megatron_npu", "megatron_npu.*"]),
+    install_requires=CORE,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,282 @@
+# Shared by the pretrain_gpt_distributed*.sh scripts, which source it and call launch_gpt.
+#
+# It finds Python, the device, CANN and the data, puts the flags of one recipe together, and starts
+# pretrain_gpt.py. Nothing here is needed to train: pretrain_gpt.py with the same flags does the same.
+
+usage() {
+    cat <<EOF
+usage: $(basename "$0") [--pre N] [--next N] [--shape_order SBH|BSH] [any flag of pretrain_gpt.py ...]
+
+  --pre, --pre-tockens N        tokens before a query that attention sees (65536)
+  --next, --next-tockens N      tokens after a query that attention sees (0; a GPT stays causal)
+  --shape_order, --shape-order  layout handed to the attention kernel (SBH)
+Each takes "=VALUE" or " VALUE", with "-" or "_". Every other flag goes to pretrain_gpt.py, after the
+script's own, so that it wins. "python pretrain_gpt.py --help" lists them.
+
+Environment, all optional:
+  DATA_PATH                     prefix of a .bin/.idx pair, or a blend "0.3 A 0.7 B"; without it a small
+                                corpus is made from Python's own library
+  VOCAB_FILE, MERGE_FILE        GPT-2 BPE files of that data
+  CKPT_PATH                     directory to save to, and to resume from
+  MEGATRON_DEVICE               cpu, cuda or npu instead of the device found
+  NPROC_PER_NODE                processes on this machine (1); GPUS_PER_NODE is the same
+  NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    as torchrun knows them
+  PYTHON                        interpreter to use (python3)
+  CANN_SET_ENV                  CANN's set_env.sh, where it is not found by itself
+  MEGATRON_CACHE                where the default data is kept
+EOF
+}
+
+say() { printf 'launch: %s\n' "$*"; }
+
+die() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+# split_options ARGS...: sets PRE, NEXT, SHAPE_ORDER and the array PASSED with everything else.
+split_options() {
+    PRE=65536 NEXT=0 SHAPE_ORDER=SBH PASSED=()
+    local variable value
+    while (($#)); do
+        case ${1%%=*} in
+            --pre | --pre-tockens | --pre_tockens) variable=PRE ;;
+            --next | --next-tockens | --next_tockens) variable=NEXT ;;
+            --shape | --shape-order | --shape_order) variable=SHAPE_ORDER ;;
+            *)
+                PASSED+=("$1")
+                shift
+                continue
+                ;;
+        esac
+        if [[ $1 == *=* ]]; then
+            value=${1#*=}
+        elif (($# > 1)) && [[ $2 != --* ]]; then
+            value=$2
+            shift
+        else
+            value=
+        fi
+        [[ -n $value ]] || die "${1%%=*} needs a value, for instance ${1%%=*}=${!variable}"
+        printf -v "$variable" %s "$value"
+        shift
+    done
+    [[ $PRE =~ ^-?[0-9]+$ ]] || die "--pre $PRE: a number of tokens is needed, for instance --pre=65536"
+    [[ $NEXT =~ ^-?[0-9]+$ ]] || die "--next $NEXT: a number of tokens is needed, for instance --next=0"
+    [[ $SHAPE_ORDER == [SB][BS]H ]] || die "--shape_order $SHAPE_ORDER: SBH or BSH is needed"
+}
+
+# has_flag NAME...: whether one of the flags was passed on, as "NAME VALUE" or "NAME=VALUE".
+has_flag() {
+    local word name
+    for word in "${PASSED[@]}"; do
+        for name in "$@"; do
+            [[ ${word%%=*} == "$name" ]] && return 0
+        done
+    done
+    return 1
+}
+
+# last_value NAME WORDS...: prints the value that argparse would take for NAME.
+last_value() {
+    local name=$1 found=
+    shift
+    while (($#)); do
+        case $1 in
+            "$name") found=$2 ;;
+            "$name="*) found=${1#*=} ;;
+        esac
+        shift
+    done
+    printf '%s\n' "$found"
+}
+
+# find_python: sets PYTHON; ends the script with a remedy when it is too old or packages are missing.
+find_python() {
+    PYTHON=${PYTHON:-$(command -v python3 || command -v python || true)}
+    [[ -n $PYTHON ]] || die "no python3 on PATH: install Python 3.10 or newer, or set PYTHON"
+    "$PYTHON" - <<'EOF' || exit 2
+import importlib.util, sys
+found = f"{sys.executable} (Python {sys.version.split()[0]})"
+if sys.version_info < (3, 10):
+    sys.exit(f"error: {found} is too old: Python 3.10 or newer is needed; set PYTHON=/path/to/python3")
+missing = [name for name in ("torch", "numpy", "tokenizers") if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit(f"error: {found} has no {', '.join(missing)}: activate the environment that has, set "
+             "PYTHON=/path/to/python3, or run: pip install -e . (in the checkout)")
+EOF
+}
+
+# find_device: sets DEVICE (cpu, cuda, npu ...) and DEVICE_COUNT, and makes CANN usable on an NPU.
+# Torch is asked only where the machine has a device file: its import takes seconds.
+find_device() {
+    DEVICE=${MEGATRON_DEVICE:-} DEVICE_COUNT=0
+    if [[ -z $DEVICE ]] && ! device_files nvidia0 davinci0 kfd dxg dri/renderD128; then
+        DEVICE=cpu
+    fi
+    if [[ ${DEVICE%%:*} == cpu ]]; then
+        DEVICE=cpu
+        # A torch_npu without CANN would make "import torch" fail on this host.
+        export TORCH_DEVICE_BACKEND_AUTOLOAD=${TORCH_DEVICE_BACKEND_AUTOLOAD:-0}
+        return
+    fi
+    if [[ $DEVICE == npu* ]] || device_files davinci0; then
+        source_cann
+    fi
+    local answer
+    answer=$("$PYTHON" -c 'from megatron.core import accelerator as a; print(a.device_type(), a.device_count())') ||
+        die "PyTorch cannot use this machine's accelerator, see above. MEGATRON_DEVICE=cpu trains without it"
+    read -r DEVICE DEVICE_COUNT <<<"$answer"
+}
+
+# device_files NAME...: whether one of the names exists under /dev.
+device_files() {
+    local name
+    for name in "$@"; do
+        [[ -e ${DEV_DIR:-/dev}/$name ]] && return 0
+    done
+    return 1
+}
+
+# source_cann: reads CANN's set_env.sh unless the environment has it already.
+source_cann() {
+    if [[ -n $ASCEND_HOME_PATH && ":$LD_LIBRARY_PATH:" == *":$ASCEND_HOME_PATH/"* ]]; then
+        say "CANN: $ASCEND_HOME_PATH, already in the environment"
+    else
+        local file found=
+        while IFS= read -r file; do
+            if [[ -r $file ]]; then
+                found=$file
+                break
+            fi
+        done < <(cann_candidates)
+        if [[ -n $found ]]; then
+            say "CANN: $found"
+            set +e # not ours: it may end with a test that fails
+            # shellcheck disable=SC1090
+            source "$found"
+            set -e
+        else
+            say "CANN: no set_env.sh found, going on without; CANN_SET_ENV=FILE names one"
+        fi
+    fi
+    default_env HCCL_CONNECT_TIMEOUT 1200
+    default_env PYTORCH_NPU_ALLOC_CONF expandable_segments:True
+}
+
+# cann_candidates: prints the places of set_env.sh, best first.
+cann_candidates() {
+    local root name info=${ASCEND_INSTALL_INFO:-/etc/Ascend/ascend_cann_install.info}
+    if [[ -n $CANN_SET_ENV ]]; then
+        printf '%s\n' "$CANN_SET_ENV"
+        return
+    fi
+    for root in "$ASCEND_HOME_PATH" "$ASCEND_TOOLKIT_HOME"; do
+        [[ -n $root ]] && printf '%s\n' "$root/set_env.sh" "${root%/*}/set_env.sh"
+    done
+    local installed=
+    [[ -r $info ]] && installed=$(sed -n 's/^Install_Path=//p' "$info" | head -n 1)
+    for root in "$installed" "${ASCEND_ROOT:-/usr/local/Ascend}" "${HOME:+$HOME/Ascend}"; do
+        for name in cann ascend-toolkit nnae; do
+            [[ -n $root ]] && printf '%s\n' "${root%/}/$name/set_env.sh"
+        done
+    done
+    return 0
+}
+
+# default_env NAME VALUE: exports NAME unless the user has set it, and says so.
+default_env() {
+    [[ -n ${!1} ]] && return 0
+    export "$1=$2"
+    say "set $1=$2"
+}
+
+# prepare_data: sets the array DATA_FLAGS, and EMBEDDED=1 when the default corpus is used.
+prepare_data() {
+    DATA_FLAGS=() EMBEDDED=0
+    if [[ -z $DATA_PATH ]] && ! has_flag --data-path --train-data-path --valid-data-path --test-data-path \
+        --data-args-path --per-split-data-args-path --mock-data --yaml-cfg; then
+        local answer
+        answer=$("$PYTHON" -m megatron.training.default_data) || exit $?
+        eval "$answer" # DATA_PATH, VOCAB_FILE and MERGE_FILE, quoted for the shell
+        EMBEDDED=1
+        say "data: $DATA_PATH"
+    fi
+    local words
+    if [[ $EMBEDDED == 1 ]]; then
+        DATA_FLAGS+=(--data-path "$DATA_PATH")
+    elif [[ -n $DATA_PATH ]]; then
+        read -ra words <<<"$DATA_PATH" # a blend has several words
+        DATA_FLAGS+=(--data-path "${words[@]}")
+    fi
+    [[ -n $VOCAB_FILE ]] && DATA_FLAGS+=(--vocab-file "$VOCAB_FILE")
+    [[ -n $MERGE_FILE ]] && DATA_FLAGS+=(--merge-file "$MERGE_FILE")
+    return 0
+}
+
+# start_python SCRIPT ARGS...: sets the array COMMAND, under torchrun only when there are several processes.
+start_python() {
+    COMMAND=("$PYTHON")
+    if ((PROCESSES * ${NNODES:-1} > 1)); then
+        COMMAND+=(-m torch.distributed.run --nproc-per-node "$PROCESSES" --nnodes "${NNODES:-1}"
+            --node-rank "${NODE_RANK:-0}" --master-addr "${MASTER_ADDR:-localhost}"
+            --master-port "${MASTER_PORT:-6000}")
+    fi
+    COMMAND+=("$@")
+}
+
+# count_processes: sets PROCESSES.
+count_processes() {
+    PROCESSES=${NPROC_PER_NODE:-${GPUS_PER_NODE:-1}}
+    [[ $PROCESSES =~ ^[1-9][0-9]*$ ]] || die "NPROC_PER_NODE=$PROCESSES: a number of processes is needed"
+    if ((DEVICE_COUNT > 1)) && [[ -z $NPROC_PER_NODE$GPUS_PER_NODE ]]; then
+        say "$DEVICE_COUNT $DEVICE devices found, one is used: training over several is not built yet" \
+            "(NPROC_PER_NODE sets the number of processes)"
+    fi
+}
+
+# launch_gpt RECIPE ARGS...: train, then show what the model learned. RECIPE: plain, fp16 or bf16.
+launch_gpt() {
+    set -eo pipefail
+    local recipe=$1
+    shift
+    case " $* " in *" --help "* | *" -h "*) usage && exit 0 ;; esac
+    split_options "$@"
+    find_python
+    export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
+    find_device
+    count_processes
+    prepare_data
+
+    source "$REPO/tests_gpt/recipes.sh"
+    recipe_flags "$recipe"
+    local save_flags=(--save "${CKPT_PATH:-$REPO/checkpoints/pretrain_gpt_$recipe}")
+    # A first try of the default corpus starts afresh each time; real work goes on where it stopped.
+    if [[ $EMBEDDED == 0 || -n $CKPT_PATH ]]; then
+        save_flags+=(--load "${save_flags[1]}")
+    fi
+    local flags=("${RECIPE_FLAGS[@]}" "${DATA_FLAGS[@]}" "${save_flags[@]}"
+        --pre-tockens "$PRE" --next-tockens "$NEXT" --shape-order "$SHAPE_ORDER" "${PASSED[@]}")
+    say "device $DEVICE, $PROCESSES process(es), recipe $recipe, window --pre $PRE --next $NEXT $SHAPE_ORDER"
+    start_python "$REPO/pretrain_gpt.py" "${flags[@]}"
+    if [[ $EMBEDDED == 0 ]]; then
+        exec "${COMMAND[@]}" # signals of a cluster's scheduler reach the trainer itself
+    fi
+    "${COMMAND[@]}"
+    show_sample "$(last_value --save "${flags[@]}")"
+}
+
+# show_sample DIR: prints where the checkpoint is and a text generated from it.
+show_sample() {
+    [[ ${NODE_RANK:-0} == 0 ]] || return 0
+    if [[ ! -e $1/latest_checkpointed_iteration.txt ]]; then
+        say "no checkpoint in $1, so no sample"
+        return
+    fi
+    say "checkpoint: $1, iteration $(cat "$1/latest_checkpointed_iteration.txt")"
+    say "sample: $PYTHON tools/generate.py --load $1 --prompt 'def '"
+    "$PYTHON" "$REPO/tools/generate.py" --load "$1" --prompt 'def '
+}
+
+LAUNCH_FILE=$(readlink -f -- "${BASH_SOURCE[0]}")
+REPO=${LAUNCH_FILE%/tests_gpt/*}

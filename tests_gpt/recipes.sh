@@ -1,0 +1,50 @@
+# What the pretrain_gpt_distributed*.sh scripts train: the published model on an accelerator, a small one
+# of the same kind on a CPU. Sourced by launch.sh.
+
+# recipe_flags plain|fp16|bf16: sets the array RECIPE_FLAGS from DEVICE and EMBEDDED.
+recipe_flags() {
+    RECIPE_FLAGS=(
+        --weight-decay 0.1 --clip-grad 1.0 --adam-beta1 0.9 --adam-beta2 0.95
+        --lr-decay-style cosine --lr-warmup-fraction .01
+        --distributed-backend nccl --no-gradient-accumulation-fusion
+    )
+    if [[ $DEVICE == cpu || $DEVICE == mps ]]; then
+        small_model
+    else
+        published_model
+        published_schedule
+    fi
+    case $1 in
+        plain) RECIPE_FLAGS+=(--fp16 --recompute-granularity full --recompute-method uniform) ;;
+        fp16) RECIPE_FLAGS+=(--fp16 --use-flash-attn) ;;
+        bf16) RECIPE_FLAGS+=(--bf16 --use-flash-attn) ;;
+    esac
+}
+
+# 8 layers of width 5120 (2.8 billion parameters with GPT-2's vocabulary), sequences of 8192.
+published_model() {
+    RECIPE_FLAGS+=(
+        --num-layers 8 --hidden-size 5120 --num-attention-heads 40
+        --seq-length 8192 --max-position-embeddings 8192
+        --micro-batch-size 2 --global-batch-size 2 --init-method-std 0.006
+    )
+}
+
+published_schedule() {
+    RECIPE_FLAGS+=(
+        --train-iters 500000 --lr-decay-iters 320000 --lr 0.375e-5 --min-lr 0.375e-6
+        --split 949,50,1 --log-interval 1 --save-interval 10000 --eval-interval 1000 --eval-iters 10
+    )
+}
+
+# A model and a schedule that end within two minutes on two cores.
+small_model() {
+    RECIPE_FLAGS+=(
+        --num-layers 4 --hidden-size 256 --num-attention-heads 4
+        --seq-length 256 --max-position-embeddings 256
+        --micro-batch-size 8 --global-batch-size 8 --init-method-std 0.02
+        --attention-dropout 0 --hidden-dropout 0 --initial-loss-scale 65536
+        --train-iters 300 --lr-decay-iters 300 --lr 2e-3 --min-lr 2e-4
+        --split 949,50,1 --log-interval 10 --save-interval 1000 --eval-interval 100 --eval-iters 10
+    )
+}
