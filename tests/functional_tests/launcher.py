@@ -1,0 +1,179 @@
+"""Runs entry points as a user does, without paying for their imports each time.
+
+A fork server imports torch and the entry point once; every run is a fresh process forked from it, with
+its own arguments, working directory, environment and output file.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 300
+
+_LOSS = re.compile(r"iteration +(\d+)/.*?lm loss: ([0-9.E+-]+)")
+_EVAL = re.compile(r"validation loss at (.*?) \| lm loss value: ([0-9.E+-]+)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one process left behind."""
+
+    status: int
+    output: str
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Loss by iteration, from the log lines."""
+        return {int(i): float(loss) for i, loss in _LOSS.findall(self.output)}
+
+    @property
+    def evaluations(self) -> dict[str, float]:
+        """Loss by the label of its evaluation."""
+        return {label: float(loss) for label, loss in _EVAL.findall(self.output)}
+
+    def check(self) -> "Run":
+        """Fail the test with the output unless the run ended well."""
+        assert self.status == 0, self.output
+        return self
+
+
+def _context() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    context.set_forkserver_preload(["torch", "pretrain_gpt"])
+    return context
+
+
+def _child(argv: list[str], cwd: str, env: dict[str, str], output: str, trace: str | None) -> None:
+    os.chdir(cwd)
+    os.environ.update(env)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    sys.argv = ["pretrain_gpt.py", *argv]
+
+    import torch
+
+    import pretrain_gpt
+    from megatron.training.entry import run_main
+
+    torch.set_num_threads(1)
+    if trace is not None:
+        _trace_steps(pretrain_gpt, trace)
+    with contextlib.suppress(ValueError):
+        sys.stdout.reconfigure(line_buffering=True)
+    run_main(pretrain_gpt.main)
+
+
+def _trace_steps(entry, path: str) -> None:
+    """Record the exact bits of every batch and loss."""
+    original_batch, original_loss = entry.get_batch, entry.loss_func
+
+    def get_batch(iterator):
+        batch = original_batch(iterator)
+        with open(path, "a") as file:
+            file.write(f"tokens {batch[0].flatten().tolist()}\n")
+        return batch
+
+    def loss_func(loss_mask, output):
+        result = original_loss(loss_mask, output)
+        with open(path, "a") as file:
+            file.write(f"loss {float(result[0]).hex()} {int(result[1])}\n")
+        return result
+
+    entry.get_batch, entry.loss_func = get_batch, loss_func
+
+
+class Started:
+    """A run that is going on."""
+
+    def __init__(self, process, output: Path):
+        self.process, self._output = process, output
+
+    def wait(self) -> Run:
+        """Wait for the end; a run that hangs is killed and fails the test."""
+        self.process.join(TIMEOUT_S)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+            raise AssertionError(f"no end within {TIMEOUT_S} s\n{self._output.read_text()}")
+        return Run(self.process.exitcode, self._output.read_text())
+
+    def wait_for_text(self, text: str) -> None:
+        """Wait until the run has printed ``text``."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not (self._output.exists() and text in self._output.read_text()):
+            assert self.process.is_alive() and time.monotonic() < deadline, self._output.read_text()
+            time.sleep(0.02)
+
+
+def start_pretrain_gpt(
+    argv: list[str], tmp_path: Path, env: dict[str, str] | None = None, trace: Path | None = None
+) -> Started:
+    """Start ``pretrain_gpt.py argv`` in ``tmp_path``.
+
+    Args:
+        argv: command-line words.
+        tmp_path: working directory, also home of the output file.
+        env: additional environment variables.
+        trace: file that receives the bits of every batch and loss.
+    """
+    number = sum(1 for _ in tmp_path.glob("run*.log"))
+    output = tmp_path / f"run{number}.log"
+    environment = {"MEGATRON_DEVICE": "cpu", **(env or {})}
+    process = _context().Process(
+        target=_child,
+        args=([str(w) for w in argv], str(tmp_path), environment, str(output), trace and str(trace)),
+    )
+    process.start()
+    return Started(process, output)
+
+
+def pretrain_gpt(argv: list[str], tmp_path: Path, **options) -> Run:
+    """Run ``pretrain_gpt.py argv`` to its end; options of ``start_pretrain_gpt``."""
+    return start_pretrain_gpt(argv, tmp_path, **options).wait()
+
+
+def tiny_gpt(golden: Path, tmp_path: Path, **changes: object) -> list[str]:
+    """Arguments of a GPT that trains in a second; ``changes`` replace or add flags (None drops one)."""
+    flags: dict[str, object] = {
+        "num-layers": 2,
+        "hidden-size": 32,
+        "num-attention-heads": 4,
+        "seq-length": 32,
+        "max-position-embeddings": 32,
+        "micro-batch-size": 2,
+        "global-batch-size": 4,
+        "train-iters": 8,
+        "lr": 1e-3,
+        "lr-warmup-iters": 2,
+        "tokenizer-type": "NullTokenizer",
+        "vocab-size": 500,
+        "data-path": golden / "data" / "u16_text_document",
+        "data-cache-path": tmp_path / "cache",
+        "split": "90,8,2",
+        "log-interval": 1,
+        "eval-iters": 0,
+        "eval-interval": 1000,
+        "num-workers": 0,
+        "transformer-impl": "local",
+        "ckpt-format": "torch",
+    }
+    flags.update({name.replace("_", "-"): value for name, value in changes.items()})
+    words: list[str] = []
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        words.append(f"--{name}")
+        if isinstance(value, list | tuple):
+            words += map(str, value)
+        elif value is not True:
+            words.append(str(value))
+    return words
