@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+
 from launcher import pretrain_gpt, start_pretrain_gpt, tiny_gpt
 
 STEPS = 8

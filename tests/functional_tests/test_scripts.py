@@ -165,9 +165,7 @@ def test_default_data_ends_with_a_sample_and_starts_afresh(launch, tmp_path: Pat
 
 def test_own_data_is_used_as_given_and_resumes(launch) -> None:
     run = launch(FP16, DATA_PATH="0.3 /a 0.7 /b", VOCAB_FILE="v", MERGE_FILE="m", CKPT_PATH="/c k")
-    words = run.trainer
-    start = words.index("--data-path")
-    assert words[start : start + 9] == "--data-path 0.3 /a 0.7 /b --vocab-file v --merge-file m".split()
+    assert "--data-path 0.3 /a 0.7 /b --vocab-file v --merge-file m" in " ".join(run.trainer)
     assert run.value("--save") == run.value("--load") == "/c k"
     assert not any("default_data" in word for call in run.calls for word in call)
 
@@ -183,12 +181,9 @@ def test_a_data_flag_is_enough_to_leave_the_default_data_alone(launch, flag: str
 def test_several_processes_go_through_torchrun(launch) -> None:
     env = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "7001"}
     run = launch(FP16, GPUS_PER_NODE="4", **env)
-    words = run.trainer
-    assert words[:2] == ["-m", "torch.distributed.run"]
-    start = words.index("--nproc-per-node")
-    assert words[start : start + 10] == (
-        "--nproc-per-node 4 --nnodes 2 --node-rank 1 --master-addr host --master-port 7001".split()
-    )
+    assert run.trainer[:2] == ["-m", "torch.distributed.run"]
+    expected = "--nproc-per-node 4 --nnodes 2 --node-rank 1 --master-addr host --master-port 7001"
+    assert expected in " ".join(run.trainer)
     assert launch(FP16, NPROC_PER_NODE="two").status == 2
 
 
@@ -244,26 +239,18 @@ def test_cann_is_not_read_twice_and_not_read_on_a_cpu(launch, cann: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("device_file", "expected"),
-    [(None, "device cpu"), ("davinci0", "device npu"), ("nvidia0", "device cuda")],
+    ("device_file", "device"),
+    [(None, "cpu"), ("davinci0", "npu"), ("nvidia0", "cuda")],
 )
-def test_the_device_is_found(launch, tmp_path: Path, device_file: str | None, expected: str) -> None:
+def test_the_device_is_found(launch, tmp_path: Path, device_file: str | None, device: str) -> None:
     """Torch is asked only when there is a device file."""
     dev = tmp_path / "dev"
     dev.mkdir()
     if device_file:
         (dev / device_file).touch()
-    none = str(tmp_path / "none")
-    answer = expected.split()[1] + " 1"
-    run = launch(
-        FP16,
-        MEGATRON_DEVICE="",
-        DEV_DIR=str(dev),
-        FAKE_DEVICE=answer,
-        ASCEND_INSTALL_INFO=none,
-        ASCEND_ROOT=none,
-    )
-    assert expected in run.output
+    no_cann = dict.fromkeys(("ASCEND_INSTALL_INFO", "ASCEND_ROOT"), str(tmp_path / "none"))
+    run = launch(FP16, MEGATRON_DEVICE="", DEV_DIR=str(dev), FAKE_DEVICE=f"{device} 1", **no_cann)
+    assert f"device {device}" in run.output
     assert any(call[0] == "-c" for call in run.calls) == bool(device_file)
     assert ("no set_env.sh found" in run.output) == (device_file == "davinci0")
 

@@ -1,0 +1,70 @@
+"""Counted operations against torch's own counter on a real model."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron.training.logging.flops import num_floating_point_operations
+
+
+def shape(**changes):
+    return Namespace(
+        **(
+            dict(
+                seq_length=16,
+                hidden_size=32,
+                num_layers=2,
+                num_attention_heads=4,
+                num_query_groups=1,
+                group_query_attention=False,
+                kv_channels=8,
+                ffn_hidden_size=128,
+                swiglu=False,
+                padded_vocab_size=64,
+            )
+            | changes
+        )
+    )
+
+
+def torch_count(args, batch):
+    """Operations of forward and backward of the same products, written as bare matrix products."""
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    heads, d, s, h = args.num_attention_heads, args.kv_channels, args.seq_length, args.hidden_size
+
+    def weight(rows, columns):
+        return torch.randn(rows, columns, requires_grad=True)
+
+    with FlopCounterMode(display=False) as counter:
+        x = torch.randn(batch * s, h, requires_grad=True)
+        total = (x @ weight(h, args.padded_vocab_size)).sum()
+        for _ in range(args.num_layers):
+            total = total + (x @ weight(h, (heads + 2 * groups) * d)).sum()
+            q, k, v = (torch.randn(batch * heads, s, d, requires_grad=True) for _ in range(3))
+            context = torch.bmm(torch.bmm(q, k.transpose(1, 2)), v)
+            total = total + context.sum()
+            total = (
+                total + (torch.randn(batch * s, heads * d, requires_grad=True) @ weight(heads * d, h)).sum()
+            )
+            width = args.ffn_hidden_size
+            total = total + (x @ weight(h, width * (2 if args.swiglu else 1))).sum()
+            total = total + (torch.randn(batch * s, width, requires_grad=True) @ weight(width, h)).sum()
+        total.backward()
+    # Causal attention counts half of its square: take the other half off.
+    return counter.get_total_flops() - args.num_layers * 6 * batch * heads * s * s * d
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"swiglu": True, "ffn_hidden_size": 96},
+        {"group_query_attention": True, "num_query_groups": 2},
+        {"kv_channels": 12},
+    ],
+)
+def test_formula_counts_every_product(changes):
+    args = shape(**changes)
+    assert num_floating_point_operations(args, 3) == pytest.approx(torch_count(args, 3), rel=1e-9)
