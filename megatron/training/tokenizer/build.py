@@ -1,13 +1,17 @@
 """From arguments to a tokenizer: one row per ``--tokenizer-type``."""
 
+from __future__ import annotations
+
 from argparse import Namespace
 from collections.abc import Callable
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron.core.datasets.megatron_tokenizer import MegatronTokenizer
 from megatron.core.errors import ConfigError, NotBuiltYetError
 from megatron.training.tokenizer.files import required
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.megatron_tokenizer import MegatronTokenizer
 
 
 def build_tokenizer(args: Namespace, **kwargs: Any) -> MegatronTokenizer:

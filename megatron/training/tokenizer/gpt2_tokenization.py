@@ -16,6 +16,7 @@ from megatron.training.tokenizer.byte_level import (
     character_to_byte,
     read_byte_level_files,
 )
+from megatron.training.tokenizer.fast_bpe import fast_bpe
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ class GPT2Tokenizer:
 
     Attributes:
         encoder: token to id.
-        decoder: id to token, special tokens included.
+        decoder: id to token.
+        notice: why the fast path is not in use, in one line, or None.
 
     Args:
         vocab_file: JSON object of token to id.
@@ -70,6 +72,7 @@ class GPT2Tokenizer:
         self.decoder = {index: token for token, index in self.encoder.items()}
         self._merges = files.merges
         self._bpe = build_byte_level_bpe(files)
+        self._fast, self.notice = fast_bpe(self._bpe.to_str(), lambda text: self._encode(text).ids)
         self.special_tokens: dict[str, int] = {}
         self.special_tokens_decoder: dict[int, str] = {}
         self.set_special_tokens(special_tokens)
@@ -139,11 +142,11 @@ class GPT2Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``; raises DataError for a lone surrogate."""
-        return self._encode(text).ids
+        return self._fast.encode(text) if self._fast else self._encode(text).ids
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts end to end (int32) and the length of each (int64)."""
-        return flatten([self.encode(text) for text in texts])
+        return self._fast.encode_flat(texts) if self._fast else flatten([self.encode(text) for text in texts])
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of ids. Raises DataError for an id outside the vocabulary."""

@@ -1,6 +1,7 @@
 """The tokenizer libraries, imported only when a tokenizer that needs one is built."""
 
 import importlib
+import os
 from types import ModuleType
 
 from megatron.core.errors import ConfigError
@@ -13,6 +14,9 @@ def need(module: str, asked_by: str, package: str | None = None) -> ModuleType:
         ConfigError: the package is not installed, or does not import here.
     """
     package = package or module.split(".")[0]
+    # One thread in each process: preprocessing and data loading start one process per core themselves, and a
+    # thread pool does not survive a fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         return importlib.import_module(module)
     except ImportError as error:
