@@ -1,0 +1,15 @@
+"""Optimizers: mixed precision, loss scaling, clipping, and the update itself."""
+
+from torch.optim import SGD
+
+from megatron.core.optimizer.adamw import Adam
+from megatron.core.optimizer.builder import get_megatron_optimizer
+from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+    MegatronOptimizer,
+)
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
+from megatron.core.optimizer.param_groups import _get_param_groups

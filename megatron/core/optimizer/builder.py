@@ -1,0 +1,140 @@
+"""From a configuration and a model to an optimizer."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import SGD
+
+from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
+from megatron.core.errors import ConfigError, NotBuiltYetError
+from megatron.core.optimizer.adamw import Adam, create_adam_state
+from megatron.core.optimizer.base import MegatronOptimizer
+from megatron.core.optimizer.chained import ChainedOptimizer
+from megatron.core.optimizer.fp32 import FP32Optimizer
+from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler, MegatronGradScaler
+from megatron.core.optimizer.mixed_precision import Float16OptimizerWithFloat16Params
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
+from megatron.core.optimizer.param_groups import ParamCondition, _get_param_groups
+from megatron.core.utils import log_single_rank
+
+logger = logging.getLogger(__name__)
+
+# Field of the configuration -> flag that sets it, of features whose code does not exist yet.
+_NOT_BUILT = {
+    "use_distributed_optimizer": ("the distributed optimizer", "--use-distributed-optimizer"),
+    "use_precision_aware_optimizer": ("the precision-aware optimizer", "--use-precision-aware-optimizer"),
+    "overlap_param_gather_with_optimizer_step": (
+        "gathering parameters during the optimizer step",
+        "--overlap-param-gather-with-optimizer-step",
+    ),
+    "optimizer_cpu_offload": ("keeping optimizer state on the host", "--optimizer-cpu-offload"),
+}
+
+
+def get_megatron_optimizer(
+    config: OptimizerConfig,
+    model_chunks: list[torch.nn.Module],
+    no_weight_decay_cond: ParamCondition | None = None,
+    scale_lr_cond: ParamCondition | None = None,
+    lr_mult: float = 1.0,
+    use_gloo_process_groups: bool = True,
+) -> ChainedOptimizer:
+    """Optimizer over all trainable parameters of ``model_chunks``, to be built after they are wrapped for
+    DDP.
+
+    Args:
+        config: settings.
+        model_chunks: the model, or its pipeline chunks.
+        no_weight_decay_cond: (name, parameter) -> True for no weight decay; default biases and 1-D tensors.
+        scale_lr_cond: (name, parameter) -> True for a rate multiplied by ``lr_mult``; default none.
+        use_gloo_process_groups: whether sharded state may be collected over host memory (no sharded state
+            yet).
+
+    Raises:
+        NotBuiltYetError: a setting whose code does not exist yet.
+        ConfigError: no learning rate, or a model without trainable parameters.
+    """
+    for field, (feature, flag) in _NOT_BUILT.items():
+        if getattr(config, field):
+            raise NotBuiltYetError(feature, flag, f"Leave {flag} out.")
+    if config.lr is None:
+        raise ConfigError("the optimizer has no learning rate: set lr (--lr), for example to 1e-4")
+    if has_config_logger_enabled(config):
+        log_config_to_disk(config, {"config": config}, prefix="get_megatron_optimizer")
+    log_single_rank(logger, logging.INFO, "optimizer: %s", config)
+    groups = _get_param_groups(
+        model_chunks,
+        no_weight_decay_cond,
+        scale_lr_cond,
+        lr_mult,
+        lr=config.lr,
+        min_lr=config.min_lr,
+        decoupled_lr=config.decoupled_lr,
+        decoupled_min_lr=config.decoupled_min_lr,
+    )
+    if not groups:
+        raise ConfigError(
+            "the model has no parameter that requires a gradient: unfreeze some, or do not train it"
+        )
+    if any(group["is_expert_parallel"] for group in groups):
+        raise NotBuiltYetError("an optimizer for expert-parallel parameters", "--expert-model-parallel-size")
+    return ChainedOptimizer([_build_member(config, groups)])
+
+
+def _build_member(config: OptimizerConfig, groups: list[dict[str, Any]]) -> MegatronOptimizer:
+    """The optimizer of one set of param groups."""
+    torch_optimizer, create_state = _build_torch_optimizer(config, groups)
+    if config.fp16 or config.bf16:
+        return Float16OptimizerWithFloat16Params(
+            torch_optimizer, config, _build_grad_scaler(config), create_state
+        )
+    return FP32Optimizer(torch_optimizer, config, create_state)
+
+
+def _build_torch_optimizer(
+    config: OptimizerConfig, groups: list[dict[str, Any]]
+) -> tuple[torch.optim.Optimizer, Callable[[torch.optim.Optimizer], None]]:
+    """The inner optimizer, and the function that creates its state ahead of the first step."""
+    common = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "adam":
+        betas = (config.adam_beta1, config.adam_beta2)
+        return Adam(groups, betas=betas, eps=config.adam_eps, **common), _create_adam_states
+    return _build_sgd(groups, momentum=config.sgd_momentum, **common), _create_momenta
+
+
+def _build_sgd(groups: list[dict[str, Any]], **settings: float) -> SGD:
+    """SGD by torch's single-pass kernel where the device has it."""
+    try:
+        return SGD([dict(group) for group in groups], fused=True, **settings)
+    except RuntimeError:
+        return SGD(groups, **settings)
+
+
+def _create_adam_states(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            create_adam_state(optimizer.state[param], param)
+
+
+def _create_momenta(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            optimizer.state[param].setdefault("momentum_buffer", torch.zeros_like(param))
+
+
+def _build_grad_scaler(config: OptimizerConfig) -> MegatronGradScaler | None:
+    """Constant if a scale is given, dynamic for fp16, none for bf16."""
+    if config.loss_scale is not None:
+        return ConstantGradScaler(config.loss_scale)
+    if not config.fp16:
+        return None
+    return DynamicGradScaler(
+        initial_scale=config.initial_loss_scale,
+        min_scale=config.min_loss_scale,
+        growth_factor=2.0,
+        backoff_factor=0.5,
+        growth_interval=config.loss_scale_window,
+        hysteresis=config.hysteresis,
+    )

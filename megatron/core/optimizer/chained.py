@@ -1,0 +1,136 @@
+"""Several optimizers that step as one."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.core.errors import CheckpointError
+from megatron.core.optimizer.base import MegatronOptimizer
+
+
+class ProxyDict:
+    """A view over several dicts, with keys (number of the dict, key in it)."""
+
+    def __init__(self, inner_dicts: list[dict[Any, Any]]):
+        self._inner_dicts = inner_dicts
+
+    def __getitem__(self, key: tuple[int, Any]) -> Any:
+        number, inner_key = key
+        return self._inner_dicts[number][inner_key]
+
+    def __setitem__(self, key: tuple[int, Any], value: Any) -> None:
+        number, inner_key = key
+        self._inner_dicts[number][inner_key] = value
+
+    def __len__(self) -> int:
+        return sum(map(len, self._inner_dicts))
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        return ((number, key) for number, inner in enumerate(self._inner_dicts) for key in inner)
+
+    def items(self) -> Iterator[tuple[tuple[int, Any], Any]]:
+        """Pairs of a full key and its value."""
+        return ((key, self[key]) for key in self)
+
+
+class ChainedOptimizer(MegatronOptimizer):
+    """Steps its members together: an overflow in one skips all, and one norm over all decides on clipping.
+
+    Args:
+        chained_optimizers: one or more members.
+    """
+
+    def __init__(self, chained_optimizers: list[MegatronOptimizer]):
+        # Not the base class's constructor: there is no torch optimizer of the chain's own to wrap.
+        self.chained_optimizers = chained_optimizers
+        self.config = chained_optimizers[0].config
+        self.is_stub_optimizer = False
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer of an only member.
+
+        Raises:
+            AttributeError: there are several.
+        """
+        if len(self.chained_optimizers) > 1:
+            raise AttributeError(
+                f"{len(self.chained_optimizers)} chained optimizers have no single torch optimizer: "
+                "ask one of .chained_optimizers"
+            )
+        return self.chained_optimizers[0].optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for member in self.chained_optimizers for group in member.param_groups]
+
+    @property
+    def state(self) -> ProxyDict:
+        return ProxyDict([member.state for member in self.chained_optimizers])
+
+    def prepare_grads(self) -> bool:
+        # All members, also after an overflow: each has a loss scale to update.
+        overflows = [member.prepare_grads() for member in self.chained_optimizers]
+        return any(overflows)
+
+    def step_with_ready_grads(self) -> bool:
+        successes = [member.step_with_ready_grads() for member in self.chained_optimizers]
+        return all(successes)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for member in self.chained_optimizers:
+            member.zero_grad(set_to_none)
+
+    def grads_states_parallel_group_is_shared(self) -> bool:
+        """True when all members add their statistics up over the same ranks."""
+        groups = [member.get_grad_stats_parallel_group() for member in self.chained_optimizers]
+        return all(group is groups[0] for group in groups)
+
+    def get_grad_stats_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.chained_optimizers[0].get_grad_stats_parallel_group()
+
+    def get_main_grads_for_grad_norm(self) -> list[Tensor]:
+        return [grad for member in self.chained_optimizers for grad in member.get_main_grads_for_grad_norm()]
+
+    def get_grad_norm(self) -> float:
+        if self.grads_states_parallel_group_is_shared():
+            return super().get_grad_norm()
+        return math.sqrt(sum(member.get_grad_norm() ** 2 for member in self.chained_optimizers))
+
+    def count_zeros(self) -> float:
+        return sum(member.count_zeros() for member in self.chained_optimizers)
+
+    def get_loss_scale(self) -> Tensor:
+        return self.chained_optimizers[0].get_loss_scale()
+
+    def reload_model_params(self) -> None:
+        for member in self.chained_optimizers:
+            member.reload_model_params()
+
+    def state_dict(self) -> dict[str, Any] | list[dict[str, Any]]:
+        """State of an only member as it is, of several as a list."""
+        states = [member.state_dict() for member in self.chained_optimizers]
+        return states[0] if len(states) == 1 else states
+
+    def load_state_dict(self, state_dict: dict[Any, Any] | list[dict[str, Any]]) -> None:
+        """Takes what :meth:`state_dict` gives; several members also a dict keyed by their number."""
+        if len(self.chained_optimizers) == 1:
+            saved = [state_dict] if isinstance(state_dict, dict) else list(state_dict)
+        else:
+            saved = (
+                [state_dict[key] for key in sorted(state_dict)]
+                if isinstance(state_dict, dict)
+                else state_dict
+            )
+        if len(saved) != len(self.chained_optimizers):
+            raise CheckpointError(
+                f"the checkpoint holds {len(saved)} chained optimizers, this run has "
+                f"{len(self.chained_optimizers)}: "
+                "resume with the expert-parallel flags of the saved run, or pass --no-load-optim"
+            )
+        for member, member_state in zip(self.chained_optimizers, saved, strict=True):
+            member.load_state_dict(member_state)

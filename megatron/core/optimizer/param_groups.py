@@ -1,0 +1,71 @@
+"""Which parameters share a learning rate and a weight decay."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+# (name, parameter) -> bool
+ParamCondition = Callable[[str, torch.nn.Parameter], bool]
+
+
+def _get_param_groups(
+    model_chunks: Iterable[torch.nn.Module],
+    no_weight_decay_cond: ParamCondition | None,
+    scale_lr_cond: ParamCondition | None,
+    lr_mult: float,
+    lr: float | None,
+    min_lr: float | None,
+    decoupled_lr: float | None,
+    decoupled_min_lr: float | None,
+) -> list[dict[str, Any]]:
+    """Trainable parameters in registration order, grouped; groups in order of their first parameter.
+
+    Two parameters share a group when they agree in weight-decay multiplier, learning-rate multiplier, being
+    an expert weight, and having the decoupled learning rate.
+
+    Args:
+        no_weight_decay_cond: True for parameters that do not decay; default biases and 1-D tensors (norm
+            scales).
+        scale_lr_cond: True for parameters whose rate is multiplied by ``lr_mult``; default none.
+        lr: peak rate, and ``min_lr`` floor, of ordinary groups.
+        decoupled_lr: peak rate of word embeddings and output layer (None: they are ordinary), and
+            ``decoupled_min_lr`` its floor (None: ``min_lr``).
+    """
+    no_decay = no_weight_decay_cond or _is_bias_or_vector
+    groups: dict[tuple[float, float, bool, bool], list[torch.nn.Parameter]] = {}
+    for chunk in model_chunks:
+        for name, param in chunk.named_parameters():
+            if not param.requires_grad:
+                continue
+            key = (
+                0.0 if no_decay(name, param) else 1.0,
+                lr_mult if scale_lr_cond is not None and scale_lr_cond(name, param) else 1.0,
+                not getattr(param, "allreduce", True),
+                decoupled_lr is not None and getattr(param, "is_embedding_or_output_parameter", False),
+            )
+            groups.setdefault(key, []).append(param)
+    ordinary = (lr, min_lr)
+    decoupled = (decoupled_lr, min_lr if decoupled_min_lr is None else decoupled_min_lr)
+    return [_describe(key, params, decoupled if key[3] else ordinary) for key, params in groups.items()]
+
+
+def _is_bias_or_vector(name: str, param: torch.nn.Parameter) -> bool:
+    return name.endswith(".bias") or param.dim() == 1
+
+
+def _describe(
+    key: tuple[float, float, bool, bool],
+    params: list[torch.nn.Parameter],
+    limits: tuple[float | None, float | None],
+) -> dict[str, Any]:
+    wd_mult, lr_mult, is_expert_parallel, is_decoupled_lr = key
+    return {
+        "params": params,
+        "wd_mult": wd_mult,
+        "lr_mult": lr_mult,
+        "is_expert_parallel": is_expert_parallel,
+        "is_decoupled_lr": is_decoupled_lr,
+        "max_lr": limits[0],
+        "min_lr": limits[1],
+    }
