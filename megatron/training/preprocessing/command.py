@@ -1,0 +1,155 @@
+"""The run of ``tools/preprocess_data.py``, from the arguments to the renamed files."""
+
+import signal
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from megatron.core.errors import DataError, MegatronError
+from megatron.training.preprocessing.blocks import Block
+from megatron.training.preprocessing.encoding import Encoder, TokenizerFacts
+from megatron.training.preprocessing.flags import notices, parse_arguments
+from megatron.training.preprocessing.inputs import InputFile, find_inputs
+from megatron.training.preprocessing.output import OutputFiles
+from megatron.training.preprocessing.pool import Failure, Outcomes, WorkerPool, map_here
+from megatron.training.preprocessing.progress import Progress
+from megatron.training.preprocessing.readers import Source, open_source
+from megatron.training.preprocessing.records import RecordError
+from megatron.training.preprocessing.writer import Writer
+
+
+class InterruptedRunError(MegatronError):
+    """The user or the batch system stopped the run."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_status = 128 + number
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, check, run.
+
+    Raises:
+        MegatronError: whatever went wrong; no output file has then been made or changed.
+    """
+    args = parse_arguments(argv)
+    for line in notices(args):
+        print(f"note: {line}", file=sys.stderr)
+    with _signals_as_errors():
+        files = find_inputs(args.input)
+        level = "sentence" if args.split_sentences else "document"
+        with OutputFiles([f"{args.output_prefix}_{key}_{level}" for key in args.json_keys]) as output:
+            for path in output.leftovers():
+                print(
+                    f"note: {path} is left of a killed run, unless that one is still at work", file=sys.stderr
+                )
+            try:
+                preprocess(args, files, output)
+            except MegatronError as error:
+                error.args = (f"{error}\n       No output file was made or changed.",)
+                raise
+
+
+def preprocess(args: Namespace, files: list[InputFile], output: OutputFiles) -> None:
+    """Encode all files into ``output``."""
+    started = time.monotonic()
+    with ExitStack() as stack:
+        facts, run = _start_work(args, stack)
+        # Blocks of neighbours joined in order are the input in its own order, so one part does for them.
+        writer = Writer(output, facts.dtype, 1 if args.keep_sequential_samples else args.partitions)
+        print(f"Time to startup: {time.monotonic() - started}", flush=True)
+        progress = Progress(args.log_interval, sum(file.size_bytes for file in files))
+        _encode_all(_Sources(files, args.json_keys), run, writer, progress)
+    writer.finish()
+    _summarise(output, writer, progress)
+
+
+def _start_work(args: Namespace, stack: ExitStack) -> tuple[TokenizerFacts, Any]:
+    build = partial(Encoder, args)
+    if args.workers == 1:
+        encoder = build()
+        return encoder.facts, partial(map_here, encoder)
+    pool = stack.enter_context(WorkerPool(build, args.workers))
+    return pool.facts, pool.map_in_order
+
+
+class _Sources:
+    """The inputs, opened one after the other."""
+
+    def __init__(self, files: list[InputFile], keys: list[str]):
+        self._files = files
+        self._keys = keys
+        self.opened: list[Source] = []
+
+    def blocks(self) -> Iterator[Block]:
+        """All blocks of all inputs.  Raises DataError for an input without a record."""
+        for index, file in enumerate(self._files):
+            print(f"Opening {file.path}", flush=True)
+            self.opened.append(open_source(index, file, self._keys))
+            block = None
+            for block in self.opened[-1].blocks:
+                yield block
+            if block is None:
+                raise DataError(f"{file.path}: there is no document in this file; leave it out")
+
+    def bytes_before(self, index: int) -> int:
+        return sum(file.size_bytes for file in self._files[:index])
+
+
+def _encode_all(sources: _Sources, run: Any, writer: Writer, progress: Progress) -> None:
+    """Write every block; records are counted for each input, so that a message can say where."""
+    counts: dict[int, int] = {}
+    outcomes: Outcomes = run(sources.blocks())
+    for block, outcome in outcomes:
+        source = sources.opened[block.source]
+        before = counts.get(block.source, 0)
+        if isinstance(outcome, Failure):
+            raise _located(outcome.error, source, before)
+        counts[block.source] = before + outcome.documents
+        writer.append(outcome)
+        progress.advance(outcome.documents, sources.bytes_before(block.source) + block.end)
+
+
+def _located(error: MegatronError, source: Source, before: int) -> MegatronError:
+    if not isinstance(error, RecordError):
+        return error
+    number = before + error.index + 1
+    place = (
+        f"{source.file.path}:{number}"
+        if source.unit == "line"
+        else f"{source.file.path}: {source.unit} {number}"
+    )
+    return DataError(f"{place}: {error.problem}")
+
+
+def _summarise(output: OutputFiles, writer: Writer, progress: Progress) -> None:
+    seconds = progress.seconds
+    rate = progress.bytes_used / seconds / 1e6
+    for prefix in output.prefixes:
+        print(f"Wrote {prefix}.bin and .idx")
+    print(
+        f"{writer.documents} documents, {writer.sequences} sequences, {writer.tokens} tokens "
+        f"in {seconds:.1f} s ({rate:.1f} MB/s of input)",
+        flush=True,
+    )
+
+
+@contextmanager
+def _signals_as_errors() -> Iterator[None]:
+    """Let Ctrl-C, a batch system's SIGTERM and a closed terminal end the run with everything tidied up."""
+
+    def stop(number: int, _: object) -> None:
+        raise InterruptedRunError(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    ours = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # as under nohup
+    kept = [signal.signal(number, stop) for number in ours]
+    try:
+        yield
+    finally:
+        for number, handler in zip(ours, kept, strict=True):
+            signal.signal(number, handler)

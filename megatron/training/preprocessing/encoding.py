@@ -1,0 +1,176 @@
+"""Texts of a block to packed token arrays."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron.core.datasets.indexed_dataset import DType
+from megatron.core.errors import ConfigError
+from megatron.training.preprocessing.blocks import Block
+from megatron.training.preprocessing.records import RecordError, values_of
+from megatron.training.preprocessing.sentences import load_splitter
+from megatron.training.tokenizer import build_tokenizer
+
+
+@dataclass
+class Packed:
+    """The tokens of some consecutive documents under one key.
+
+    Args:
+        tokens: ids of all sequences back to back, in the dtype of the data set.
+        sequence_lengths: int32, tokens in each sequence, none of them 0.
+        sequences_per_document: int64, 0 for an empty document; None when every document is one sequence.
+    """
+
+    tokens: np.ndarray
+    sequence_lengths: np.ndarray
+    sequences_per_document: np.ndarray | None
+
+
+@dataclass
+class EncodedBlock:
+    """What becomes of one block: one :class:`Packed` for each key, in the order of ``--json-keys``."""
+
+    documents: int
+    keys: list[Packed]
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What the coordinator has to know about the tokenizer that the workers use."""
+
+    vocab_size: int | None
+    dtype: type[np.number]
+
+
+class Encoder:
+    """Parses and tokenizes blocks. Built once in every worker process, from the arguments.
+
+    Args:
+        args: tokenizer flags, and what ``flags.py`` says of keys, sentences and the end of documents.
+
+    Raises:
+        ConfigError: the tokenizer has no end-of-document id, or the sentence splitter is missing.
+        MegatronError: whatever the tokenizer's own files give rise to.
+    """
+
+    def __init__(self, args: Namespace):
+        self._keys: list[str] = args.json_keys
+        self._split = load_splitter(args.lang, args.keep_newlines) if args.split_sentences else None
+        self._tokenizer = build_tokenizer(args)
+        self._eod = _eod_of(self._tokenizer, args.tokenizer_type) if args.append_eod else None
+        vocab_size = self._tokenizer.vocab_size
+        self.facts = TokenizerFacts(vocab_size, DType.optimal_dtype(vocab_size))
+
+    def __call__(self, block: Block) -> EncodedBlock:
+        """Encode one block.
+
+        Raises:
+            RecordError: a record that cannot be used, with its index in the block.
+        """
+        columns = values_of(block, self._keys)
+        packed = [self._encode(key, column) for key, column in zip(self._keys, columns, strict=True)]
+        return EncodedBlock(len(columns[0]), packed)
+
+    def _encode(self, key: str, values: list[str | list[str]]) -> Packed:
+        texts, counts = self._sentences(values)
+        ids, lengths = self._tokenize(key, texts, counts)
+        if len(ids):
+            self._check_range(key, ids, lengths, counts)
+        return pack(ids, lengths, counts, self._eod, self.facts.dtype)
+
+    def _sentences(self, values: list[str | list[str]]) -> tuple[list[str], np.ndarray | None]:
+        """All texts to tokenize, and how many of them belong to each document (None: one each)."""
+        if self._split is None and all(type(value) is str for value in values):
+            return values, None
+        split = self._split or (lambda text: [text])
+        documents = [split(value) if isinstance(value, str) else value for value in values]
+        counts = np.fromiter((len(sentences) for sentences in documents), np.int64, len(documents))
+        return [sentence for sentences in documents for sentence in sentences], counts
+
+    def _tokenize(
+        self, key: str, texts: list[str], counts: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if not texts:
+            return np.empty(0, np.int32), np.empty(0, np.int64)
+        try:
+            return self._tokenizer.tokenize_flat(texts)
+        except MemoryError:
+            raise
+        except Exception:
+            self._find_refused_text(key, texts, counts)
+            raise
+
+    def _find_refused_text(self, key: str, texts: list[str], counts: np.ndarray | None) -> None:
+        """Tokenize one by one, to name the record whose text the tokenizer does not take."""
+        for place, text in enumerate(texts):
+            try:
+                self._tokenizer.tokenize_flat([text])
+            except Exception as error:
+                problem = f"the tokenizer does not take the text of the key '{key}': {error}"
+                raise RecordError(_document_of(place, counts), problem) from error
+
+    def _check_range(self, key: str, ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray | None) -> None:
+        limit = np.iinfo(self.facts.dtype).max
+        if ids.min() >= 0 and ids.max() <= limit:
+            return
+        first = int(np.flatnonzero((ids < 0) | (ids > limit))[0])
+        place = int(np.searchsorted(np.cumsum(lengths), first, side="right"))
+        raise RecordError(
+            _document_of(place, counts),
+            f"the text of the key '{key}' gives the token id {ids[first]}, which a vocabulary of "
+            f"{self.facts.vocab_size} (stored as {np.dtype(self.facts.dtype).name}) cannot hold",
+        )
+
+
+def pack(
+    ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray | None, eod: int | None, dtype: type[np.number]
+) -> Packed:
+    """Drop empty sequences, append the end-of-document id, convert to the stored dtype.
+
+    Args:
+        ids: tokens of all sequences back to back.
+        lengths: tokens in each sequence, 0 allowed.
+        counts: sequences in each document; None when every document is one sequence.
+        eod: id appended to the last sequence of every document that has tokens, or None.
+        dtype: of the data set.
+    """
+    per_document = None
+    full = lengths > 0
+    if counts is not None or not full.all():
+        counts = np.ones(len(lengths), np.int64) if counts is None else counts
+        document = np.repeat(np.arange(len(counts)), counts)  # of each sequence
+        per_document = np.bincount(document[full], minlength=len(counts))
+        lengths = lengths[full]
+    lengths = lengths.astype(np.int32)
+    if eod is None or not len(lengths):
+        return Packed(ids.astype(dtype), lengths, per_document)
+    filled = np.ones(len(lengths), np.int64) if per_document is None else per_document[per_document > 0]
+    last = np.cumsum(filled) - 1  # sequence of each document that has one
+    lengths[last] += 1
+    ends = np.cumsum(lengths, dtype=np.int64)[last] - 1
+    tokens = np.empty(len(ids) + len(last), dtype)
+    is_token = np.ones(len(tokens), bool)
+    is_token[ends] = False
+    tokens[is_token] = ids
+    tokens[ends] = eod
+    return Packed(tokens, lengths, per_document)
+
+
+def _document_of(place: int, counts: np.ndarray | None) -> int:
+    """Index of the document to which the text at ``place`` belongs."""
+    return place if counts is None else int(np.searchsorted(np.cumsum(counts), place, side="right"))
+
+
+def _eod_of(tokenizer: Any, name: str) -> int:
+    try:
+        eod = tokenizer.eod
+    except (NotImplementedError, AttributeError):
+        eod = None
+    if eod is None:
+        raise ConfigError(
+            f"--append-eod: the tokenizer {name} has no end-of-document token; leave the flag out"
+        )
+    return int(eod)

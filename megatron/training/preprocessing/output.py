@@ -1,0 +1,133 @@
+"""Output files that appear all together, finished, or not at all.
+
+A run writes into a directory of its own beside the results; at its end everything is renamed. A run that
+fails, or is killed, leaves older files as they were.
+"""
+
+import glob
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron.core.errors import ConfigError, DataError
+
+SUFFIXES = (".bin", ".idx")
+_Path = str | Path
+
+
+class OutputFiles:
+    """The ``.bin/.idx`` pairs of a run, all in one directory.
+
+    Args:
+        prefixes: of the pairs.
+
+    Attributes:
+        unfinished: the directory to write them in, under the last part of their names.
+
+    Raises:
+        ConfigError: the directory is missing or cannot be written, or a directory has an output's name.
+    """
+
+    def __init__(self, prefixes: list[str]):
+        self.prefixes = prefixes
+        self.directory = Path(prefixes[0]).absolute().parent
+        if not self.directory.is_dir():
+            raise ConfigError(
+                f"--output-prefix: no directory {self.directory}; make it first: mkdir -p {self.directory}"
+            )
+        for path in self._paths():
+            if os.path.isdir(path):
+                raise ConfigError(f"--output-prefix: {path} is a directory; choose another prefix")
+        try:
+            label = f".{Path(prefixes[0]).name}.unfinished-"
+            self.unfinished = Path(tempfile.mkdtemp(prefix=label, dir=self.directory))
+        except OSError as error:
+            raise ConfigError(
+                f"--output-prefix: the directory {self.directory} cannot be written: {error.strerror}"
+            ) from error
+
+    def __enter__(self) -> "OutputFiles":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+
+    def unfinished_prefixes(self) -> list[str]:
+        """Where to write each pair, in the order of ``prefixes``."""
+        return [str(self.unfinished / Path(prefix).name) for prefix in self.prefixes]
+
+    def leftovers(self) -> list[Path]:
+        """Directories like our own that runs before this one did not live to remove."""
+        label = self.unfinished.name.rsplit("-", 1)[0]
+        found = self.directory.glob(f"{glob.escape(label)}-*")
+        return sorted(path for path in found if path != self.unfinished)
+
+    def publish(self) -> None:
+        """Give the finished files their names, in place of older ones; all of them or none."""
+        paths = self._paths()
+        new = [self.unfinished / path.name for path in paths]
+        for file in new:
+            _sync(file)
+        aside = [(path, self.unfinished / f"{path.name}.replaced") for path in paths if path.exists()]
+        # Indices leave first and come last: an old index never stands beside new tokens.
+        moves = [*reversed(aside), *zip(new, paths, strict=True)]
+        with _uninterrupted():
+            _rename_all(moves)
+        _sync(self.directory)
+
+    def _paths(self) -> list[Path]:
+        return [Path(prefix + suffix).absolute() for suffix in SUFFIXES for prefix in self.prefixes]
+
+
+@contextmanager
+def failures_told(directory: Path, progress: Callable[[], str]) -> Iterator[None]:
+    """Turn a failure to write into a message that says how far the run got.
+
+    Raises:
+        DataError: in place of an OSError, or of a DataError made of one (no space left, quota, ...).
+    """
+    try:
+        yield
+    except (OSError, DataError) as error:
+        cause = error.__cause__ if isinstance(error, DataError) else error
+        if not isinstance(cause, OSError):
+            raise
+        raise DataError(
+            f"writing in {directory} failed: {cause.strerror or cause}, after {progress()}; free some space "
+            "there, or choose another --output-prefix"
+        ) from error
+
+
+def _rename_all(moves: list[tuple[_Path, _Path]]) -> None:
+    """Rename one after the other; when one fails, undo those before it."""
+    done: list[tuple[_Path, _Path]] = []
+    try:
+        for source, target in moves:
+            os.replace(source, target)
+            done.append((source, target))
+    except OSError:
+        for source, target in reversed(done):
+            os.replace(target, source)
+        raise
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back for the moment that the renaming takes."""
+    kept = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, kept)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
