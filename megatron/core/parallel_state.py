@@ -12,7 +12,12 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron.core.errors import ConfigError, NotBuiltYetError
-from megatron.core.rank_grid import RankGenerator, generate_masked_orthogonal_rank_groups  # noqa: F401
+from megatron.core.process_groups import GroupFactory
+from megatron.core.rank_grid import (
+    RankGenerator,  # noqa: F401
+    generate_masked_orthogonal_rank_groups,  # noqa: F401
+    make_grids,
+)
 from megatron.core.utils import GlobalMemoryBuffer
 
 # Variable that holds a group -> (grid it is cut from, axes that vary inside it). The expert grid spans
@@ -103,7 +108,7 @@ def initialize_model_parallel(
         if asked:
             raise NotBuiltYetError(feature)
 
-    grids = _make_grids(
+    grids = make_grids(
         dist.get_world_size(),
         tensor_model_parallel_size,
         pipeline_model_parallel_size,
@@ -112,7 +117,7 @@ def initialize_model_parallel(
         expert_tensor_parallel_size or tensor_model_parallel_size,
         order,
     )
-    factory = _GroupFactory(timedelta(minutes=distributed_timeout_minutes))
+    factory = GroupFactory(timedelta(minutes=distributed_timeout_minutes))
     for name, (grid, axes) in _GROUP_AXES.items():
         _add_group(name, factory, grids[grid].get_ranks(axes))
     pipelines = grids["dense"].get_ranks("pp")
@@ -123,59 +128,13 @@ def initialize_model_parallel(
     for name, choose in holders.items():
         _add_group(name, factory, [choose(ranks) for ranks in pipelines])
     if create_gloo_process_groups:
-        gloo = _GroupFactory(timedelta(minutes=distributed_timeout_minutes), backend="gloo")
+        gloo = GroupFactory(timedelta(minutes=distributed_timeout_minutes), backend="gloo")
         for name in ("_DATA_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP_WITH_CP", "_EXPERT_DATA_PARALLEL_GROUP"):
             _add_group(f"{name}_GLOO", gloo, [_RANKS[name]])
     _MEMORY_BUFFER[:] = [GlobalMemoryBuffer()]
 
 
-def _make_grids(
-    world_size: int, tp: int, pp: int, cp: int, ep: int, expert_tp: int, order: str
-) -> dict[str, RankGenerator]:
-    """The dense and the expert grid of a world.
-
-    Raises:
-        ConfigError: a grid does not fill the world, or the two disagree on the pipelines.
-    """
-    for label, model_size in (
-        (f"tensor {tp} x pipeline {pp} x context {cp}", tp * pp * cp),
-        (f"expert tensor {expert_tp} x expert {ep} x pipeline {pp}", expert_tp * ep * pp),
-    ):
-        if world_size % model_size:
-            fitting = list(range(model_size, world_size + model_size, model_size))[-2:]
-            raise ConfigError(
-                f"a world of {world_size} ranks does not divide into {label} = {model_size} ranks: "
-                f"start {' or '.join(map(str, fitting))} ranks, or choose smaller sizes"
-            )
-    dense = RankGenerator(tp=tp, ep=1, dp=world_size // (tp * pp * cp), pp=pp, cp=cp, order=order)
-    expert_dp = world_size // (expert_tp * ep * pp)
-    expert = RankGenerator(tp=expert_tp, ep=ep, dp=expert_dp, pp=pp, cp=1, order=order)
-    if dense.get_ranks("pp") != expert.get_ranks("pp"):
-        raise ConfigError(
-            f"rank order {order!r} gives dense and expert layers different pipelines: end it with pp, "
-            "or choose sizes with equal data-parallel sizes"
-        )
-    return {"dense": dense, "expert": expert}
-
-
-class _GroupFactory:
-    """Makes process groups of this rank, one per distinct list of members."""
-
-    def __init__(self, timeout: timedelta, backend: str | None = None):
-        self._timeout = timeout
-        self._backend = backend
-        self._made: dict[tuple[int, ...], ProcessGroup] = {}
-
-    def make(self, ranks: list[int]) -> ProcessGroup:
-        key = tuple(ranks)
-        if key not in self._made:
-            self._made[key] = dist.new_group(
-                ranks, timeout=self._timeout, backend=self._backend, use_local_synchronization=True
-            )
-        return self._made[key]
-
-
-def _add_group(name: str, factory: _GroupFactory, groups: list[list[int]]) -> None:
+def _add_group(name: str, factory: GroupFactory, groups: list[list[int]]) -> None:
     """Keep the group that holds this rank under ``name``; nothing if there is none."""
     rank = dist.get_rank()
     for ranks in groups:

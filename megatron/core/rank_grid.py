@@ -93,3 +93,32 @@ class RankGenerator:
             self.world_size, self.ordered_size, self.get_mask(self.order, token)
         )
         return [[rank + self.rank_offset for rank in group] for group in groups]
+
+
+def make_grids(
+    world_size: int, tp: int, pp: int, cp: int, ep: int, expert_tp: int, order: str
+) -> dict[str, RankGenerator]:
+    """The dense and the expert grid of a world.
+
+    Raises:
+        ConfigError: a grid does not fill the world, or the two disagree on the pipelines.
+    """
+    for label, model_size in (
+        (f"tensor {tp} x pipeline {pp} x context {cp}", tp * pp * cp),
+        (f"expert tensor {expert_tp} x expert {ep} x pipeline {pp}", expert_tp * ep * pp),
+    ):
+        if world_size % model_size:
+            fitting = list(range(model_size, world_size + model_size, model_size))[-2:]
+            raise ConfigError(
+                f"a world of {world_size} ranks does not divide into {label} = {model_size} ranks: "
+                f"start {' or '.join(map(str, fitting))} ranks, or choose smaller sizes"
+            )
+    dense = RankGenerator(tp=tp, ep=1, dp=world_size // (tp * pp * cp), pp=pp, cp=cp, order=order)
+    expert_dp = world_size // (expert_tp * ep * pp)
+    expert = RankGenerator(tp=expert_tp, ep=ep, dp=expert_dp, pp=pp, cp=1, order=order)
+    if dense.get_ranks("pp") != expert.get_ranks("pp"):
+        raise ConfigError(
+            f"rank order {order!r} gives dense and expert layers different pipelines: end it with pp, "
+            "or choose sizes with equal data-parallel sizes"
+        )
+    return {"dense": dense, "expert": expert}

@@ -1,0 +1,66 @@
+"""Process groups of a world of one, and sizes that do not fit a world."""
+
+import pytest
+import torch.distributed as dist
+
+from megatron.core import parallel_state
+from megatron.core.errors import ConfigError, NotBuiltYetError
+from megatron.core.rank_grid import make_grids
+
+
+@pytest.fixture
+def world_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def test_getters_need_groups():
+    with pytest.raises(AssertionError, match="tensor model parallel group is not initialized"):
+        parallel_state.get_tensor_model_parallel_group()
+    assert parallel_state.get_tensor_model_parallel_group(check_initialized=False) is None
+    assert parallel_state.get_data_parallel_world_size() == 0
+
+
+def test_groups_need_torch_distributed():
+    with pytest.raises(ConfigError, match="init_process_group"):
+        parallel_state.initialize_model_parallel()
+
+
+def test_one_process_is_first_and_last_of_everything(world_of_one):
+    parallel_state.initialize_model_parallel()
+    assert parallel_state.model_parallel_is_initialized()
+    for axis in ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel", "data_parallel"):
+        assert getattr(parallel_state, f"get_{axis}_world_size")() == 1
+        assert getattr(parallel_state, f"get_{axis}_rank")() == 0
+    assert parallel_state.is_pipeline_first_stage() and parallel_state.is_pipeline_last_stage()
+    assert parallel_state.is_rank_in_embedding_group()
+    assert parallel_state.get_all_ranks() == "0_0_0_0_0"
+    # Same members, same group: a world of one pays for one group and its host-memory twin.
+    assert parallel_state.get_model_parallel_group() is parallel_state.get_data_parallel_group()
+    with pytest.raises(ConfigError, match="destroy_model_parallel"):
+        parallel_state.initialize_model_parallel()
+
+
+def test_values_set_by_hand_win(world_of_one):
+    parallel_state.initialize_model_parallel()
+    parallel_state.set_tensor_model_parallel_world_size(4)
+    parallel_state.set_tensor_model_parallel_rank(3)
+    assert parallel_state.get_tensor_model_parallel_world_size() == 4
+    assert parallel_state.get_tensor_model_parallel_rank() == 3
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel()
+    assert parallel_state.get_tensor_model_parallel_world_size() == 1
+
+
+def test_layouts_without_code_are_refused(world_of_one):
+    with pytest.raises(NotBuiltYetError, match="virtual pipeline"):
+        parallel_state.initialize_model_parallel(virtual_pipeline_model_parallel_size=2)
+
+
+def test_world_that_does_not_divide_names_sizes_that_would():
+    with pytest.raises(ConfigError, match=r"world of 6 ranks .* = 4 ranks: start 4 or 8 ranks"):
+        make_grids(6, tp=2, pp=2, cp=1, ep=1, expert_tp=2, order="tp-cp-ep-dp-pp")
+    with pytest.raises(ConfigError, match="different pipelines"):
+        make_grids(8, tp=2, pp=2, cp=1, ep=1, expert_tp=1, order="tp-cp-ep-pp-dp")
