@@ -1,0 +1,18 @@
+"""Command-line arguments: flags, what follows from them, the rules they obey.
+
+``flags/`` holds the flags that work, one file per group; ``accepted`` those that change nothing,
+``rejected`` those that are refused, ``not_built`` those whose feature is to come.  ``scan`` and ``parsing`` read the command
+line, ``derive`` completes it, ``rules/`` checks it, ``model_config`` turns it into the model's config.
+"""
+
+from megatron.training.arguments.dump import print_args
+from megatron.training.arguments.model_config import core_transformer_config_from_args
+from megatron.training.arguments.parsing import _add_tokenizer_args, add_megatron_arguments, parse_args
+from megatron.training.arguments.problem import ArgumentsError, Problem
+from megatron.training.arguments.unsupported import (
+    load_retro_args,
+    load_retro_config,
+    validate_model_config_args_from_heterogeneous_config,
+)
+from megatron.training.arguments.validation import validate_args
+from megatron.training.arguments.values import moe_freq_type

@@ -1,0 +1,67 @@
+"""Mixture of experts."""
+
+from megatron.training.arguments.flag import Group, off_switch, switch, value
+from megatron.training.arguments.values import moe_freq_type
+
+GROUP = Group(
+    "moe",
+    (
+        value("--expert-model-parallel-size", type=int, default=1, help="expert parallel degree"),
+        value("--expert-tensor-parallel-size", type=int, help="TP degree inside experts"),
+        value("--num-experts", type=int, help="experts per MoE layer (0 counts as unset)"),
+        value(
+            "--moe-layer-freq",
+            type=moe_freq_type,
+            default=1,
+            help="every N-th layer is MoE, or a 0/1 pattern expression",
+        ),
+        value("--moe-ffn-hidden-size", type=int, help="expert inner width"),
+        value("--moe-shared-expert-intermediate-size", type=int, help="total width of shared experts"),
+        switch("--moe-shared-expert-overlap", help="overlap shared experts with dispatch"),
+        switch("--moe-grouped-gemm", help="batch the experts' GEMMs"),
+        switch("--moe-layer-recompute", help="recompute the whole MoE layer"),
+        switch("--moe-use-upcycling", help="turn a dense checkpoint into MoE and save it"),
+        value(
+            "--moe-router-load-balancing-type",
+            default="aux_loss",
+            choices=("aux_loss", "seq_aux_loss", "sinkhorn", "none"),
+            help="aux_loss, seq_aux_loss, sinkhorn, none",
+        ),
+        value("--moe-router-dtype", choices=("fp32", "fp64"), help="routing precision fp32/fp64"),
+        value(
+            "--moe-router-score-function",
+            default="softmax",
+            choices=("softmax", "sigmoid"),
+            help="softmax or sigmoid scores",
+        ),
+        value("--moe-router-topk", type=int, default=2, help="experts per token"),
+        switch("--moe-router-pre-softmax", help="softmax before the top-k"),
+        value("--moe-router-num-groups", type=int, help="expert groups for limited routing"),
+        value("--moe-router-group-topk", type=int, help="groups kept per token"),
+        value("--moe-router-topk-scaling-factor", type=float, help="multiplier on routing probabilities"),
+        switch("--moe-router-enable-expert-bias", help="bias-based balancing without aux loss"),
+        value("--moe-router-bias-update-rate", type=float, default=0.001, help="step of the expert bias"),
+        value("--moe-aux-loss-coeff", type=float, default=0.0, help="weight of the balancing loss"),
+        value("--moe-z-loss-coeff", type=float, help="weight of the router z-loss"),
+        value("--moe-input-jitter-eps", type=float, help="multiplicative input noise for the router"),
+        switch("--moe-per-layer-logging", help="write MoE losses per layer to TensorBoard"),
+        value(
+            "--moe-token-dispatcher-type",
+            default="allgather",
+            choices=("allgather", "alltoall", "flex", "alltoall_seq"),
+            help="allgather, alltoall, flex, alltoall_seq",
+        ),
+        value("--moe-expert-capacity-factor", type=float, help="capacity per expert (unset = dropless)"),
+        switch("--moe-pad-expert-input-to-capacity", help="pad every expert to capacity"),
+        value(
+            "--moe-token-drop-policy",
+            default="probs",
+            choices=("probs", "position"),
+            help="drop by probability or position",
+        ),
+        value("--first-k-dense-replace", type=int, help="first k layers stay dense"),
+        off_switch(
+            "--input-jitter", "input_jitter", help="naming trap: giving the flag turns router jitter OFF"
+        ),
+    ),
+)

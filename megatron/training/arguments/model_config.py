@@ -1,0 +1,75 @@
+"""The model's config from the arguments, as a table."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron.training.activations import squared_relu
+from megatron.training.arguments.accepted import INERT_DESTS
+
+
+def _activation(args: Namespace) -> Callable[..., torch.Tensor]:
+    if args.swiglu:
+        return F.silu
+    return squared_relu if args.squared_relu else F.gelu
+
+
+def _initialiser(args: Namespace) -> Callable[..., Any] | None:
+    return torch.nn.init.xavier_uniform_ if args.init_method_xavier_uniform else None
+
+
+def _cp_comm_type(args: Namespace) -> str | list[str]:
+    kinds = args.cp_comm_type
+    return kinds[0] if isinstance(kinds, list) and len(kinds) == 1 else kinds
+
+
+# Fields of the config that are not the argument of the same name.
+SPECIAL: dict[str, Callable[[Namespace], Any]] = {
+    "persist_layer_norm": lambda a: not a.no_persist_layer_norm,
+    "layernorm_zero_centered_gamma": lambda a: a.apply_layernorm_1p,
+    "layernorm_epsilon": lambda a: a.norm_epsilon,
+    "deallocate_pipeline_outputs": lambda a: True,
+    "pipeline_dtype": lambda a: a.params_dtype,
+    "batch_p2p_comm": lambda a: not a.overlap_p2p_comm,
+    "num_moe_experts": lambda a: a.num_experts,
+    "num_layers_in_first_pipeline_stage": lambda a: a.decoder_first_pipeline_num_layers,
+    "num_layers_in_last_pipeline_stage": lambda a: a.decoder_last_pipeline_num_layers,
+    "num_query_groups": lambda a: a.num_query_groups if a.group_query_attention else None,
+    "activation_func": _activation,
+    "gated_linear_unit": lambda a: a.swiglu or a.glu_gate_last or getattr(a, "gated_linear_unit", False),
+    "bias_activation_fusion": lambda a: a.bias_swiglu_fusion if a.swiglu else a.bias_gelu_fusion,
+    "init_method": _initialiser,
+    "output_layer_init_method": _initialiser,
+    "cp_comm_type": _cp_comm_type,
+    "use_cpu_initialization": lambda a: bool(a.use_cpu_initialization),
+}
+
+
+def core_transformer_config_from_args(args: Namespace, config_class: type | None = None) -> Any:
+    """A ``TransformerConfig`` from validated arguments.
+
+    A field takes the argument of the same name unless :data:`SPECIAL` says otherwise.  Flags that are
+    accepted without effect never reach the config.
+
+    Args:
+        args: validated arguments.
+        config_class: another dataclass to fill.
+
+    Raises:
+        ConfigError: the config's own rules.
+    """
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+    if args.multi_latent_attention:
+        config_class = MLATransformerConfig
+    values = {}
+    for entry in fields(config_class or TransformerConfig):
+        if entry.name in SPECIAL:
+            values[entry.name] = SPECIAL[entry.name](args)
+        elif hasattr(args, entry.name) and entry.name not in INERT_DESTS:
+            values[entry.name] = getattr(args, entry.name)
+    return (config_class or TransformerConfig)(**values)

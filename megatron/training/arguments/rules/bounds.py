@@ -1,0 +1,88 @@
+"""Rules about one number at a time, as a table."""
+
+import math
+from argparse import Namespace
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from megatron.training.arguments.not_built import flags_by_name
+from megatron.training.arguments.problem import Problem
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A range for the values of some flags; ``open_low`` and ``open_high`` leave the end out."""
+
+    flags: str
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def holds(self, number: float) -> bool:
+        above = number > self.low if self.open_low else number >= self.low
+        below = number < self.high if self.open_high else number <= self.high
+        return math.isfinite(number) and above and below
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.open_low else 'at least'} {self.low:g}"
+        if self.high == math.inf:
+            return f"must be {low}"
+        return f"must be {low} and {'below' if self.open_high else 'at most'} {self.high:g}"
+
+
+BOUNDS = (
+    Bound(
+        "num-layers encoder-num-layers hidden-size ffn-hidden-size num-attention-heads kv-channels "
+        "num-query-groups max-position-embeddings seq-length encoder-seq-length micro-batch-size "
+        "global-batch-size make-vocab-size-divisible-by vocab-size log-interval tensorboard-log-interval "
+        "tensorboard-queue-size save-interval recompute-num-layers rotary-base "
+        "rotary-seq-len-interpolation-factor num-dataset-builder-threads seed tensor-model-parallel-size "
+        "pipeline-model-parallel-size context-parallel-size expert-model-parallel-size "
+        "distributed-timeout-minutes ddp-num-buckets ddp-bucket-size train-sync-interval "
+        "check-weight-hash-across-dp-replicas-interval loss-scale-window hysteresis lr-decay-iters "
+        "lr-decay-samples",
+        1,
+    ),
+    Bound(
+        "weight-decay start-weight-decay end-weight-decay clip-grad lr min-lr decoupled-lr decoupled-min-lr "
+        "lr-warmup-iters lr-warmup-samples lr-warmup-init lr-wsd-decay-iters lr-wsd-decay-samples eval-iters "
+        "eval-interval num-workers train-iters train-samples pre-tockens next-tockens manual-gc-interval "
+        "exit-interval exit-duration-in-mins vocab-extra-ids tiktoken-num-special-tokens profile-step-start "
+        "profile-step-end init-method-std ckpt-step local-rank",
+        0,
+    ),
+    Bound("attention-dropout hidden-dropout", 0, 1),
+    Bound("adam-beta1 adam-beta2 sgd-momentum lr-warmup-fraction", 0, 1, open_high=True),
+    Bound("rotary-percent", 0, 1, open_low=True),
+    Bound(
+        "norm-epsilon adam-eps loss-scale initial-loss-scale min-loss-scale rope-scaling-factor",
+        0,
+        open_low=True,
+    ),
+)
+
+
+def numbers_in_range(args: Namespace, given: Collection[str]) -> list[Problem]:
+    """Every number lies in its range."""
+    problems = []
+    for bound in BOUNDS:
+        for word in bound.flags.split():
+            flag = flags_by_name()[f"--{word}"]
+            number = getattr(args, flag.dest)
+            if number is None or isinstance(number, bool) or bound.holds(number):
+                continue
+            works = flag.default
+            if not isinstance(works, (int, float)) or not bound.holds(works):
+                works = _inside(bound)
+            problems.append(Problem(flag.name, number, str(bound), f"for example {flag.name} {works}"))
+    return problems
+
+
+def _inside(bound: Bound) -> float:
+    if bound.high == math.inf:
+        return int(bound.low) + 1 if bound.open_low else int(bound.low)
+    return (bound.low + bound.high) / 2
+
+
+RULES = (numbers_in_range,)

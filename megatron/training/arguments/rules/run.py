@@ -1,0 +1,66 @@
+"""Rules about logging, profiling and the environment of a run."""
+
+import os
+from argparse import Namespace
+from collections.abc import Collection
+
+from megatron.training.arguments.problem import Problem
+
+
+def logs_have_names(args: Namespace, given: Collection[str]) -> list[Problem]:
+    """A W&B project needs the name of the run."""
+    if args.wandb_project and not args.wandb_exp_name:
+        rule = "needs --wandb-exp-name"
+        return [Problem("--wandb-project", args.wandb_project, rule, "add --wandb-exp-name NAME")]
+    return []
+
+
+def profile_has_a_range(args: Namespace, given: Collection[str]) -> list[Problem]:
+    """Profiling ends after it begins."""
+    start, end = args.profile_step_start, args.profile_step_end
+    if args.profile and end < start:
+        rule = f"is before --profile-step-start {start}"
+        return [Problem("--profile-step-end", end, rule, f"use --profile-step-end {start + 2}")]
+    return []
+
+
+def one_size_of_buckets(args: Namespace, given: Collection[str]) -> list[Problem]:
+    """Gradient buckets are counted or measured."""
+    if args.ddp_num_buckets is not None and args.ddp_bucket_size is not None:
+        rule = "excludes --ddp-bucket-size"
+        return [Problem("--ddp-num-buckets", args.ddp_num_buckets, rule, "keep one of them")]
+    return []
+
+
+def inference_threshold(args: Namespace, given: Collection[str]) -> list[Problem]:
+    """The threshold splits a batch over pipeline stages."""
+    threshold = args.inference_batch_times_seqlen_threshold
+    if threshold > -1 and args.pipeline_model_parallel_size == 1:
+        flag = "--inference-batch-times-seqlen-threshold"
+        return [Problem(flag, threshold, "needs several pipeline stages", "leave it out")]
+    return []
+
+
+def launcher_environment(args: Namespace, given: Collection[str]) -> list[Problem]:
+    """The launcher's variables are numbers, and the rank lies in the world."""
+    problems = []
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        word = os.environ.get(variable)
+        if word and not word.isdigit():
+            rule = "the environment variable is not a whole number"
+            problems.append(Problem(variable, word, rule, "start through torchrun, or unset it"))
+    if args.world_size < 1 or args.rank >= max(1, args.world_size):
+        rule = f"lies outside a world of {args.world_size}"
+        problems.append(
+            Problem("RANK", args.rank, rule, "start through torchrun, or unset RANK and WORLD_SIZE")
+        )
+    return problems
+
+
+RULES = (
+    logs_have_names,
+    profile_has_a_range,
+    one_size_of_buckets,
+    inference_threshold,
+    launcher_environment,
+)

@@ -1,0 +1,117 @@
+"""From a parsed namespace to a complete one, or to one error that lists everything that is wrong."""
+
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron.core.errors import ConfigError
+from megatron.training.arguments import accepted, derive, rejected
+from megatron.training.arguments.flags import GROUPS
+from megatron.training.arguments.no_effect import warnings_about
+from megatron.training.arguments.not_built import not_built_problems
+from megatron.training.arguments.problem import ArgumentsError, Problem
+from megatron.training.arguments.rules import RULES
+
+ALL_FLAGS = tuple(flag for group in (*GROUPS, accepted.GROUP, rejected.GROUP) for flag in group.flags)
+
+
+@dataclass
+class Outcome:
+    """What checking found: problems, and lines for rank 0 to print when there are none."""
+
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def validate_args(args: Namespace, defaults: Mapping[str, Any] = {}) -> Namespace:
+    """Derive what follows from the arguments and check all rules, before anything is allocated.
+
+    Args:
+        args: from ``parse_args``; completed in place.
+        defaults: values for attributes that are still None.
+
+    Returns:
+        ``args``.
+
+    Raises:
+        ArgumentsError: one error with every problem.
+    """
+    outcome = _check(args, defaults)
+    if outcome.problems:
+        raise ArgumentsError(outcome.problems)
+    if args.rank == 0:
+        for note in outcome.notes:
+            print(note, flush=True)
+    if args.deterministic_mode:
+        import torch
+
+        torch.use_deterministic_algorithms(True)
+    return args
+
+
+def find_problems(args: Namespace, defaults: Mapping[str, Any] = {}) -> list[Problem]:
+    """Every rule that ``args`` breaks.  Completes ``args`` in place, as far as they go."""
+    return _check(args, defaults).problems
+
+
+def _check(args: Namespace, defaults: Mapping[str, Any]) -> Outcome:
+    _complete(args)
+    given = _given(args)
+    outcome = Outcome(notes=_script_defaults(args, defaults, given))
+    outcome.notes += [note for name in given if (note := accepted.notice_of(name))]
+    refused = rejected.rejected_problems(args, given)
+    outcome.notes += derive.checkpoint_format(args, given)
+    refused += not_built_problems(args)
+    for step in derive.STEPS:
+        outcome.notes += step(args, given)
+    refused_flags = {problem.flag for problem in refused}
+    broken = [problem for rule in RULES for problem in rule(args, given)]
+    outcome.problems = refused + [problem for problem in broken if problem.flag not in refused_flags]
+    outcome.notes += warnings_about(args, given)
+    if not outcome.problems:
+        outcome.problems = _config_problems(args)
+    for dest in rejected.WITHDRAWN_DESTS:
+        vars(args).pop(dest, None)
+    return outcome
+
+
+def _complete(args: Namespace) -> None:
+    """Give a namespace that was not made by the parser what it lacks."""
+    for flag in ALL_FLAGS:
+        if not hasattr(args, flag.dest):
+            setattr(args, flag.dest, flag.default)
+    for name, value in (("rank", 0), ("world_size", 1)):
+        if not hasattr(args, name):
+            setattr(args, name, value)
+
+
+def _given(args: Namespace) -> list[str]:
+    """The flags on the command line; for other namespaces, those that differ from their default."""
+    given = vars(args).pop("given_flags", None)
+    if given is None:
+        given = [flag.name for flag in ALL_FLAGS if getattr(args, flag.dest) != flag.default]
+    return list(dict.fromkeys(given))
+
+
+def _script_defaults(args: Namespace, defaults: Mapping[str, Any], given: list[str]) -> list[str]:
+    """Fill in the entry point's defaults; whoever overrides one is told."""
+    notes = []
+    for name, value in defaults.items():
+        current = getattr(args, name, None)
+        if current is None:
+            setattr(args, name, value)
+        elif current != value:
+            notes.append(f"WARNING: overriding default arguments for {name}:{value} with {name}:{current}")
+    return notes
+
+
+def _config_problems(args: Namespace) -> list[Problem]:
+    """The model's config has rules of its own; learn of them now instead of when the model is built."""
+    from megatron.training.arguments.model_config import core_transformer_config_from_args
+
+    try:
+        core_transformer_config_from_args(args)
+    except ConfigError as error:
+        return [Problem("model", None, line) for line in str(error).splitlines()]
+    return []
