@@ -1,0 +1,215 @@
+"""Loading a checkpoint: find it, check that it fits, and put every part back."""
+
+import argparse
+from typing import Any
+
+import torch
+
+from megatron.core.errors import CheckpointError
+from megatron.training.checkpointing import names, optimizer_order, replaceable, tracker
+from megatron.training.checkpointing.locate import _load_base_checkpoint
+from megatron.training.checkpointing.rng import set_rng_state
+from megatron.training.checkpointing.save import describe_place
+from megatron.training.checkpointing.state import model_keys
+from megatron.training.checkpointing.version import get_checkpoint_version, set_checkpoint_version
+from megatron.training.utils import print_rank_0, unwrap_model
+
+
+def load_checkpoint(
+    ddp_model: list[torch.nn.Module],
+    optimizer: Any,
+    opt_param_scheduler: Any,
+    load_arg: str = "load",
+    strict: bool = True,
+    checkpointing_context: dict[str, Any] | None = None,
+    skip_load_to_model_and_opt: bool = False,
+) -> tuple[int, float]:
+    """Load the checkpoint that the arguments name into a run.
+
+    Args:
+        ddp_model: model chunks of this rank, wrapped or not.
+        optimizer: optimizer or None.
+        opt_param_scheduler: schedule or None.
+        load_arg: argument that holds the directory.
+        strict: refuse a checkpoint whose parameters are not exactly the model's.
+        checkpointing_context: caches of sharded formats.
+        skip_load_to_model_and_opt: restore counters and random states only.
+
+    Returns:
+        Iterations finished and floating-point operations done; (0, 0) where there is no checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or does not fit; the message says why.
+    """
+    args = replaceable.get_args()
+    load_dir = _directory_to_load(args, load_arg)
+    model = unwrap_model(ddp_model)
+    state_dict, name, release, _ = _load_base_checkpoint(
+        load_dir, args, checkpointing_context=checkpointing_context
+    )
+    if state_dict is None:
+        return 0, 0
+
+    set_checkpoint_version(state_dict.get("checkpoint_version", 0))
+    starts_anew = release or args.finetune
+    iteration = 0 if starts_anew else _stored_iteration(state_dict, name)
+    _restore_counters(args, state_dict)
+    print_rank_0(f" checkpoint version {get_checkpoint_version()}")
+
+    with_optimizer = not starts_anew and not args.no_load_optim
+    if not skip_load_to_model_and_opt:
+        _load_model_and_optimizer(
+            args, model, optimizer if with_optimizer else None, state_dict, strict, name
+        )
+        if with_optimizer:
+            _load_scheduler(opt_param_scheduler, state_dict, name)
+        elif optimizer is not None and (args.fp16 or args.bf16):
+            optimizer.reload_model_params()
+    if not starts_anew and not args.no_load_rng:
+        set_rng_state(state_dict, args.data_parallel_random_init)
+    print_rank_0(
+        f"  successfully loaded checkpoint from {load_dir} {describe_place()} at iteration {iteration}"
+    )
+    return iteration, state_dict.get("num_floating_point_operations_so_far", 0)
+
+
+def _directory_to_load(args: argparse.Namespace, load_arg: str) -> str:
+    """The load directory, or that of ``--pretrained-checkpoint`` while the former is still empty."""
+    load_dir = getattr(args, load_arg)
+    pretrained = getattr(args, "pretrained_checkpoint", None)
+    if pretrained is None or tracker.checkpoint_exists(load_dir):
+        return load_dir
+    if not tracker.checkpoint_exists(pretrained):
+        raise CheckpointError(
+            f"--pretrained-checkpoint {pretrained}: the directory has no {tracker.TRACKER_FILE}; give the "
+            "directory that holds it"
+        )
+    print_rank_0(
+        f"Checkpoint file not found in load directory {load_dir}, attempting to finetune with {pretrained}"
+    )
+    args.finetune = True
+    return pretrained
+
+
+def _stored_iteration(state_dict: dict[str, Any], name: str) -> int:
+    for key in ("iteration", "total_iters"):
+        if key in state_dict:
+            return state_dict[key]
+    raise CheckpointError(f"{name} does not say its iteration; load its weights alone with --finetune")
+
+
+def _restore_counters(args: argparse.Namespace, state_dict: dict[str, Any]) -> None:
+    """Check the stored arguments, and take over how many samples have been used."""
+    if "args" not in state_dict:
+        print_rank_0("could not find arguments in the checkpoint ...")
+        return
+    if args.finetune:
+        return
+    stored = state_dict["args"]
+    replaceable.check_checkpoint_args(stored)
+    for counter in ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"):
+        setattr(args, counter, getattr(stored, counter, 0))
+    replaceable.update_num_microbatches(consumed_samples=args.consumed_train_samples, verbose=True)
+
+
+def _load_model_and_optimizer(
+    args: argparse.Namespace,
+    model: list[torch.nn.Module],
+    optimizer: Any,
+    state_dict: dict[str, Any],
+    strict: bool,
+    name: str,
+) -> None:
+    """Check everything first, then load: a checkpoint that does not fit changes nothing."""
+    if optimizer is not None and "optimizer" not in state_dict:
+        raise CheckpointError(
+            f"{name} holds no optimizer state (it was saved with --no-save-optim); add --no-load-optim to "
+            "load the rest of it"
+        )
+    version = get_checkpoint_version()
+    if optimizer is not None and version < 2.0:
+        raise CheckpointError(
+            f"{name} is of version {version}, whose optimizer state has attention rows in another order; "
+            "load its weights alone with --no-load-optim"
+        )
+    fitted, renamed = _fitted_chunks(model, state_dict, strict, name)
+    optimizer_state = None
+    if optimizer is not None:
+        optimizer_state = _fitted_optimizer_state(args, model, state_dict, renamed)
+    for chunk, state in zip(model, fitted, strict=True):
+        chunk.load_state_dict(state, strict=strict)
+    names.fix_query_key_value_ordering(model, version)
+    if optimizer is not None:
+        optimizer.load_state_dict(optimizer_state)
+
+
+def _fitted_chunks(
+    model: list[torch.nn.Module], state_dict: dict[str, Any], strict: bool, name: str
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    fitted, renamed, problems = [], [], []
+    for key, chunk in zip(model_keys(len(model)), model, strict=True):
+        if key not in state_dict:
+            found = ", ".join(k for k in state_dict if k.startswith("model"))
+            raise CheckpointError(
+                f"{name} holds {found}, this run has {len(model)} model chunk(s): start with the virtual "
+                "pipeline size that the checkpoint was saved with"
+            )
+        wanted = chunk.state_dict()
+        state, table = names.fit_model_state(state_dict[key], wanted)
+        problems += names.differences(state, wanted, strict)
+        fitted.append(state)
+        renamed.append(table)
+    if problems:
+        raise CheckpointError(
+            f"the weights in {name} are not those of this model:\n"
+            + "\n".join(problems)
+            + "\nStart with the flags of the run that saved it, or take the model's from it with "
+            "--use-checkpoint-args. A first dimension of another size in embedding.word_embeddings or "
+            "output_layer means another vocabulary or another --make-vocab-size-divisible-by."
+        )
+    return fitted, renamed
+
+
+def _fitted_optimizer_state(
+    args: argparse.Namespace,
+    model: list[torch.nn.Module],
+    state_dict: dict[str, Any],
+    renamed: list[dict[str, str]],
+) -> Any:
+    """The optimizer state under today's names and in the order of the model at hand."""
+    state = _modern_names(state_dict["optimizer"])
+    if not any(renamed):
+        return state
+    decoupled = getattr(args, "decoupled_lr", None) is not None
+    stored, wanted = [], []
+    for index, (key, chunk) in enumerate(zip(model_keys(len(model)), model, strict=True)):
+        own = {name: param.dim() for name, param in chunk.named_parameters()}
+        prefix = f"{index}:" if len(model) > 1 else ""
+        in_file = [renamed[index].get(name, name) for name in state_dict[key]]
+        stored += [(prefix + name, own[name]) for name in in_file if name in own]
+        wanted += [(prefix + name, dimensions) for name, dimensions in own.items()]
+    return optimizer_order.renumber(
+        state,
+        optimizer_order.group_names(stored, decoupled),
+        optimizer_order.group_names(wanted, decoupled),
+    )
+
+
+def _modern_names(state: Any) -> Any:
+    """Keys of an optimizer state that older checkpoints spelt differently."""
+    if not isinstance(state, dict):
+        return state
+    modern = {"optimizer_state_dict": "optimizer", "fp32_from_fp16": "fp32_from_fp16_params"}
+    return {modern.get(key, key): value for key, value in state.items()}
+
+
+def _load_scheduler(opt_param_scheduler: Any, state_dict: dict[str, Any], name: str) -> None:
+    if opt_param_scheduler is None:
+        return
+    for key in ("opt_param_scheduler", "lr_scheduler"):
+        if key in state_dict:
+            opt_param_scheduler.load_state_dict(state_dict[key])
+            return
+    raise CheckpointError(
+        f"{name} holds no learning-rate schedule; add --no-load-optim to load the rest of it"
+    )

@@ -1,0 +1,131 @@
+"""Finding the checkpoint that a run shall start from, and reading it."""
+
+import argparse
+import enum
+import os
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.errors import CheckpointError, NotBuiltYetError
+from megatron.training.checkpointing import layout, safe_load, tracker
+from megatron.training.utils import print_rank_0
+
+
+class CheckpointType(enum.Enum):
+    """Kind of a checkpoint that was found."""
+
+    LEGACY = enum.auto()
+    LOCAL = enum.auto()
+    GLOBAL = enum.auto()
+    TORCH_DCP = enum.auto()
+
+
+Found = tuple[dict[str, Any] | None, str, bool, CheckpointType | None]
+
+
+def _load_base_checkpoint(
+    load_dir: str,
+    args: argparse.Namespace,
+    rank0: bool = False,
+    sharded_state_dict: dict[str, Any] | None = None,
+    checkpointing_context: dict[str, Any] | None = None,
+) -> Found:
+    """Find the checkpoint that the arguments ask for, and read this rank's part of it.
+
+    Args:
+        load_dir: directory with the tracker file.
+        args: ``ckpt_step`` overrides the tracker; with ``exit_on_missing_checkpoint`` a missing one is an
+            error.
+        rank0: read the file of rank 0, whatever layout it was saved with.
+        sharded_state_dict: request of sharded formats.
+        checkpointing_context: caches of sharded formats.
+
+    Returns:
+        ``(state dict, file name, release, kind)``; the state dict is None where there is no checkpoint.
+
+    Raises:
+        CheckpointError: the tracker, the directory or the file is not what it should be.
+        NotBuiltYetError: the checkpoint is in a sharded format.
+    """
+    iteration, release = _choose_iteration(load_dir, args, quiet=rank0)
+    if iteration is None:
+        return None, "", False, None
+    base = layout.iteration_directory(load_dir, iteration, release)
+    found = layout.disk_format(base)
+    if found in ("torch_dist", "torch_dcp"):
+        raise NotBuiltYetError(
+            f"loading a checkpoint of format {found} ({base})",
+            remedy="Convert it with the original's --ckpt-convert-format torch, or load one of format torch.",
+        )
+    if found is None:
+        raise _no_such_checkpoint(load_dir, base, None if release else iteration)
+    if rank0:
+        name = layout.find_checkpoint_rank_0(load_dir, iteration, release)
+    else:
+        name = layout.get_checkpoint_name(load_dir, iteration, release)
+        print_rank_0(
+            f" loading release checkpoint from {load_dir}"
+            if release
+            else f" loading checkpoint from {load_dir} at iteration {iteration}"
+        )
+    if name is None or not os.path.isfile(name):
+        raise _other_layout(load_dir, iteration, release, name)
+    state_dict = safe_load.load_file(name)
+    if not any(key in state_dict for key in ("model", "model0")):
+        raise CheckpointError(
+            f"{name} is not a checkpoint of this program: it holds {sorted(map(str, state_dict))}"
+        )
+    return state_dict, name, release, CheckpointType.LEGACY
+
+
+def _choose_iteration(load_dir: str, args: argparse.Namespace, quiet: bool) -> tuple[int | None, bool]:
+    ckpt_step = getattr(args, "ckpt_step", None)
+    if ckpt_step is not None:
+        return ckpt_step, False
+    tracker_file = tracker.get_checkpoint_tracker_filename(load_dir)
+    if os.path.isfile(tracker_file):
+        return tracker.read_metadata(tracker_file)
+    if getattr(args, "exit_on_missing_checkpoint", False):
+        raise CheckpointError(
+            f"--exit-on-missing-checkpoint: {tracker_file} does not exist. "
+            + layout.advice_on_other_iterations(load_dir)
+        )
+    if not quiet:
+        print_rank_0(f"WARNING: could not find the metadata file {tracker_file}")
+        print_rank_0("    will not load any checkpoints and will start from random")
+    return None, False
+
+
+def _no_such_checkpoint(load_dir: str, base: str, iteration: int | None) -> CheckpointError:
+    what = (
+        "does not exist" if not os.path.isdir(base) else f"holds no {layout.MODEL_FILE} and no metadata.json"
+    )
+    return CheckpointError(f"{base} {what}. " + layout.advice_on_other_iterations(load_dir, iteration))
+
+
+def _other_layout(load_dir: str, iteration: int, release: bool, name: str | None) -> CheckpointError:
+    """The directory exists, but not the file of this rank: say what layout it was saved with."""
+    base = layout.iteration_directory(load_dir, iteration, release)
+    rank_0_file = layout.find_checkpoint_rank_0(load_dir, iteration, release)
+    if name is None or rank_0_file is None:
+        return CheckpointError(
+            f"{base} is incomplete: rank 0's {layout.MODEL_FILE} is missing. "
+            + layout.advice_on_other_iterations(load_dir, None if release else iteration)
+        )
+    stored = safe_load.load_file(rank_0_file).get("args")
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+    here = (
+        layout.own_place(parallel_state.get_tensor_model_parallel_world_size, 1),
+        layout.own_place(parallel_state.get_pipeline_model_parallel_world_size, 1),
+        max(1, layout.own_place(parallel_state.get_expert_model_parallel_world_size, 1)),
+    )
+    compared = [
+        f"--{size.replace('_', '-')} {getattr(stored, size, '?')} in the checkpoint, {own} in this run"
+        for size, own in zip(sizes, here, strict=True)
+        if getattr(stored, size, None) != own
+    ]
+    explanation = "; ".join(compared) or "a rank's file is missing"
+    return CheckpointError(
+        f"{name} does not exist; {base} holds {', '.join(sorted(os.listdir(base)))}: {explanation}. A "
+        "checkpoint of format torch must be loaded with the parallel sizes it was saved with."
+    )

@@ -1,0 +1,163 @@
+"""Arguments stored in a checkpoint: taken over with ``--use-checkpoint-args``, compared on any other load."""
+
+import argparse
+from typing import Any
+
+from megatron.core.errors import CheckpointError, ConfigError
+from megatron.training.checkpointing import replaceable
+from megatron.training.checkpointing.locate import _load_base_checkpoint
+from megatron.training.checkpointing.version import get_checkpoint_version
+from megatron.training.utils import print_rank_0
+
+# fmt: off
+# Taken over only where the command line left None.
+FILL = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "seq_length", "num_attention_heads", "kv_channels",
+    "max_position_embeddings", "padded_vocab_size", "ckpt_format",
+)
+
+# Taken over whatever the command line says: they define the weights or how they are used.
+FORCE = (
+    "num_query_groups", "group_query_attention",
+    "position_embedding_type", "add_position_embedding", "use_rotary_position_embeddings",
+    "rotary_base", "rotary_percent", "rotary_interleaved",
+    "add_bias_linear", "add_qkv_bias", "squared_relu", "swiglu", "untie_embeddings_and_output_weights",
+    "apply_layernorm_1p", "normalization", "apply_query_key_layer_scaling",
+    "attention_dropout", "hidden_dropout",
+    "hybrid_override_pattern", "spec", "hybrid_attention_ratio", "hybrid_mlp_ratio",
+    "num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_router_topk", "moe_token_dispatcher_type",
+    "moe_router_pre_softmax", "moe_grouped_gemm", "moe_shared_expert_intermediate_size",
+    "mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "is_hybrid_model",
+    "heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json",
+    "tokenizer_type", "tokenizer_model", "tiktoken_pattern",
+)
+
+# Also part of the model, although the original leaves them to the command line.
+FORCE_EXTENSION = (
+    "norm_epsilon", "qk_layernorm", "openai_gelu",
+    "use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor",
+    "multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim",
+    "v_head_dim", "rotary_scaling_factor", "mscale", "mscale_all_dim", "mtp_num_layers",
+)
+
+PARALLEL_FORCE = (
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+)
+PARALLEL_FILL = ("num_layers_per_virtual_pipeline_stage",)
+# fmt: on
+
+# Stored by checkpoints that predate an argument.
+_DEFAULTS = {"add_position_embedding": True}
+
+
+def load_args_from_checkpoint(
+    args: argparse.Namespace, load_arg: str = "load", checkpointing_context: dict[str, Any] | None = None
+) -> tuple[argparse.Namespace, argparse.Namespace | None]:
+    """Fill model arguments from the checkpoint under ``--load``; prints a line for every argument.
+
+    Returns:
+        ``args``, changed in place, and the checkpoint's own arguments (None where there is no checkpoint).
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or holds no arguments.
+    """
+    load_dir = getattr(args, load_arg)
+    if load_dir is None:
+        print_rank_0("No load directory specified, using provided arguments.")
+        return args, None
+    if getattr(args, "non_persistent_ckpt_type", None) == "local":
+        raise ConfigError(
+            "--use-checkpoint-args does not work with --non-persistent-ckpt-type local: leave one of them out"
+        )
+    state_dict, name, release, _ = _load_base_checkpoint(
+        load_dir, args, rank0=True, checkpointing_context=checkpointing_context
+    )
+    if state_dict is None:
+        print_rank_0("Checkpoint not found to provide arguments, using provided arguments.")
+        return args, None
+    if "args" not in state_dict:
+        raise CheckpointError(
+            f"{name} stores no arguments: give the model's flags instead of --use-checkpoint-args"
+        )
+    stored = state_dict["args"]
+    args.iteration = 0 if release else state_dict.get("iteration", 0)
+    if hasattr(stored, "disable_bias_linear"):
+        stored.add_bias_linear = not stored.disable_bias_linear
+    for field in FILL:
+        _take(args, stored, field, force=False)
+    keep_tokenizer = not getattr(args, "use_tokenizer_model_from_checkpoint_args", True)
+    for field in (*FORCE, *FORCE_EXTENSION):
+        if not (field == "tokenizer_model" and keep_tokenizer):
+            _take(args, stored, field, force=True)
+    if getattr(args, "use_mp_args_from_checkpoint_args", False):
+        _take_parallel_sizes(args, stored, state_dict.get("checkpoint_version", 0))
+    return args, stored
+
+
+def _take_parallel_sizes(args: argparse.Namespace, stored: argparse.Namespace, version: float) -> None:
+    if version < 3.0:
+        _take(args, stored, "tensor_model_parallel_size", force=True, stored_as="model_parallel_size")
+        return
+    for field in PARALLEL_FORCE:
+        _take(args, stored, field, force=True)
+    for field in PARALLEL_FILL:
+        _take(args, stored, field, force=False)
+
+
+def _take(
+    args: argparse.Namespace,
+    stored: argparse.Namespace,
+    field: str,
+    force: bool,
+    stored_as: str | None = None,
+) -> None:
+    if not force and getattr(args, field, None) is not None:
+        return
+    value = getattr(stored, stored_as or field, None)
+    if value is None:
+        print_rank_0(f"Checkpoint did not provide arguments {field}")
+        return
+    print_rank_0(f"Setting {field} to {value} from checkpoint")
+    setattr(args, field, value)
+
+
+def check_checkpoint_args(checkpoint_args: argparse.Namespace) -> None:
+    """Compare the arguments that must not change between saving and loading.
+
+    Raises:
+        CheckpointError: naming every argument that differs, with both values.
+    """
+    args = replaceable.get_args()
+    pairs = [(field, field) for field in _fields_to_compare(args)]
+    if args.ckpt_format == "torch":
+        old = (get_checkpoint_version() or 0) < 3.0
+        pairs.append(
+            ("tensor_model_parallel_size", "model_parallel_size" if old else "tensor_model_parallel_size")
+        )
+        if not old:
+            pairs.append(("pipeline_model_parallel_size", "pipeline_model_parallel_size"))
+    problems = []
+    for field, stored_as in pairs:
+        stored = getattr(checkpoint_args, stored_as, _DEFAULTS.get(field))
+        here = getattr(args, field)
+        if stored != here:
+            problems.append(f"  --{field.replace('_', '-')}: {stored} in the checkpoint, {here} in this run")
+    if problems:
+        raise CheckpointError(
+            "the checkpoint does not fit this run:\n"
+            + "\n".join(problems)
+            + "\nStart with the checkpoint's values (--use-checkpoint-args takes the model's from it, "
+            "--use-mp-args-from-checkpoint-args the parallel sizes), or give another --load."
+        )
+
+
+def _fields_to_compare(args: argparse.Namespace) -> list[str]:
+    fields = ["num_layers", "hidden_size", "num_attention_heads", "add_position_embedding"]
+    if getattr(args, "vocab_file", None):
+        fields += ["max_position_embeddings", "make_vocab_size_divisible_by", "tokenizer_type"]
+        if args.ckpt_format == "torch":
+            fields.append("padded_vocab_size")
+    if getattr(args, "data_parallel_random_init", False):
+        fields.append("data_parallel_random_init")
+    return fields

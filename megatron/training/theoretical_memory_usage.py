@@ -1,0 +1,162 @@
+"""What a run should need on its fullest device, from the arguments alone.
+
+The counts are estimates to be read in billions and megabytes: biases, for one, are left out. The exact number
+of parameters of a model is in ``megatron.core.models.gpt.parameter_count``.
+"""
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+MEBIBYTE = 2**20
+# Mixed precision: 2 weight + 4 main weight + 4 main gradient + 8 Adam moments; the last 12 (main weight and
+# moments) can be spread over data-parallel ranks.
+BYTES_PER_PARAMETER = 18
+REPLICATED_BYTES_PER_PARAMETER = 6
+SHARDABLE_BYTES_PER_PARAMETER = 12
+
+
+@dataclass(frozen=True)
+class ParameterEstimate:
+    """Numbers of parameters.
+
+    Attributes:
+        block: all transformer layers and the final norm.
+        embedding: word embeddings, with an untied output layer.
+        most_loaded_shard: on the fullest (tensor, pipeline) rank.
+        other_shards: on a rank of a stage without embeddings.
+    """
+
+    block: float
+    embedding: float
+    most_loaded_shard: float
+    other_shards: float
+
+
+def _layer_parameters(args: Namespace, moe: bool) -> float:
+    """Parameters of one layer: 2h²r(1 + g/a) attention, 2hf·m MLP, 4h norms.
+
+    r = kv_channels·a/h, g/a = share of key-value heads, m = 3/2 for gated MLPs.
+    """
+    h = args.hidden_size
+    projection_ratio = args.kv_channels * args.num_attention_heads / h
+    group_ratio = args.num_query_groups / args.num_attention_heads if args.group_query_attention else 1.0
+    gate = 1.5 if args.swiglu else 1.0
+    attention = 2 * h * h * projection_ratio * (1 + group_ratio)
+    if moe:
+        expert_width = args.moe_ffn_hidden_size or args.ffn_hidden_size
+        shared_width = args.moe_shared_expert_intermediate_size or 0
+        mlp = 2 * h * gate * (args.num_experts * expert_width + shared_width)
+    else:
+        mlp = 2 * h * args.ffn_hidden_size * gate
+    return attention + mlp + 4 * h
+
+
+def _moe_layers(args: Namespace) -> int:
+    """How many layers have experts: every ``moe_layer_freq``-th from the first on, or the ones of a list."""
+    if not args.num_experts:
+        return 0
+    if isinstance(args.moe_layer_freq, list):
+        return sum(args.moe_layer_freq)
+    return sum(layer % args.moe_layer_freq == 0 for layer in range(args.num_layers))
+
+
+def estimate_parameters(args: Namespace) -> ParameterEstimate:
+    """Numbers of parameters that the arguments imply."""
+    moe_layers = _moe_layers(args)
+    block = moe_layers * _layer_parameters(args, moe=True) if moe_layers else 0.0
+    block += (args.num_layers - moe_layers) * _layer_parameters(args, moe=False)
+    block += 2 * args.hidden_size  # final norm
+    table = args.hidden_size * args.padded_vocab_size
+    stages, tensor_ranks = args.pipeline_model_parallel_size, args.tensor_model_parallel_size
+    untied = args.untie_embeddings_and_output_weights
+    first_stage = block / stages + table
+    if untied and stages == 1:
+        first_stage += table
+    return ParameterEstimate(
+        block=block,
+        embedding=2 * table if untied else table,
+        most_loaded_shard=first_stage / tensor_ranks,
+        other_shards=block / stages / tensor_ranks,
+    )
+
+
+def compute_weight_and_optimizer_memory(args: Namespace, verbose: bool = False) -> float:
+    """Bytes of weights, gradients and optimizer state on the fullest rank.
+
+    Args:
+        args: validated arguments.
+        verbose: print the parameter counts.
+    """
+    count = estimate_parameters(args)
+    if verbose:
+        total = count.block + count.embedding
+        lines = [
+            f"Number of parameters in transformer block in billions:  {count.block / 1e9:.2f}",
+            f"Number of parameters in embedding layers in billions: {count.embedding / 1e9:.2f}",
+            f"Total number of parameters in billions: {total / 1e9:.2f}",
+            f"Number of parameters in most loaded shard in billions: {count.most_loaded_shard / 1e9:.4f}",
+        ]
+        if args.pipeline_model_parallel_size > 1:
+            lines.append(f"Number of parameters in other shards in billions: {count.other_shards / 1e9:.4f}")
+        print("\n".join(lines), flush=True)
+    bytes_each: float = BYTES_PER_PARAMETER
+    if args.use_distributed_optimizer:
+        bytes_each = REPLICATED_BYTES_PER_PARAMETER + SHARDABLE_BYTES_PER_PARAMETER / args.data_parallel_size
+    return count.most_loaded_shard * bytes_each
+
+
+def compute_activation_memory(args: Namespace, num_microbatches: int | None, verbose: bool = False) -> float:
+    """Bytes of activations kept on the first stage, with selective recompute and sequence parallelism.
+
+    One layer keeps s·b·h·(18 + 4f/h) bytes: Korthikanti et al., "Reducing Activation Recomputation in Large
+    Transformer Models", section 5, for an MLP of width f instead of 4h.
+
+    Args:
+        args: validated arguments.
+        num_microbatches: micro-batches of an iteration; None assumes that they fill the pipeline.
+        verbose: print the parts.
+    """
+    stages, tensor_ranks = args.pipeline_model_parallel_size, args.tensor_model_parallel_size
+    tokens = args.seq_length * args.micro_batch_size
+    per_layer = tokens * args.hidden_size * (18 + 4 * args.ffn_hidden_size / args.hidden_size)
+    # Inputs of the embedding (8-byte ids) and the mask of its dropout, for every micro-batch in flight.
+    total = per_layer * args.num_layers + (8 * tokens + tokens * args.hidden_size) * stages
+
+    virtual_stages = args.virtual_pipeline_model_parallel_size
+    if virtual_stages is not None:
+        in_flight = 1 + (stages - 1) / (stages * virtual_stages)
+        note = f"Memory penalty from interleaved schedule: {in_flight:.2f}"
+    else:
+        in_flight = 1.0 if num_microbatches is None else min(1.0, num_microbatches / stages)
+        note = f"Number of in-flight microbatches: {in_flight * stages:g}"
+    total *= in_flight
+    if stages == 1:
+        # The output layer: its input and the logits, kept as fp32 for the loss.
+        total += tokens * args.hidden_size * 4 * (1 + args.padded_vocab_size / args.hidden_size)
+    if verbose:
+        print(
+            "Activation memory footprint per transformer layer: "
+            f"{per_layer / MEBIBYTE / tensor_ranks:.1f} MB\n{note}",
+            flush=True,
+        )
+    return total / tensor_ranks
+
+
+def report_theoretical_memory(
+    args: Namespace, num_microbatches: int | None = None, verbose: bool = False
+) -> None:
+    """Print what the fullest device should need.
+
+    Activations are part of the report where their formula holds: with sequence parallelism and selective
+    recompute.
+    """
+    weights = compute_weight_and_optimizer_memory(args, verbose=verbose) / MEBIBYTE
+    if not (args.sequence_parallel and args.recompute_granularity == "selective"):
+        print(f"Theoretical memory footprints: weight and optimizer={weights:.2f} MB", flush=True)
+        return
+    activations = compute_activation_memory(args, num_microbatches, verbose=verbose) / MEBIBYTE
+    print(
+        f"Theoretical memory footprints: weight and optimizer={weights:.2f} MB, "
+        f"activation={activations:.2f} MB, total={weights + activations:.2f} MB",
+        flush=True,
+    )

@@ -1,0 +1,158 @@
+"""No function named in a file is ever called, and every kind of damage is told in words."""
+
+import builtins
+import os
+import pickle
+import subprocess
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.core.enums import ModelType
+from megatron.core.errors import CheckpointError
+from megatron.core.transformer.enums import AttnBackend
+from megatron.training.checkpointing import safe_load
+
+
+def test_genuine_file_with_foreign_classes(golden: Path):
+    """Written by the original: its enumerations become ours, its other objects stay inert."""
+    state = safe_load.load_file(str(golden / "ckpt/torch_tp1pp1/iter_0000004/mp_rank_00/model_optim_rng.pt"))
+    args = state["args"]
+    assert len(vars(args)) == 469
+    assert (args.num_layers, args.hidden_size, args.swiglu, args.params_dtype) == (2, 16, True, torch.float32)
+    assert args.attention_backend is AttnBackend.auto
+    assert args.model_type is ModelType.encoder_or_decoder
+    assert isinstance(state["model"], OrderedDict) and len(state["model"]) == 24
+    assert state["rng_state"][0]["np_rng_state"][1].shape == (624,)
+    mode = state["rerun_state_machine"]["mode"]
+    assert "RerunMode" in repr(mode) and mode.args == ("disabled",)
+
+
+class Payload:
+    """Pickles to a call of ``function(*arguments)``."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+def touch(path: str) -> None:
+    Path(path).touch()
+
+
+PAYLOADS = {
+    "os.system": lambda mark: Payload(os.system, f"touch {mark}"),
+    "eval": lambda mark: Payload(builtins.eval, f"open({mark!r}, 'w')"),
+    "exec": lambda mark: Payload(builtins.exec, f"open({mark!r}, 'w')"),
+    "open": lambda mark: Payload(builtins.open, mark, "w"),
+    "getattr": lambda mark: Payload(getattr, Path(mark), "touch"),
+    "Popen": lambda mark: Payload(subprocess.Popen, ["touch", mark]),
+    "torch.save": lambda mark: Payload(torch.save, {}, mark),
+    "torch.hub.load": lambda mark: Payload(torch.hub.load, os.path.dirname(mark), "model", "local"),
+    "touch": lambda mark: Payload(touch, mark),
+}
+
+
+@pytest.mark.parametrize("depth", ["alone", "inside args", "as optimizer"])
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_malicious_pickle_never_runs(tmp_path: Path, payload: str, depth: str):
+    mark = tmp_path / "executed"
+    bomb = PAYLOADS[payload](str(mark))
+    content = {
+        "alone": bomb,
+        "inside args": {"args": [{"x": bomb}], "model": {}},
+        "as optimizer": {"model": {"w": torch.ones(2)}, "optimizer": bomb},
+    }[depth]
+    file = tmp_path / "model_optim_rng.pt"
+    torch.save(content, file)
+    with pytest.raises(CheckpointError, match="Nothing in it was executed") as caught:
+        safe_load.load_file(str(file))
+    assert bomb.call[0].__name__ in str(caught.value)
+    assert not mark.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_malicious_plain_pickle_never_runs(tmp_path: Path, protocol: int):
+    """Not even made with torch.save."""
+    mark = tmp_path / "executed"
+    file = tmp_path / "model_optim_rng.pt"
+    file.write_bytes(pickle.dumps(Payload(os.system, f"touch {mark}"), protocol=protocol))
+    with pytest.raises(CheckpointError):
+        safe_load.load_file(str(file))
+    assert not mark.exists()
+
+
+def test_a_name_of_this_package_is_not_imported(tmp_path: Path):
+    """A class that calls itself ours becomes a stand-in; the module it names is not touched."""
+    file = tmp_path / "model_optim_rng.pt"
+    torch.save({"model": {}, "x": Payload(touch, "argument")}, file)
+    # Same length, so that the archive stays intact: only the pickle's module name changes.
+    own_name = f"{__name__}\n".encode()
+    forged = f"megatron.{'m' * (len(__name__) - 9)}\n".encode()
+    content = _rewrite_pickle(file, lambda data: data.replace(own_name, forged))
+    state = content["x"]
+    assert isinstance(state, safe_load.Unknown) and state.args == ("argument",)
+
+
+def _rewrite_pickle(file: Path, change) -> dict:
+    import zipfile
+
+    with zipfile.ZipFile(file) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in parts.items():
+            archive.writestr(name, change(data) if name.endswith("data.pkl") else data)
+    return safe_load.load_file(str(file))
+
+
+@pytest.fixture
+def good_file(tmp_path: Path) -> Path:
+    for iteration in (2, 4):
+        file = tmp_path / f"iter_{iteration:07d}" / "mp_rank_00" / "model_optim_rng.pt"
+        file.parent.mkdir(parents=True)
+        torch.save({"model": {"w": torch.arange(4096.0)}, "iteration": iteration}, file)
+    return file
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.9, 0.99, -1])
+def test_file_cut_short(good_file: Path, keep: float):
+    whole = good_file.read_bytes()
+    size = len(whole) - 1 if keep < 0 else int(len(whole) * keep)
+    good_file.write_bytes(whole[:size])
+    with pytest.raises(CheckpointError, match="cut short or damaged") as caught:
+        safe_load.load_file(str(good_file))
+    message = str(caught.value)
+    assert str(good_file) in message and f"({size} bytes)" in message and "--ckpt-step 2" in message
+
+
+@pytest.mark.parametrize("content", [b"hello", b"PK\x03\x04" + b"\0" * 100, b"\x80\x02."])
+def test_file_of_something_else(good_file: Path, content: bytes):
+    good_file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="cut short or damaged"):
+        safe_load.load_file(str(good_file))
+
+
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.7])
+def test_flipped_bytes_in_a_tensor_are_noticed(good_file: Path, place: float):
+    data = bytearray(good_file.read_bytes())
+    data[int(len(data) * place)] ^= 0xFF
+    good_file.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match="cut short or damaged"):
+        safe_load.load_file(str(good_file))
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.ones(2), "text"])
+def test_content_must_be_a_dict(good_file: Path, content):
+    torch.save(content, good_file)
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        safe_load.load_file(str(good_file))
+
+
+def test_missing_file(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="cannot open checkpoint file"):
+        safe_load.load_file(str(tmp_path / "nothing.pt"))
