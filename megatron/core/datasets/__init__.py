@@ -1,0 +1,1 @@
+"""Token files, index building, blends and GPT samples."""

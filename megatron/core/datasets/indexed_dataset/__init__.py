@@ -1,0 +1,25 @@
+"""Token sequences on disk: ``P.bin`` holds the ids, ``P.idx`` says where each sequence and document is.
+
+Names are loaded on first use: writing a data set (:class:`IndexedDatasetBuilder`) does not import torch.
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "layout": ("DType", "_IndexReader", "_IndexWriter", "get_bin_path", "get_idx_path"),
+    "bin_readers": ("_BinReader", "_FileBinReader", "_MMapBinReader", "_S3BinReader"),
+    "dataset": ("IndexedDataset",),
+    "builder": ("IndexedDatasetBuilder",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value

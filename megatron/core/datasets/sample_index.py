@@ -1,0 +1,135 @@
+"""Where every sample of ``sequence_length`` tokens starts when sequences are laid end to end."""
+
+import numpy as np
+
+_INT32_MAX = 2**31 - 1
+
+
+def count_samples(
+    sequence_length: int,
+    total_tokens: int,
+    drop_last_partial_sequence: bool,
+    add_extra_token_to_sequence: bool,
+) -> int:
+    """Number of samples in a stream of ``total_tokens`` tokens (all epochs).
+
+    When the last, partial sample is kept the quotient is taken in single precision, which is part of
+    the data order other programs rely on.
+    """
+    usable = max(total_tokens - int(add_extra_token_to_sequence), 0)
+    if drop_last_partial_sequence:
+        return usable // sequence_length
+    return int(np.ceil(np.float32(usable) / np.float32(sequence_length)))
+
+
+def build_sample_rows(
+    sizes: np.ndarray,
+    document_indices: np.ndarray,
+    sequence_length: int,
+    num_epochs: int,
+    tokens_per_epoch: int,
+    drop_last_partial_sequence: bool,
+    add_extra_token_to_sequence: bool,
+    dtype: type[np.integer],
+) -> np.ndarray:
+    """Start of every sample, and of the one that would follow the last.
+
+    With an extra token (samples of L + 1 tokens that overlap by one) row i is where token i * L lies.
+    Without it, row i is one past token i * L - 1, so an offset may equal the length of its sequence.
+    Both are "the sequence holding token i * L + extra - 1", found by bisection in the running sum.
+
+    Args:
+        sizes: int32 [sequences], tokens per sequence.
+        document_indices: int [positions], sequences in reading order.
+
+    Returns:
+        [samples + 1, 2]: (position in ``document_indices``, token offset in that sequence).
+    """
+    extra = int(add_extra_token_to_sequence)
+    samples = count_samples(
+        sequence_length,
+        num_epochs * tokens_per_epoch,
+        drop_last_partial_sequence,
+        add_extra_token_to_sequence,
+    )
+    rows = np.zeros((samples + 1, 2), dtype=dtype)
+    if samples == 0:
+        return rows
+    lengths = sizes[document_indices]
+    ends = np.cumsum(lengths, dtype=np.int64)
+    anchor = np.arange(1, samples + 1, dtype=np.int64) * sequence_length
+    position = np.searchsorted(ends, anchor + (extra - 1), side="right")
+    beyond = position == len(ends)  # only the kept partial sample ends past the stream
+    position[beyond] = len(ends) - 1
+    offset = anchor - (ends[position] - lengths[position])
+    offset[beyond] = int(lengths[-1]) - extra
+    rows[1:, 0] = position
+    rows[1:, 1] = offset
+    return rows
+
+
+def build_sample_idx_int32(
+    sizes: np.ndarray,
+    document_idx: np.ndarray,
+    seq_length: int,
+    num_epochs: int,
+    tokens_per_epoch: int,
+    drop_last_partial_sequence: bool = True,
+    add_extra_token_to_sequence: bool = True,
+) -> np.ndarray:
+    """:func:`build_sample_rows` as int32."""
+    return build_sample_rows(
+        sizes,
+        document_idx,
+        seq_length,
+        num_epochs,
+        tokens_per_epoch,
+        drop_last_partial_sequence,
+        add_extra_token_to_sequence,
+        np.int32,
+    )
+
+
+def build_sample_idx_int64(
+    sizes: np.ndarray,
+    document_idx: np.ndarray,
+    seq_length: int,
+    num_epochs: int,
+    tokens_per_epoch: int,
+    drop_last_partial_sequence: bool = True,
+    add_extra_token_to_sequence: bool = True,
+) -> np.ndarray:
+    """:func:`build_sample_rows` as int64."""
+    return build_sample_rows(
+        sizes,
+        document_idx,
+        seq_length,
+        num_epochs,
+        tokens_per_epoch,
+        drop_last_partial_sequence,
+        add_extra_token_to_sequence,
+        np.int64,
+    )
+
+
+def build_sample_idx(
+    sizes: np.ndarray,
+    document_indices: np.ndarray,
+    sequence_length: int,
+    num_epochs: int,
+    tokens_per_epoch: int,
+    drop_last_partial_sequence: bool = True,
+    add_extra_token_to_sequence: bool = True,
+) -> np.ndarray:
+    """:func:`build_sample_rows`, int32 unless a position or an offset does not fit."""
+    largest = max(len(document_indices), int(sizes.max()) if len(sizes) else 0)
+    return build_sample_rows(
+        sizes,
+        document_indices,
+        sequence_length,
+        num_epochs,
+        tokens_per_epoch,
+        drop_last_partial_sequence,
+        add_extra_token_to_sequence,
+        np.int32 if largest <= _INT32_MAX else np.int64,
+    )

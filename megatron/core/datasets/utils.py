@@ -1,0 +1,70 @@
+"""Small shared pieces: the split names, weights, and the ``--data-path`` word list."""
+
+from enum import Enum
+
+import numpy as np
+
+from megatron.core.errors import ConfigError, DataError
+
+
+class Split(Enum):
+    """The three parts a data set is divided into."""
+
+    train = 0
+    valid = 1
+    test = 2
+
+
+def compile_helpers() -> None:
+    """Do nothing: index building is NumPy and needs no compiler. Kept for scripts that call it."""
+
+
+def normalize(weights: list[float]) -> list[float]:
+    """Divide by the sum, in double precision."""
+    array = np.array(weights, dtype=np.float64)
+    return (array / array.sum()).tolist()
+
+
+def _as_float(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def get_blend_from_list(blend: list[str] | None) -> tuple[list[str], list[float] | None] | None:
+    """Read the words given to ``--data-path``.
+
+    An odd number of words is a list of prefixes. An even number is weight/prefix pairs when the first
+    word of every pair is a number, and a list of prefixes when none is.
+
+    Returns:
+        (prefixes, weights or None); None for None.
+
+    Raises:
+        ConfigError: some pairs have a weight and some do not.
+    """
+    if blend is None:
+        return None
+    if len(blend) % 2 == 1:
+        return [word.strip() for word in blend], None
+    weights = [_as_float(word) for word in blend[0::2]]
+    if all(weight is None for weight in weights):
+        return [word.strip() for word in blend], None
+    bad = [word for word, weight in zip(blend[0::2], weights, strict=True) if weight is None]
+    if bad:
+        raise ConfigError(
+            f"--data-path mixes weights and bare prefixes: {' '.join(blend)!r} has {bad[0]!r} where a weight "
+            "belongs. Give every prefix a weight (0.3 A 0.7 B) or none (A B C)."
+        )
+    return [word.strip() for word in blend[1::2]], [weight for weight in weights if weight is not None]
+
+
+def os_error_text(error: OSError) -> str:
+    """What the operating system said, without the file name: ``No space left on device``."""
+    return error.strerror or str(error)
+
+
+def write_error(path: str, error: OSError, remedy: str) -> DataError:
+    """A :class:`DataError` for a file that could not be written."""
+    return DataError(f"cannot write {path}: {os_error_text(error)}. {remedy}")
