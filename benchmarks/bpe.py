@@ -2,11 +2,12 @@
 
     python benchmarks/bpe.py --vocab-file gpt2-vocab.json --merge-file gpt2-merges.txt [--size-mb 50]
 
-Every library runs in a process of its own, on one thread, on the same real text (see real_text.py), from Python
-strings to a flat array of ids. Time is the process's CPU time, threads included. "cold" is the first --cold-mb of
-text after building the tokenizer, "all" the whole text from a cold start, "again" the whole text a second time
-(a cache has then seen every word). Ids are compared, one by one, with those of `tokenizers`, on the text and on
-NASTY below. Libraries that are not installed are left out; so is what only takes its own built-in vocabularies.
+Every library runs in a process of its own, on one thread, on the same real text (see real_text.py), from
+Python strings to a flat array of ids. Time is the process's CPU time, threads included. "cold" is the first
+--cold-mb of text after building the tokenizer, "all" the whole text from a cold start, "again" the whole
+text a second time (a cache has then seen every word). Ids are compared, one by one, with those of
+`tokenizers`, on the text and on NASTY below. Libraries that are not installed are left out; so is what only
+takes its own built-in vocabularies.
 """
 
 import argparse
@@ -44,7 +45,7 @@ NASTY = [
     "<|endoftext|>",
     "a<|endoftext|>b <|endoftext|> c<|endoftext|><|endoftext|>",
     "I'm you're he's it'd we'll they've I'M YOU'RE ''s 's't",
-    "été naïve Straße ǅ İ ı ß ﬁ ① ½ ² ٣ ४ 𝟘 Ⅷ",
+    "été naïve Straße ǅ İ \u0131 ß ﬁ ① ½ ² ٣ ४ \U0001d7d8 Ⅷ",
     "e\u0301 a\u0308\u0301 \u0301x क्षि ไทย ພາສາ 한국어 中文字 日本語テキスト",
     "😀😃 👩‍👩‍👧‍👦 🇩🇪 🏳️‍🌈 ❤️ \U0001f9d1\U0001f3fd",
     "\U0010ffff \ue000 \ufffd \ufffe \u2028 \u2029 \u180e",
@@ -78,6 +79,7 @@ def _tokenizers(tokenizer_json: str) -> Encode:
 
 def _tiktoken(tokenizer_json: str) -> Encode:
     import tiktoken
+
     from megatron.training.tokenizer.byte_level import character_to_byte
 
     to_byte = character_to_byte()
@@ -210,7 +212,11 @@ def measure(library: str, work: Path) -> None:
     figures["growth_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before_mb
     before = _cpu_seconds()
     _encode_all(encode, texts)
-    figures |= {"cold_s": marks[1] - marks[0], "all_s": marks[2] - marks[0], "again_s": _cpu_seconds() - before}
+    figures |= {
+        "cold_s": marks[1] - marks[0],
+        "all_s": marks[2] - marks[0],
+        "again_s": _cpu_seconds() - before,
+    }
     np.savez(work / f"{library}.npz", ids=ids, lengths=lengths)
     nasty = []
     for text in NASTY:
@@ -255,7 +261,9 @@ def _prepare(options: argparse.Namespace, work: Path) -> tuple[list[str], int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--vocab-file", help="GPT-2's vocabulary (JSON)")
     parser.add_argument("--merge-file", help="GPT-2's merges")
     parser.add_argument("--size-mb", type=float, default=50)
@@ -271,16 +279,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         texts, cold = _prepare(options, work)
-        _table([REFERENCE, *(options.only or [name for name in LIBRARIES if name != REFERENCE])], work, texts, cold)
+        _table(
+            [REFERENCE, *(options.only or [name for name in LIBRARIES if name != REFERENCE])],
+            work,
+            texts,
+            cold,
+        )
 
 
 def _table(names: Sequence[str], work: Path, texts: Sequence[str], cold: int) -> None:
     total = sum(len(text.encode()) for text in texts) / 1e6
     first = sum(len(text.encode()) for text in texts[:cold]) / 1e6
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
-    print(f"{total:.1f} MB in {len(texts)} documents (sha256 {digest}), cold part {first:.1f} MB; MB per CPU-second")
+    print(
+        f"{total:.1f} MB in {len(texts)} documents (sha256 {digest}), cold part {first:.1f} MB; MB "
+        f"per CPU-second"
+    )
     print(f"{'library':<24}{'build s':>8}{'cold':>8}{'all':>8}{'again':>8}{'grows MB':>10}  ids")
-    environment = os.environ | {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "RAYON_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+    }
     for name in dict.fromkeys(names):
         try:
             label = f"{name} {importlib.metadata.version(name)}"

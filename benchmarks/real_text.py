@@ -1,7 +1,7 @@
 """Real text that is on the machine already, for benchmarks: code, manuals, documentation, translations.
 
-The mixture is by bytes and the order fixed by a seed, so that two runs on one machine see the same text. Other
-machines have other files: compare ratios between machines, never absolute figures.
+The mixture is by bytes and the order fixed by a seed, so that two runs on one machine see the same text.
+Other machines have other files: compare ratios between machines, never absolute figures.
 """
 
 import gettext
@@ -56,9 +56,7 @@ def _take(texts: Iterator[str], size: int) -> list[str]:
 
 
 def _files(roots: list[str], suffixes: tuple[str, ...], rng: random.Random) -> Iterator[Path]:
-    paths = sorted(
-        path for root in roots for path in Path(root).rglob("*") if path.name.endswith(suffixes)
-    )
+    paths = sorted(path for root in roots for path in Path(root).rglob("*") if path.name.endswith(suffixes))
     rng.shuffle(paths)
     for path in paths:
         try:

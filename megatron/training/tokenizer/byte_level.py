@@ -29,7 +29,8 @@ class ByteLevelFiles:
 def byte_to_character() -> dict[int, str]:
     """GPT-2's printable stand-in for each byte.
 
-    Bytes that are visible characters of Latin-1 stand for themselves; the others, in order, are U+0100 and up.
+    Bytes that are visible characters of Latin-1 stand for themselves; the others, in order, are U+0100 and
+    up.
     """
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in visible]
@@ -89,7 +90,8 @@ def _read_vocabulary(vocab_file: str) -> dict[str, int]:
     lacking = [byte for byte in lacking if byte not in (0xC0, 0xC1) and byte < 0xF5]
     if lacking:
         raise DataError(
-            f"--vocab-file {vocab_file}: not a byte-level vocabulary, {len(lacking)} of the 256 bytes have no "
+            f"--vocab-file {vocab_file}: not a byte-level vocabulary, {len(lacking)} of the 256 "
+            f"bytes have no "
             f"token (the first is 0x{lacking[0]:02X}), so some texts would lose characters; give {VOCABULARY}"
         )
     return vocabulary

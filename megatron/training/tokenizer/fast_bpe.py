@@ -1,7 +1,8 @@
 """The fast way to byte-level BPE ids: the library ``fastokens``, held to ``tokenizers`` before it is used.
 
-``benchmarks/bpe.py`` measures the libraries there are. Whatever the fast one cannot take, or gives other ids for
-on a set of hard cases, goes to ``tokenizers`` with one line that says so; a wrong id is never the price of speed.
+``benchmarks/bpe.py`` measures the libraries there are. Whatever the fast one cannot take, or gives other
+ids for on a set of hard cases, goes to ``tokenizers`` with one line that says so; a wrong id is never the
+price of speed.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from megatron.training.tokenizer.base import refuse_lone_surrogates
 
 LIBRARY = "fastokens"
 
-# Where splitters and mergers disagree if they disagree at all: contractions, digits, runs of blanks of all kinds,
-# control characters, letters outside ASCII, marks, emoji, very long words, and the text of special tokens.
+# Where splitters and mergers disagree if they disagree at all: contractions, digits, runs of blanks of all
+# kinds, control characters, letters outside ASCII, marks, emoji, very long words, and the text of special
+# tokens.
 PROBES = (
     "",
     " ",
@@ -37,7 +39,7 @@ PROBES = (
     "a" * 300 + "ab" * 200 + " " * 200 + "x" + "\n" * 100 + "=" * 200 + "中" * 100,
     "Pneumonoultramicroscopicsilicovolcanoconiosis antidisestablishmentarianism",
     "<|endoftext|>a<|endoftext|> <|endoftext|><s>b</s> [CLS] <|im_start|>user <pad>",
-    "http://example.com/?a=b&c=d#e%20f user@host.tld C:\\path\\to\\file ~!@#$%^&*()_+{}|:\"<>?",
+    'http://example.com/?a=b&c=d#e%20f user@host.tld C:\\path\\to\\file ~!@#$%^&*()_+{}|:"<>?',
 )
 
 
@@ -46,8 +48,9 @@ class FastBpe:
 
     Args:
         tokenizer: ``fastokens.Tokenizer``.
-        reference: text to ids by ``tokenizers``; takes the texts on which the fast library stops with an error.
-        add_special_tokens: as in ``tokenizers``: put in what the file's post-processor adds around a text.
+        reference: text to ids by ``tokenizers``; takes the texts on which the fast library stops with an
+        error. add_special_tokens: as in ``tokenizers``: put in what the file's post-processor adds around a
+        text.
     """
 
     def __init__(
@@ -108,9 +111,7 @@ def fast_bpe(
     config |= {"truncation": None, "padding": None}
     try:
         with _one_thread():
-            fast = FastBpe(
-                library.Tokenizer.from_json_str(json.dumps(config)), reference, add_special_tokens
-            )
+            fast = FastBpe(library.Tokenizer.from_json_str(json.dumps(config)), reference, add_special_tokens)
             wrong = _first_difference(fast, reference, _probes(config))
     except Exception as error:  # whatever a young library raises, the slow way still works
         return None, f"{LIBRARY} cannot take this tokenizer ({_short(error)}){slow}"

@@ -2,19 +2,23 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron.core.errors import ConfigError, DataError
 
+Value = TypeVar("Value")
 
-def required(value: str | None, flag: str, tokenizer: str) -> str:
-    """The value of a flag that ``tokenizer`` cannot do without.
+
+def required(value: Value | None, flag: str, tokenizer: str, example: str = "FILE") -> Value:
+    """The value of a flag that ``tokenizer`` cannot do without; ``example`` shows one in the message.
 
     Raises:
         ConfigError: the flag was not given.
     """
     if value is None:
-        raise ConfigError(f"--tokenizer-type {tokenizer} needs {flag}, which was not given; add {flag} FILE")
+        raise ConfigError(
+            f"--tokenizer-type {tokenizer} needs {flag}, which was not given; add {flag} {example}"
+        )
     return value
 
 
@@ -65,3 +69,16 @@ def read_json(file: Path, flag: str, what: str) -> Any:
         ) from error
     except RecursionError:
         raise DataError(f"{flag} {file}: JSON nested too deep for {what}") from None
+
+
+def lone_sentence_piece_model(source: str) -> str | None:
+    """The SentencePiece model, if ``source`` is one, or a directory with one and nothing that "
+    "describes it."""
+    path = Path(source)
+    if path.is_dir() and not any(
+        (path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
+    ):
+        path = path / "tokenizer.model"
+    elif path.suffix == ".model" and path.with_name("tokenizer_config.json").is_file():
+        return None
+    return str(path) if path.suffix == ".model" and path.is_file() else None

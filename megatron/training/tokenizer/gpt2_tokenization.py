@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def bytes_to_unicode() -> dict[int, str]:
 
 def get_pairs(word: Sequence[str]) -> set[tuple[str, str]]:
     """The pairs of neighbours in ``word``."""
-    return set(zip(word, word[1:], strict=False))
+    return set(pairwise(word))
 
 
 class GPT2Tokenizer:
@@ -52,9 +53,9 @@ class GPT2Tokenizer:
         vocab_file: JSON object of token to id.
         merges_file: one merge a line, most frequent first.
         errors: what ``decode`` does with bytes that are not UTF-8 (as for ``bytes.decode``).
-        special_tokens: tokens that get ids after the vocabulary. ``encode`` does not look for them in the text.
-        max_len: longest sequence a model takes, in tokens; longer ones are encoded all the same, with a warning
-            from ``convert_tokens_to_ids``.
+        special_tokens: tokens that get ids after the vocabulary. ``encode`` does not look for them in the
+        text. max_len: longest sequence a model takes, in tokens; longer ones are encoded all the same, with a
+            warning from ``convert_tokens_to_ids``.
     """
 
     def __init__(
@@ -94,7 +95,8 @@ class GPT2Tokenizer:
         if None in found:
             raise DataError(
                 f"{pretrained_model_name_or_path}: no directory with {VOCAB_NAMES[0]} and {MERGES_NAMES[0]} "
-                f"(or {VOCAB_NAMES[1]} and {MERGES_NAMES[1]}), and nothing is downloaded; give a directory that "
+                f"(or {VOCAB_NAMES[1]} and {MERGES_NAMES[1]}), and nothing is downloaded; give a "
+                f"directory that "
                 "holds both files"
             )
         specials = directory / SPECIAL_TOKENS_NAME
