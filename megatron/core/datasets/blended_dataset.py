@@ -104,8 +104,8 @@ class BlendedDataset(torch.utils.data.Dataset):
         for dataset, count in zip(self.datasets, wanted.tolist(), strict=True):
             if count > len(dataset):
                 raise DataError(
-                    f"the {self.split.name} blend draws {count} samples from {dataset.dataset_path}, which has "
-                    f"{len(dataset)}. Lower its weight, or train for fewer samples."
+                    f"the {self.split.name} blend draws {count} samples from {dataset.dataset_path}, which "
+                    f"has {len(dataset)}. Lower its weight, or train for fewer samples."
                 )
 
 

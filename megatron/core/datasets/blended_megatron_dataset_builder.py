@@ -220,9 +220,9 @@ class BlendedMegatronDatasetBuilder:
                     f"{prefix} is empty: it holds no sequence. Check the input of tools/preprocess_data.py."
                 )
             raise DataError(
-                f"the {split.name} split of {prefix} is empty: --split {self.config.split!r} gives it the interval "
-                f"{interval[0]:g} to {interval[1]:g} of {elements} sequences, which rounds to none. Give it a larger "
-                "share in --split, use more data, or switch it off (share 0, or --eval-iters 0)."
+                f"the {split.name} split of {prefix} is empty: --split {self.config.split!r} gives it the "
+                f"interval {interval[0]:g} to {interval[1]:g} of {elements} sequences, which rounds to none. "
+                "Give it a larger share, use more data, or switch it off (share 0, or --eval-iters 0)."
             )
         return np.arange(begin, end, dtype=np.int32)
 

@@ -15,8 +15,6 @@ true counts, only until it meets its first attempt. The result is the same, bit 
 through the samples one by one; that plain walk is also what is done when lanes do not come to agree.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 
 # Below this many steps the plain walk is as fast as the lanes.

@@ -213,14 +213,14 @@ class GPTDataset(MegatronDataset):
         return tuple(arrays)
 
     def _check_enough_tokens(self, tokens: int, drop_last_partial: bool) -> None:
-        """One pass must hold a whole sample to train on; smaller evaluation splits are repeated to fill one."""
+        """One pass must hold a whole sample to train on; smaller evaluation splits are repeated."""
         needed = self.config.sequence_length + self._extra if drop_last_partial else self._extra + 1
         if tokens >= needed:
             return
         split = self.index_split.name
         fact = (
-            f"the {split} split of {self.dataset_path} holds {tokens} tokens in {len(self.indices)} sequences, "
-            f"fewer than the {needed} of one sample (sequence length {self.config.sequence_length})"
+            f"the {split} split of {self.dataset_path} holds {tokens} tokens in {len(self.indices)} "
+            f"sequences, fewer than the {needed} of a sample of sequence length {self.config.sequence_length}"
         )
         if tokens == 0 or self.num_samples is None or self.index_split is Split.train:
             raise DataError(f"{fact}. Use more data, a larger share in --split, or a shorter --seq-length.")

@@ -55,7 +55,7 @@ class IndexedDatasetBuilder:
         directory = os.path.dirname(bin_path) or "."
         try:
             self._temporary_path = temporary_beside(bin_path)
-            self._file = open(self._temporary_path, "wb", buffering=_BUFFER_BYTES)
+            self._file = open(self._temporary_path, "wb", buffering=_BUFFER_BYTES)  # noqa: SIM115
         except OSError as error:
             raise write_error(bin_path, error, f"Make {directory} a directory you can write to.") from error
         self._cleanup = weakref.finalize(self, _discard, self._file, self._temporary_path, os.getpid())
@@ -197,9 +197,9 @@ class IndexedDatasetBuilder:
             for extreme in (given.min(), given.max()):
                 if not limits.min <= extreme <= limits.max:
                     raise DataError(
-                        f"token id {extreme} does not fit {self._disk_dtype.name}, the type of {self.bin_path} "
-                        f"({limits.min} to {limits.max}). Pass the tokenizer's true vocabulary size when "
-                        "choosing the type: IndexedDatasetBuilder(..., dtype=DType.optimal_dtype(vocab_size))."
+                        f"token id {extreme} does not fit {self._disk_dtype.name}, the type of "
+                        f"{self.bin_path} ({limits.min} to {limits.max}). Pass the tokenizer's true "
+                        "vocabulary size when choosing the type: DType.optimal_dtype(vocab_size)."
                     )
         return np.ascontiguousarray(given, dtype=self._disk_dtype)
 

@@ -89,8 +89,8 @@ class IndexedDataset(torch.utils.data.Dataset):
         expected = self.index.bin_bytes
         if found < expected:
             raise DataError(
-                f"{bin_path} is cut short: its index announces {expected} bytes of tokens, but it has {found}. "
-                "Copy it again from its source, or run tools/preprocess_data.py again."
+                f"{bin_path} is cut short: its index announces {expected} bytes of tokens, but it has "
+                f"{found}. Copy it again from its source, or run tools/preprocess_data.py again."
             )
         if found > expected:
             logger.warning(
@@ -140,7 +140,7 @@ class IndexedDataset(torch.utils.data.Dataset):
     def get(
         self, idx: int, offset: int = 0, length: int | None = None
     ) -> np.ndarray | tuple[np.ndarray, np.int8]:
-        """Tokens ``offset`` ... ``offset + length - 1`` of sequence ``idx`` (multimodal: paired with its mode).
+        """Tokens ``offset`` ... ``offset + length - 1`` of sequence ``idx``; multimodal: and its mode.
 
         Args:
             length: tokens; None for all up to the end of the sequence.
@@ -213,4 +213,5 @@ def explain_missing(path_prefix: str) -> str:
     folder = os.path.dirname(path_prefix) or "."
     if not os.path.isdir(folder):
         return f"{message} The directory {folder} does not exist. Give --data-path an existing prefix."
-    return f"{message} Make it with tools/preprocess_data.py, or correct --data-path (relative to {os.getcwd()})."
+    here = os.getcwd()
+    return f"{message} Make it with tools/preprocess_data.py, or correct --data-path (relative to {here})."

@@ -172,8 +172,8 @@ class _IndexReader:
         codes = {member.value for member in DType}
         if code not in codes:
             raise DataError(
-                f"{self.idx_path} announces token type code {code}; known codes are {min(codes)} to {max(codes)}. "
-                "The file is damaged: copy it again from its source."
+                f"{self.idx_path} announces token type code {code}; known codes are {min(codes)} to "
+                f"{max(codes)}. The file is damaged: copy it again from its source."
             )
         self.dtype = DType.dtype_from_code(code)
         self.dtype_size = DType.size(self.dtype)
@@ -194,8 +194,8 @@ class _IndexReader:
         last = int(self.document_indices[-1]) if entries else None
         if last != count:
             raise DataError(
-                f"{self.idx_path} is damaged: its documents end at sequence {last}, but it has {count} sequences. "
-                "Copy it again from its source, or run tools/preprocess_data.py again."
+                f"{self.idx_path} is damaged: its documents end at sequence {last}, but it has {count} "
+                "sequences. Copy it again from its source, or run tools/preprocess_data.py again."
             )
 
     @property
