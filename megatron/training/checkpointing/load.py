@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from megatron.core.errors import CheckpointError
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training.checkpointing import names, optimizer_order, replaceable, tracker
 from megatron.training.checkpointing.locate import _load_base_checkpoint
 from megatron.training.checkpointing.rng import set_rng_state
@@ -65,6 +66,8 @@ def load_checkpoint(
             _load_scheduler(opt_param_scheduler, state_dict, name)
         elif optimizer is not None and (args.fp16 or args.bf16):
             optimizer.reload_model_params()
+    if not starts_anew and isinstance(state_dict.get("rerun_state_machine"), dict):
+        get_rerun_state_machine().load_state_dict(state_dict["rerun_state_machine"])
     if not starts_anew and not args.no_load_rng:
         set_rng_state(state_dict, args.data_parallel_random_init)
     print_rank_0(

@@ -17,15 +17,20 @@ import torch
 
 from megatron.core.enums import ModelType
 from megatron.core.errors import CheckpointError
+from megatron.core.rerun_state_machine import RerunDiagnostic, RerunMode, RerunState
 from megatron.core.transformer.enums import AttnBackend
 from megatron.training.checkpointing import layout
 
-# Enumerations that occur in the arguments. They are pickled as "class, value", under these names.
+# Enumerations that occur in the arguments and in the state of the fault detection. They are pickled as
+# "class, value", under these names.
 ENUMS = {
     "megatron.core.enums.ModelType": ModelType,
     "megatron.core.transformer.enums.ModelType": ModelType,
     "megatron.model.enums.ModelType": ModelType,
     "megatron.core.transformer.enums.AttnBackend": AttnBackend,
+    "megatron.core.rerun_state_machine.RerunMode": RerunMode,
+    "megatron.core.rerun_state_machine.RerunState": RerunState,
+    "megatron.core.rerun_state_machine.RerunDiagnostic": RerunDiagnostic,
 }
 
 _CHUNK_BYTES = 2**24

@@ -10,6 +10,7 @@ import torch
 
 from megatron.core import parallel_state
 from megatron.core.errors import CheckpointError, NotBuiltYetError
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training.checkpointing import durable, layout, replaceable, tracker
 from megatron.training.checkpointing.rng import get_rng_state
 from megatron.training.checkpointing.state import generate_state_dict, to_host
@@ -82,6 +83,7 @@ def save_checkpoint(
         opt_param_scheduler,
         None if args.no_save_rng else get_rng_state(args.ckpt_format),
         iteration=iteration,
+        rerun_state=get_rerun_state_machine().state_dict(train_data_iterator, args.ckpt_format),
     )
     state["num_floating_point_operations_so_far"] = num_floating_point_operations_so_far
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.core import accelerator
+from megatron.core import accelerator, rerun_state_machine
 from megatron.core.errors import CheckpointError, NotBuiltYetError
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.training import checkpointing
@@ -269,6 +269,20 @@ def test_random_states_of_another_device_are_left_out(run, stored):
         assert run.load()[0] == 4
     assert torch.equal(get_cuda_rng_tracker().get_states()["model-parallel-rng"], advanced)
     assert not torch.equal(advanced, before)
+
+
+def test_largest_values_seen_go_on_counting(run):
+    """The fault detection compares a loss with the largest of the first ones; they survive a restart."""
+    machine = rerun_state_machine.get_rerun_state_machine()
+    for value in (1.0, 3.0, 2.0):
+        assert not machine.is_unexpectedly_large(value, threshold=10, context="loss", num_samples=3)
+    run.save(4)
+    rerun_state_machine.destroy_rerun_state_machine()
+    run.load()
+    fresh = rerun_state_machine.get_rerun_state_machine()
+    assert fresh is not machine
+    assert fresh.is_unexpectedly_large(31.0, threshold=10, context="loss", num_samples=3)
+    rerun_state_machine.destroy_rerun_state_machine()
 
 
 def test_random_states_without_streams(run):
