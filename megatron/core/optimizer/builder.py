@@ -86,6 +86,10 @@ def get_megatron_optimizer(
 def _build_member(config: OptimizerConfig, groups: list[dict[str, Any]]) -> MegatronOptimizer:
     """The optimizer of one set of param groups."""
     torch_optimizer, create_state = _build_torch_optimizer(config, groups)
+    for group in torch_optimizer.param_groups:
+        # What a scheduler would write at once; without one the multipliers must count as well.
+        group["lr"] = group["max_lr"] * group["lr_mult"]
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
     if config.fp16 or config.bf16:
         return Float16OptimizerWithFloat16Params(
             torch_optimizer, config, _build_grad_scaler(config), create_state
