@@ -10,13 +10,17 @@ CORE = [
     # The upper end is the newest version the tests have run with.
     "torch>=2.6,<=2.13.0",
     "numpy>=1.26",
+    "packaging>=22",
     "tokenizers>=0.20",
+    # Preprocessing runs without these two, several times slower.
+    "fastokens>=0.3.5,<0.4",
+    "orjson>=3.9",
 ]
 EXTRAS = {
     # HuggingFace, SentencePiece / Llama2 and TikToken tokenizers
     "tokenizers": ["transformers>=4.45", "sentencepiece>=0.2", "tiktoken>=0.7"],
-    # --yaml-cfg, .parquet and .zst input of tools/preprocess_data.py
-    "data": ["pyarrow>=15", "zstandard>=0.22", "pyyaml>=6"],
+    # .parquet and .zst input and --split-sentences of tools/preprocess_data.py; --yaml-cfg
+    "data": ["pyarrow>=15", "zstandard>=0.22", "nltk>=3.9", "pyyaml>=6"],
     # --tensorboard-dir
     "tensorboard": ["tensorboard>=2.14"],
     # Ascend NPUs; the version of torch_npu decides the version of torch, and wants CANN to be installed

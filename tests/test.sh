@@ -7,7 +7,7 @@ PYTHON=${PYTHON:-$(command -v python3 || command -v python || true)}
 [[ -n $PYTHON ]] || { echo "error: no python3 on PATH: install Python 3.10 or newer, or set PYTHON" >&2; exit 2; }
 missing=$("$PYTHON" -c '
 from importlib.util import find_spec
-print(*[name for name in ("torch", "pytest", "xdist", "transformers", "pyarrow") if find_spec(name) is None])')
+print(*[name for name in ("torch", "pytest", "xdist", "transformers", "pyarrow", "nltk") if find_spec(name) is None])')
 if [[ -n $missing ]]; then
     echo "error: $PYTHON has no $missing: run pip install -e '.[test]' in the checkout" >&2
     exit 2
