@@ -1,8 +1,9 @@
 """Command-line arguments: flags, what follows from them, the rules they obey.
 
 ``flags/`` holds the flags that work, one file per group; ``accepted`` those that change nothing,
-``rejected`` those that are refused, ``not_built`` those whose feature is to come.  ``scan`` and ``parsing`` read the command
-line, ``derive`` completes it, ``rules/`` checks it, ``model_config`` turns it into the model's config.
+``rejected`` those that are refused, ``not_built`` those whose feature is to come.  ``scan`` and ``parsing``
+read the command line, ``derive`` completes it, ``rules/`` checks it, ``model_config`` turns it into the
+model's config.
 """
 
 from megatron.training.arguments.dump import print_args

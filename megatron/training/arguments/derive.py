@@ -172,7 +172,7 @@ def precision(args: Namespace, given: Collection[str]) -> list[str]:
 
 def weight_decay(args: Namespace, given: Collection[str]) -> list[str]:
     """A constant weight decay starts and ends at the same value."""
-    if args.weight_decay_incr_style == "constant":
+    if args.weight_decay_incr_style == "constant" and args.weight_decay >= 0:
         for name in ("start_weight_decay", "end_weight_decay"):
             if getattr(args, name) is None:
                 setattr(args, name, args.weight_decay)
@@ -203,7 +203,10 @@ def skipped_iterations(args: Namespace, given: Collection[str]) -> list[str]:
         return []
     from megatron.core.rerun_state_machine import RerunStateMachine
 
-    rejected = RerunStateMachine.get_skipped_iterations_from_tracker_file(path)
+    try:
+        rejected = RerunStateMachine.get_skipped_iterations_from_tracker_file(path)
+    except (OSError, ValueError):
+        return []
     args.iterations_to_skip = list(dict.fromkeys([*args.iterations_to_skip, *rejected]))
     return []
 

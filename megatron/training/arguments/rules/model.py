@@ -52,8 +52,8 @@ def heads_fit(args: Namespace, given: Collection[str]) -> list[Problem]:
                 "--hidden-size",
                 hidden,
                 f"is not a multiple of --num-attention-heads {heads}",
-                f"use --hidden-size {wider} or --num-attention-heads {fewer}, or give the width of a head with "
-                "--kv-channels",
+                f"use --hidden-size {wider} or --num-attention-heads {fewer}, or set the width of a head "
+                "with --kv-channels",
             )
         )
     if args.group_query_attention and groups and groups > 0 and heads % groups:

@@ -24,6 +24,21 @@ def profile_has_a_range(args: Namespace, given: Collection[str]) -> list[Problem
     return []
 
 
+def rejected_results_are_readable(args: Namespace, given: Collection[str]) -> list[Problem]:
+    """The file of rejected results is absent, or one that can be read."""
+    path = args.result_rejected_tracker_filename
+    if path is None:
+        return []
+    from megatron.core.rerun_state_machine import RerunStateMachine
+
+    try:
+        RerunStateMachine.get_skipped_iterations_from_tracker_file(path)
+    except (OSError, ValueError) as error:
+        rule = f"cannot be read: {error}"
+        return [Problem("--result-rejected-tracker-filename", path, rule, "name another file")]
+    return []
+
+
 def one_size_of_buckets(args: Namespace, given: Collection[str]) -> list[Problem]:
     """Gradient buckets are counted or measured."""
     if args.ddp_num_buckets is not None and args.ddp_bucket_size is not None:
@@ -60,6 +75,7 @@ def launcher_environment(args: Namespace, given: Collection[str]) -> list[Proble
 RULES = (
     logs_have_names,
     profile_has_a_range,
+    rejected_results_are_readable,
     one_size_of_buckets,
     inference_threshold,
     launcher_environment,

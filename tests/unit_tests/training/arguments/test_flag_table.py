@@ -1,0 +1,114 @@
+"""The flags are those of the interface: spelling, attribute, type, default, choices, arity, action, tier."""
+
+import csv
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from megatron.training.arguments.accepted import ACCEPTED
+from megatron.training.arguments.accepted import GROUP as ACCEPTED_GROUP
+from megatron.training.arguments.flag import Flag
+from megatron.training.arguments.flags import GROUPS
+from megatron.training.arguments.not_built import NOT_BUILT
+from megatron.training.arguments.parsing import build_parser
+from megatron.training.arguments.rejected import GROUP as REJECTED_GROUP
+
+TABLE = Path(__file__).resolve().parents[3] / "golden" / "cli" / "cli_flags.tsv"
+OTHER_PROGRAMS = ("preprocess_data only", "tasks/main.py only")
+# Where the table leaves room, or names several defaults of several dialects.
+OWN_DEFAULTS = {
+    "--pre-tockens": None,
+    "--next-tockens": None,
+    "--context-parallel-algo": None,
+    "--local-rank": 0,
+    "--local_rank": 0,
+}
+OWN_CHOICES = {"--shape-order": ["SBH", "BSH", "BSND", "BNSD"]}
+ADDED_CHOICES = {"--tokenizer-type": ["PretrainedFromHF"]}
+# One flag with two spellings, or one that must not be ignored and therefore stops the run.
+OWN_TIERS = {"--noop-layers": "core"}
+OWN_FLAGS = {"--disable-override"}
+
+
+def rows() -> list[dict[str, str]]:
+    with open(TABLE, encoding="utf-8") as file:
+        table = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return [row for row in table if row["group"] not in OTHER_PROGRAMS]
+
+
+def first_name(row: dict[str, str]) -> str:
+    return row["flags"].split(",")[0]
+
+
+@cache
+def flags() -> dict[str, tuple[str, Flag]]:
+    """(tier, flag) by spelling."""
+    tiers = {"core": [flag for group in GROUPS for flag in group.flags]}
+    tiers |= {"accept": ACCEPTED_GROUP.flags, "reject": REJECTED_GROUP.flags}
+    return {name: (tier, flag) for tier, listed in tiers.items() for flag in listed for name in flag.names}
+
+
+@cache
+def actions() -> dict:
+    return build_parser()._option_string_actions
+
+
+def expected_default(row: dict[str, str]) -> object:
+    name, text = first_name(row), row["default"]
+    if name in OWN_DEFAULTS:
+        return OWN_DEFAULTS[name]
+    if text.startswith("auto "):
+        return "auto"
+    if text.startswith("(empty"):
+        return ""
+    literal = {"None": None, "True": True, "False": False, "[]": [], "[0]": [0], "['p2p']": ["p2p"]}
+    if text in literal:
+        return literal[text]
+    number = {"int": int, "float": float, "moe_freq_type": int}.get(row["type"])
+    return number(text) if number else text
+
+
+@pytest.mark.parametrize("row", rows(), ids=first_name)
+def test_flag(row: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    name = first_name(row)
+    tier, flag = flags()[name]
+    action = actions()[name]
+    assert tier == OWN_TIERS.get(name, row["tier"])
+    for spelling in row["flags"].split(", "):
+        assert actions()[spelling].dest == row["dest"] == flag.dest
+    assert action.default == flag.default == expected_default(row)
+    kind = {"_StoreTrueAction": "store_true", "_StoreFalseAction": "store_false", "_StoreAction": "store"}
+    assert kind[type(action).__name__] == row["action"]
+    if row["action"] != "store":
+        return
+    assert (action.nargs or "") == row["nargs"]
+    type_name = {"AttnBackend member name": "attention_backend", "": "str"}.get(row["type"], row["type"])
+    assert getattr(action.type or str, "__name__", None) == type_name
+    choices = [None if word == "None" else word for word in row["choices"].split(", ") if word]
+    choices = OWN_CHOICES.get(name, choices) + ADDED_CHOICES.get(name, [])
+    if name != "--attention-backend":
+        assert [str(c) if isinstance(c, int) else c for c in action.choices or []] == choices
+
+
+def test_attention_backend_words() -> None:
+    convert = actions()["--attention-backend"].type
+    words = ("flash", "fused", "unfused", "local", "auto")
+    assert [convert(word).value for word in words] == [1, 2, 3, 4, 5]
+
+
+def test_no_flag_beyond_the_table() -> None:
+    names = {name for row in rows() for name in row["flags"].split(", ")}
+    assert set(flags()) - names == OWN_FLAGS
+    assert {"-h", "--help"} == set(actions()) - set(flags())
+
+
+def test_every_row_of_the_not_built_table_is_a_working_flag() -> None:
+    assert {row.flag for row in NOT_BUILT} <= {name for name, (tier, _) in flags().items() if tier == "core"}
+    assert len({row.flag for row in NOT_BUILT}) == len(NOT_BUILT)
+
+
+def test_every_accepted_flag_stands_once() -> None:
+    names = [name for row in ACCEPTED for flag in row.flags for name in flag.names]
+    assert len(names) == len(set(names)) >= 90
