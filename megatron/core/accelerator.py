@@ -271,3 +271,15 @@ def matmul_compute_dtype(dtype: torch.dtype, device: torch.device | None = None)
     """
     on_cpu = device.type == CPU if device is not None else not is_accelerated()
     return _cpu_matmul_dtypes().get(dtype, dtype) if on_cpu else dtype
+
+
+def draws_in_parallel(device: torch.device) -> bool:
+    """True where a tensor of random numbers is drawn in parallel; a CPU draws one after the other."""
+    return device.type != CPU
+
+
+def build_device(config: Any) -> torch.device:
+    """Where a model's parameters are made, by its config: on meta, on the CPU, or on the current device."""
+    if config.init_model_with_meta_device:
+        return torch.device("meta")
+    return torch.device(CPU) if config.use_cpu_initialization else current_device()

@@ -261,7 +261,7 @@ class CheckpointFunction(torch.autograd.Function):
 
 
 def checkpoint(function: Callable[..., Any], distribute_saved_activations: bool, *args: Any) -> Any:
-    """``function(*args)`` that keeps only ``args`` and runs again in backward, drawing the same random numbers.
+    """``function(*args)`` that keeps only ``args`` and runs again in backward with the same random numbers.
 
     Args:
         function: returns a tensor or a tuple of tensors.

@@ -1,0 +1,1 @@
+"""Layer classes under the names that other libraries gave them."""

@@ -1,0 +1,247 @@
+"""Modules with TransformerEngine's constructors and parameter names, made of this package's own functions.
+
+Specs and checkpoints written for TransformerEngine work on any device with them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.core.errors import ConfigError
+from megatron.core.fusions.fused_layer_norm import NORMS
+from megatron.core.fusions.layer_norm import layer_norm
+from megatron.core.fusions.rms_norm import rms_norm
+from megatron.core.fusions.rotary import rotary
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, InitMethod, RowParallelLinear
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput, CudaRNGStatesTracker
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+__all__ = [
+    "TEColumnParallelLinear",
+    "TECudaRNGStatesTracker",
+    "TEDotProductAttention",
+    "TELayerNormColumnParallelLinear",
+    "TELinear",
+    "TENorm",
+    "TERowParallelLinear",
+    "fused_apply_rotary_pos_emb",
+]
+
+
+class TENorm:
+    """Factory: constructing it gives the LayerNorm or RMSNorm that ``config.normalization`` asks for."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> Any:
+        return NORMS[config.normalization](config, hidden_size, eps)
+
+
+class TELinear(ColumnParallelLinear):
+    """A linear layer; ``parallel_mode`` ("column", "row" or None) matters with several ranks only."""
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        parallel_mode: str | None,
+        config: TransformerConfig,
+        init_method: InitMethod,
+        bias: bool,
+        skip_bias_add: bool,
+        skip_weight_param_allocation: bool,
+        tp_comm_buffer_name: str | None = None,
+        is_expert: bool = False,
+    ):
+        if parallel_mode not in ("column", "row", None):
+            raise ConfigError(f"parallel_mode: {parallel_mode!r} is not 'column', 'row' or None")
+        super().__init__(
+            input_size,
+            output_size,
+            config=config,
+            init_method=init_method,
+            bias=bias,
+            skip_bias_add=skip_bias_add,
+            skip_weight_param_allocation=skip_weight_param_allocation,
+            is_expert=is_expert,
+            tp_comm_buffer_name=tp_comm_buffer_name,
+        )
+        self.parallel_mode = parallel_mode
+
+
+def _refuse_gathering(gather_output: bool) -> None:
+    if gather_output:
+        raise ConfigError("gather_output: not offered by this layer; use ColumnParallelLinear")
+
+
+class TEColumnParallelLinear(ColumnParallelLinear):
+    """A linear layer whose outputs are split over the group; it never gathers them."""
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: TransformerConfig,
+        init_method: InitMethod,
+        gather_output: bool,
+        bias: bool,
+        skip_bias_add: bool,
+        is_expert: bool,
+        skip_weight_param_allocation: bool = False,
+        tp_comm_buffer_name: str | None = None,
+    ):
+        _refuse_gathering(gather_output)
+        super().__init__(
+            input_size,
+            output_size,
+            config=config,
+            init_method=init_method,
+            bias=bias,
+            skip_bias_add=skip_bias_add,
+            is_expert=is_expert,
+            skip_weight_param_allocation=skip_weight_param_allocation,
+            tp_comm_buffer_name=tp_comm_buffer_name,
+        )
+
+
+class TELayerNormColumnParallelLinear(TEColumnParallelLinear):
+    """A norm and a linear layer in one module: ``layer_norm_weight``, ``layer_norm_bias``, ``weight``,
+    ``bias``.
+
+    The norm is ``config.normalization``. With selective recomputation of ``layernorm``, its output is not
+    kept.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: TransformerConfig,
+        init_method: InitMethod,
+        gather_output: bool,
+        bias: bool,
+        skip_bias_add: bool,
+        is_expert: bool,
+        skip_weight_param_allocation: bool = False,
+        tp_comm_buffer_name: str | None = None,
+    ):
+        super().__init__(
+            input_size,
+            output_size,
+            config=config,
+            init_method=init_method,
+            gather_output=gather_output,
+            bias=bias,
+            skip_bias_add=skip_bias_add,
+            is_expert=is_expert,
+            skip_weight_param_allocation=skip_weight_param_allocation,
+            tp_comm_buffer_name=tp_comm_buffer_name,
+        )
+        norm = NORMS[config.normalization](config, input_size, config.layernorm_epsilon)
+        self.eps = norm.eps
+        self.zero_centered_gamma = norm.zero_centered_gamma
+        self.layer_norm_weight = norm.weight
+        self.layer_norm_bias = getattr(norm, "bias", None)
+        self.recompute_norm = (
+            config.recompute_granularity == "selective" and "layernorm" in config.recompute_modules
+        )
+
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[..., in] -> [..., out], and the bias or None."""
+        if not (self.recompute_norm and self.training):
+            return super().forward(self._normed(input_), weight)
+        recompute = CheckpointWithoutOutput()
+        output, bias = super().forward(recompute.checkpoint(self._normed, input_), weight)
+        recompute.discard_output_and_register_recompute(output)
+        return output, bias
+
+    def _normed(self, x: Tensor) -> Tensor:
+        scale = self.layer_norm_weight + 1 if self.zero_centered_gamma else self.layer_norm_weight
+        if self.layer_norm_bias is None:
+            return rms_norm(x, scale, self.eps)
+        return layer_norm(x, scale, self.layer_norm_bias, self.eps)
+
+
+class TERowParallelLinear(RowParallelLinear):
+    """A linear layer whose inputs are split over the group."""
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: TransformerConfig,
+        init_method: InitMethod,
+        bias: bool,
+        input_is_parallel: bool,
+        skip_bias_add: bool,
+        is_expert: bool,
+        tp_comm_buffer_name: str | None = None,
+    ):
+        if not input_is_parallel:
+            raise ConfigError("input_is_parallel=False: not offered by this layer; use RowParallelLinear")
+        super().__init__(
+            input_size,
+            output_size,
+            config=config,
+            init_method=init_method,
+            bias=bias,
+            input_is_parallel=input_is_parallel,
+            skip_bias_add=skip_bias_add,
+            is_expert=is_expert,
+            tp_comm_buffer_name=tp_comm_buffer_name,
+        )
+
+
+class TEDotProductAttention(DotProductAttention):
+    """Core attention with TransformerEngine's constructor."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        cp_comm_type: str | None = "p2p",
+    ):
+        super().__init__(
+            config,
+            layer_number,
+            attn_mask_type,
+            attention_type,
+            attention_dropout,
+            softmax_scale,
+            cp_comm_type,
+            k_channels,
+            v_channels,
+        )
+
+
+class TECudaRNGStatesTracker(CudaRNGStatesTracker):
+    """Named random streams; there is one kind here."""
+
+    def __init__(self, is_inference_rng_tracker: bool = False):
+        super().__init__(is_inference_rng_tracker=is_inference_rng_tracker)
+
+
+def fused_apply_rotary_pos_emb(
+    t: Tensor, freqs: Tensor, transpose_output_memory: bool = False, interleaved: bool = False
+) -> Tensor:
+    """Rotates the first channels of every head.  t: [s, b, n, d], freqs: [s, 1, 1, d_rot].
+
+    ``transpose_output_memory`` gives the result the memory order of [b, s, n, d].
+    """
+    width = freqs.shape[-1]
+    rotated = rotary(t[..., :width], freqs.cos().to(t.dtype), freqs.sin().to(t.dtype), interleaved)
+    out = torch.cat((rotated, t[..., width:]), dim=-1)
+    return out.transpose(0, 1).contiguous().transpose(0, 1) if transpose_output_memory else out

@@ -1,0 +1,75 @@
+"""GELU-gated linear units (Shazeer, 2020): one half of the input, activated, times the other half."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron.core.overrides import overridable
+
+
+@overridable
+def gated_gelu(y: Tensor, approximate: str, gate_last: bool) -> Tensor:
+    """``gelu(gate) * up``, differentiable.  y: [..., 2f] -> [..., f].
+
+    Args:
+        y: the gate's half and the other half, in this order unless ``gate_last``.
+        approximate: ``"none"`` for the error function, ``"tanh"`` for the approximation.
+        gate_last: the second half is the gate.
+    """
+    return _GatedGelu.apply(y, approximate, gate_last)
+
+
+def _halves(y: Tensor, gate_last: bool) -> tuple[Tensor, Tensor]:
+    """(gate, up).  [..., 2f] -> 2 x [..., f]"""
+    first, second = y.chunk(2, dim=-1)
+    return (second, first) if gate_last else (first, second)
+
+
+class _GatedGelu(torch.autograd.Function):
+    """Keeps its input only, and computes the activation again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, approximate: str, gate_last: bool) -> Tensor:
+        ctx.save_for_backward(y)
+        ctx.approximate, ctx.gate_last = approximate, gate_last
+        gate, up = _halves(y, gate_last)
+        return F.gelu(gate, approximate=approximate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (y,) = ctx.saved_tensors
+        gate, up = _halves(y, ctx.gate_last)
+        grad = torch.empty_like(y)
+        grad_gate, grad_up = _halves(grad, ctx.gate_last)
+        torch.mul(g, F.gelu(gate, approximate=ctx.approximate), out=grad_up)
+        grad_gate.copy_(torch.ops.aten.gelu_backward(g * up, gate, approximate=ctx.approximate))
+        return grad, None, None
+
+
+def geglu(y: Tensor) -> Tensor:
+    """Tanh GELU of the first half times the second.  [..., 2f] -> [..., f]"""
+    return gated_gelu(y, "tanh", False)
+
+
+def bias_geglu(bias: Tensor, y: Tensor) -> Tensor:
+    """:func:`geglu` of ``y + bias``."""
+    return geglu(y + bias)
+
+
+def geglu_back(g: Tensor, y: Tensor) -> Tensor:
+    """Gradient of :func:`geglu` with respect to ``y``.  g: [..., f] -> [..., 2f]"""
+    gate, up = y.chunk(2, dim=-1)
+    grad_gate = torch.ops.aten.gelu_backward(g * up, gate, approximate="tanh")
+    return torch.cat((grad_gate, g * F.gelu(gate, approximate="tanh")), dim=-1)
+
+
+def bias_geglu_back(g: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    """Gradient of :func:`bias_geglu` with respect to ``y``."""
+    return geglu_back(g, y + bias)
+
+
+def bias_geglu_impl(input: Tensor, bias: Tensor | None) -> Tensor:
+    """Differentiable :func:`geglu` with an optional bias.  [..., 2f] -> [..., f]"""
+    return geglu(input if bias is None else input + bias)

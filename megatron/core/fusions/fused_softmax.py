@@ -1,0 +1,112 @@
+"""Module form of the attention softmax, with the constructor that user code knows."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from megatron.core.errors import ConfigError
+from megatron.core.fusions.softmax import scaled_masked_softmax
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.utils import get_default_causal_mask
+
+
+class ScaledUpperTriangMaskedSoftmax:
+    """Causal softmax of 3-D scores [b*n, s, s]."""
+
+    @staticmethod
+    def apply(inputs: Tensor, scale: float) -> Tensor:
+        mask = get_default_causal_mask(inputs.shape[-2])
+        return scaled_masked_softmax(inputs.unsqueeze(0), mask, scale, True).squeeze(0)
+
+
+class ScaledMaskedSoftmax:
+    """Softmax of 4-D scores [b, n, sq, sk] under a mask."""
+
+    @staticmethod
+    def apply(inputs: Tensor, mask: Tensor, scale: float) -> Tensor:
+        return scaled_masked_softmax(inputs, mask, scale, True)
+
+
+class ScaledSoftmax:
+    """Softmax of 4-D scores with nothing hidden."""
+
+    @staticmethod
+    def apply(inputs: Tensor, scale: float) -> Tensor:
+        return scaled_masked_softmax(inputs, None, scale, True)
+
+
+class FusedScaleMaskSoftmax(nn.Module):
+    """``softmax(mask(scale * x))``, by the replaceable kernel or by plain operations.
+
+    Args:
+        input_in_fp16, input_in_bf16: precision of the scores; not both.
+        attn_mask_type: a causal type builds the triangular mask when no mask is given.
+        scaled_masked_softmax_fusion: use the replaceable kernel.
+        mask_func: ``(scores, mask) -> scores`` of the plain path.
+        softmax_in_fp32: widen scores before the softmax.
+        scale: factor in front of the scores, or None for 1; needs ``softmax_in_fp32``.
+    """
+
+    def __init__(
+        self,
+        input_in_fp16: bool,
+        input_in_bf16: bool,
+        attn_mask_type: AttnMaskType,
+        scaled_masked_softmax_fusion: bool,
+        mask_func: Callable[[Tensor, Tensor], Tensor],
+        softmax_in_fp32: bool,
+        scale: float | None,
+    ):
+        super().__init__()
+        if input_in_fp16 and input_in_bf16:
+            raise ConfigError(
+                "scores cannot be fp16 and bf16 at once: set one of input_in_fp16, input_in_bf16"
+            )
+        if scale is not None and not softmax_in_fp32:
+            raise ConfigError(f"scale {scale} needs softmax_in_fp32=True")
+        self.input_in_float16 = input_in_fp16 or input_in_bf16
+        self.attn_mask_type = attn_mask_type
+        self.scaled_masked_softmax_fusion = scaled_masked_softmax_fusion
+        self.mask_func = mask_func
+        self.softmax_in_fp32 = softmax_in_fp32
+        self.scale = scale
+
+    def forward(self, input: Tensor, mask: Tensor | None) -> Tensor:
+        """Probabilities of scores [b, n, sq, sk]; mask: bool, True hides, [b or 1, 1, sq, sk] or None."""
+        if mask is None and self.attn_mask_type == AttnMaskType.causal:
+            sq, sk = input.shape[-2:]
+            if sq == sk:
+                mask = get_default_causal_mask(sq)
+            else:
+                # Queries are the last sq positions of the keys.
+                mask = torch.ones(sq, sk, dtype=torch.bool, device=input.device).triu_(1 + sk - sq)
+        if self.is_kernel_available(mask, *input.shape):
+            return self.forward_fused_softmax(input, mask)
+        return self.forward_torch_softmax(input, mask)
+
+    def is_kernel_available(self, mask: Tensor | None, b: int, np: int, sq: int, sk: int) -> bool:
+        """Whether the kernel is asked for and takes these scores (half precision, sizes)."""
+        return (
+            self.scaled_masked_softmax_fusion
+            and self.input_in_float16
+            and 16 < sk <= 4096
+            and sq % 4 == 0
+            and sk % 4 == 0
+            and (b * np) % 4 == 0
+        )
+
+    def forward_fused_softmax(self, input: Tensor, mask: Tensor | None) -> Tensor:
+        """The replaceable kernel."""
+        return scaled_masked_softmax(
+            input, mask, 1.0 if self.scale is None else self.scale, self.softmax_in_fp32
+        )
+
+    def forward_torch_softmax(self, input: Tensor, mask: Tensor | None) -> Tensor:
+        """Plain operations, with this module's own ``mask_func``."""
+        scores = input.float() if self.input_in_float16 and self.softmax_in_fp32 else input
+        if self.scale is not None:
+            scores = scores * self.scale
+        if mask is not None:
+            scores = self.mask_func(scores, mask)
+        return torch.softmax(scores, dim=-1).to(input.dtype)

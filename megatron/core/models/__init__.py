@@ -1,0 +1,1 @@
+"""Models: embeddings, a stack of layers, a head."""

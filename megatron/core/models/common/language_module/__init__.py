@@ -1,0 +1,1 @@
+"""Base of language models."""

@@ -1,0 +1,169 @@
+"""Which modules a GPT layer is made of."""
+
+import warnings
+
+from megatron.core.errors import NotBuiltYetError
+from megatron.core.extensions.transformer_engine import (
+    TEDotProductAttention,
+    TELayerNormColumnParallelLinear,
+    TENorm,
+    TERowParallelLinear,
+)
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import L2Norm, WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+# Distributed checkpoints of the local layout carry the names of the TransformerEngine layout.
+LOCAL_TO_TE_KEYS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def get_gpt_layer_with_transformer_engine_spec(
+    num_experts: int | None = None,
+    moe_grouped_gemm: bool | None = False,
+    qk_layernorm: bool | None = False,
+    multi_latent_attention: bool | None = False,
+    fp8: str | None = None,
+    moe_use_legacy_grouped_gemm: bool | None = False,
+    qk_l2_norm: bool | None = False,
+) -> ModuleSpec:
+    """A layer with TransformerEngine's parameter names: each norm lives in the linear layer after it.
+
+    The modules are this package's own and run on any device.
+    """
+    _check(multi_latent_attention, fp8)
+    return _layer(
+        attention=SelfAttentionSubmodules(
+            linear_qkv=TELayerNormColumnParallelLinear,
+            core_attention=TEDotProductAttention,
+            linear_proj=TERowParallelLinear,
+            **_head_norms(TENorm, qk_layernorm, qk_l2_norm),
+        ),
+        mlp=get_mlp_module_spec(True, num_experts, moe_grouped_gemm, None, moe_use_legacy_grouped_gemm),
+        norms={},
+    )
+
+
+def get_gpt_layer_local_spec(
+    num_experts: int | None = None,
+    moe_grouped_gemm: bool | None = False,
+    qk_layernorm: bool | None = False,
+    multi_latent_attention: bool | None = False,
+    fp8: str | None = None,
+    moe_use_legacy_grouped_gemm: bool | None = False,
+    normalization: str | None = None,
+    qk_l2_norm: bool | None = False,
+) -> ModuleSpec:
+    """A layer with separate norms.  Which norm is ``config.normalization``'s choice, whatever is "
+    "passed here."""
+    _check(multi_latent_attention, fp8)
+    return _layer(
+        attention=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=DotProductAttention,
+            linear_proj=RowParallelLinear,
+            **_head_norms(WrappedTorchNorm, qk_layernorm, qk_l2_norm),
+        ),
+        mlp=get_mlp_module_spec(False, num_experts, moe_grouped_gemm, None, moe_use_legacy_grouped_gemm),
+        norms={
+            "input_layernorm": WrappedTorchNorm,
+            "pre_mlp_layernorm": WrappedTorchNorm,
+            "sharded_state_dict_keys_map": dict(LOCAL_TO_TE_KEYS),
+        },
+    )
+
+
+def get_mlp_module_spec(
+    use_te: bool | None = True,
+    num_experts: int | None = None,
+    moe_grouped_gemm: bool | None = False,
+    fp8: str | None = None,
+    moe_use_legacy_grouped_gemm: bool | None = False,
+) -> ModuleSpec:
+    """A dense MLP, with its norm inside fc1 if ``use_te``; a mixture of experts is not built yet."""
+    _warn_about_fp8(fp8)
+    if num_experts is not None:
+        raise NotBuiltYetError("a mixture of experts", f"--num-experts {num_experts}", "Leave it out.")
+    return ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(
+            linear_fc1=TELayerNormColumnParallelLinear if use_te else ColumnParallelLinear,
+            linear_fc2=TERowParallelLinear if use_te else RowParallelLinear,
+        ),
+    )
+
+
+def get_gpt_decoder_block_spec(
+    config: TransformerConfig,
+    use_transformer_engine: bool,
+    normalization: str | None = None,
+    qk_l2_norm: bool | None = False,
+) -> TransformerBlockSubmodules:
+    """Specs of all layers of this stage, and the final norm."""
+    arguments = {
+        "num_experts": config.num_moe_experts,
+        "moe_grouped_gemm": config.moe_grouped_gemm,
+        "qk_layernorm": config.qk_layernorm,
+        "multi_latent_attention": config.multi_latent_attention,
+        "moe_use_legacy_grouped_gemm": config.moe_use_legacy_grouped_gemm,
+        "qk_l2_norm": qk_l2_norm,
+    }
+    if use_transformer_engine:
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(**arguments), TENorm
+    else:
+        layer, norm = get_gpt_layer_local_spec(**arguments, normalization=normalization), WrappedTorchNorm
+    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), norm)
+
+
+def get_gpt_mtp_block_spec(
+    config: TransformerConfig,
+    spec: TransformerBlockSubmodules | ModuleSpec,
+    use_transformer_engine: bool,
+) -> None:
+    """Layers that predict further tokens: None without any; with some, not built yet."""
+    if config.mtp_num_layers:
+        raise NotBuiltYetError(
+            "multi-token prediction", f"--mtp-num-layers {config.mtp_num_layers}", "Leave it out."
+        )
+
+
+def _layer(attention: SelfAttentionSubmodules, mlp: ModuleSpec, norms: dict) -> ModuleSpec:
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=ModuleSpec(
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+            **norms,
+        ),
+    )
+
+
+def _head_norms(norm: type, qk_layernorm: bool | None, qk_l2_norm: bool | None) -> dict[str, type]:
+    chosen = L2Norm if qk_l2_norm else norm if qk_layernorm else None
+    return {} if chosen is None else {"q_layernorm": chosen, "k_layernorm": chosen}
+
+
+def _check(multi_latent_attention: bool | None, fp8: str | None) -> None:
+    _warn_about_fp8(fp8)
+    if multi_latent_attention:
+        raise NotBuiltYetError("multi-head latent attention", "--multi-latent-attention", "Leave it out.")
+
+
+def _warn_about_fp8(fp8: str | None) -> None:
+    # Launch scripts pass an unrelated flag's False in this position.
+    if fp8:
+        warnings.warn(f"the fp8 argument of layer specs ({fp8!r}) has no effect", DeprecationWarning)

@@ -1,0 +1,195 @@
+"""GPT: embedding, a stack of causal layers, an output layer over the vocabulary."""
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+from megatron.core import tensor_parallel
+from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
+from megatron.core.enums import ModelType
+from megatron.core.errors import ConfigError, NotBuiltYetError
+from megatron.core.inference_params import InferenceParams
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+POSITION_EMBEDDING_TYPES = ("learned_absolute", "rope", "none")
+
+
+class GPTModel(LanguageModule):
+    """A decoder-only transformer.
+
+    Attributes:
+        embedding: word (and learned position) embedding, on the first stage.
+        rotary_pos_emb: table of angles, with rotary positions.
+        decoder: the layers.
+        output_layer: projection to the vocabulary, on the last stage; without a weight of its own when tied.
+
+    Args:
+        config: model config.
+        transformer_layer_spec: of one layer, or of the stack.
+        vocab_size: rows of the embedding, padding included.
+        max_sequence_length: longest sequence; rows of a learned position table.
+        pre_process: this is the first stage.
+        post_process: this is the last stage.
+        fp16_lm_cross_entropy: return the loss in half precision.
+        parallel_output: leave logits split over tensor-parallel ranks.
+        share_embeddings_and_output_weights: tie the output layer to the embedding.
+        position_embedding_type: ``learned_absolute``, ``rope`` or ``none``.
+        rotary_percent, rotary_base, rope_scaling, rope_scaling_factor, seq_len_interpolation_factor: see
+            :class:`RotaryEmbedding`.
+        scatter_embedding_sequence_parallel: split the embedding's output under sequence parallelism.
+        mtp_block_spec: layers that predict further tokens, not built yet.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        transformer_layer_spec: ModuleSpec | TransformerBlockSubmodules,
+        vocab_size: int,
+        max_sequence_length: int,
+        pre_process: bool = True,
+        post_process: bool = True,
+        fp16_lm_cross_entropy: bool = False,
+        parallel_output: bool = True,
+        share_embeddings_and_output_weights: bool = False,
+        position_embedding_type: Literal["learned_absolute", "rope", "mrope", "none"] = "learned_absolute",
+        rotary_percent: float = 1.0,
+        rotary_base: int = 10000,
+        rope_scaling: bool = False,
+        rope_scaling_factor: float = 8.0,
+        scatter_embedding_sequence_parallel: bool = True,
+        seq_len_interpolation_factor: float | None = None,
+        mtp_block_spec: ModuleSpec | None = None,
+    ):
+        super().__init__(config)
+        if has_config_logger_enabled(config):
+            log_config_to_disk(config, locals(), prefix=type(self).__name__)
+        _check_supported(config, position_embedding_type, mtp_block_spec)
+        self.transformer_layer_spec = transformer_layer_spec
+        self.vocab_size = vocab_size
+        self.max_sequence_length = self.max_position_embeddings = max_sequence_length
+        self.pre_process, self.post_process = pre_process, post_process
+        self.fp16_lm_cross_entropy = fp16_lm_cross_entropy
+        self.parallel_output = parallel_output
+        self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
+        self.position_embedding_type = position_embedding_type
+        self.rotary_percent, self.rotary_base = rotary_percent, rotary_base
+        self.rotary_scaling = rope_scaling
+        self.model_type = ModelType.encoder_or_decoder
+        self.mtp_process = False
+
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config,
+                vocab_size,
+                max_sequence_length,
+                position_embedding_type,
+                scatter_to_sequence_parallel=scatter_embedding_sequence_parallel,
+            )
+        self.rotary_pos_emb = None
+        if position_embedding_type == "rope":
+            self.rotary_pos_emb = RotaryEmbedding(
+                config.kv_channels,
+                rotary_percent,
+                config.rotary_interleaved,
+                seq_len_interpolation_factor,
+                rotary_base,
+                rope_scaling,
+                rope_scaling_factor,
+                config.use_cpu_initialization,
+            )
+        self.decoder = TransformerBlock(
+            config, transformer_layer_spec, pre_process=pre_process, post_process=post_process
+        )
+        if post_process:
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                config.hidden_size,
+                vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=not parallel_output,
+                skip_weight_param_allocation=pre_process and share_embeddings_and_output_weights,
+            )
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Hands in the previous stage's activations: a tensor [s, b, h], or a list of one."""
+        if isinstance(input_tensor, list):
+            assert len(input_tensor) == 1, f"GPT takes one input tensor, not {len(input_tensor)}"
+            input_tensor = input_tensor[0]
+        self.decoder.set_input_tensor(input_tensor)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        decoder_input: Tensor | None = None,
+        labels: Tensor | None = None,
+        inference_context: InferenceParams | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        extra_block_kwargs: dict[str, Any] | None = None,
+        runtime_gather_output: bool | None = None,
+        *,
+        inference_params: InferenceParams | None = None,
+        loss_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Loss per token, logits, or hidden states.
+
+        Args:
+            input_ids: [b, s].
+            position_ids: [b, s]; read with learned positions only.
+            attention_mask: bool [b or 1, 1, s, s], True hides, in addition to causality; or None.
+            decoder_input: [s, b, h], used instead of the embedding.
+            labels: [b, s] target ids, or None.
+            loss_mask: for layers that predict further tokens; the loss returned here is never masked.
+
+        Returns:
+            [b, s] loss with labels, [b, s, v] logits without, [s, b, h] on a stage that is not the last.
+        """
+        if decoder_input is None and self.pre_process:
+            decoder_input = self.embedding(input_ids, position_ids)
+        angles = None
+        if self.rotary_pos_emb is not None:
+            length = self.rotary_pos_emb.get_rotary_seq_len(
+                inference_context, self.decoder, decoder_input, self.config, packed_seq_params
+            )
+            angles = self.rotary_pos_emb(length)
+        hidden_states = self.decoder(
+            decoder_input,
+            attention_mask,
+            rotary_pos_emb=angles,
+            inference_context=inference_context,
+            packed_seq_params=packed_seq_params,
+            inference_params=inference_params,
+            **(extra_block_kwargs or {}),
+        )
+        if not self.post_process:
+            return hidden_states
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        logits, _ = self.output_layer(hidden_states, weight, runtime_gather_output)
+        if labels is None:
+            # [s, b, v] -> [b, s, v]
+            return logits.transpose(0, 1).contiguous()
+        return self.compute_language_model_loss(labels, logits)
+
+
+def _check_supported(config: TransformerConfig, position_embedding_type: str, mtp_block_spec: Any) -> None:
+    if position_embedding_type == "mrope":
+        raise NotBuiltYetError("multimodal rotary embedding", "--position-embedding-type mrope", "Use rope.")
+    if position_embedding_type not in POSITION_EMBEDDING_TYPES:
+        raise ConfigError(
+            f"position_embedding_type: {position_embedding_type!r} is not one of "
+            f"{', '.join(POSITION_EMBEDDING_TYPES)}"
+        )
+    if mtp_block_spec is not None or config.mtp_num_layers:
+        raise NotBuiltYetError("multi-token prediction", "--mtp-num-layers", "Leave it out.")

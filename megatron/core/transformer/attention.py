@@ -1,0 +1,217 @@
+"""Attention blocks: projections around core attention."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.core import tensor_parallel
+from megatron.core.errors import NotBuiltYetError
+from megatron.core.inference_params import InferenceParams
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import deprecate_inference_params, divide
+
+Spec = ModuleSpec | type | None
+
+
+@dataclass
+class SelfAttentionSubmodules:
+    """Slots of self attention; the two norms act on each query and key head."""
+
+    linear_qkv: Spec = None
+    core_attention: Spec = None
+    linear_proj: Spec = None
+    q_layernorm: Spec = None
+    k_layernorm: Spec = None
+
+
+def refuse_inference_state(inference_context: Any, inference_params: Any = None) -> None:
+    """There is no key/value cache: generation calls the model on the whole prefix."""
+    if deprecate_inference_params(inference_context, inference_params) is not None:
+        raise NotBuiltYetError("a key/value cache", remedy="Call the model on the whole sequence instead.")
+
+
+class Attention(MegatronModule, ABC):
+    """Base: core attention and the output projection; subclasses make queries, keys and values.
+
+    Args:
+        config: model config.
+        submodules: slots.
+        layer_number: global, counted from 1.
+        attn_mask_type: which keys a query may see.
+        attention_type: ``"self"`` or ``"cross"``.
+        cp_comm_type: exchange between context-parallel ranks.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: Any,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+    ):
+        super().__init__(config)
+        self.layer_number = layer_number
+        self.attn_mask_type = attn_mask_type
+        self.attention_type = attention_type
+        self.query_projection_size = config.kv_channels * config.num_attention_heads
+        self.kv_projection_size = config.kv_channels * config.num_query_groups
+        self.hidden_size_per_attention_head = divide(self.query_projection_size, config.num_attention_heads)
+        self.num_attention_heads_per_partition = config.num_attention_heads
+        self.num_query_groups_per_partition = config.num_query_groups
+        self.core_attention = build_module(
+            submodules.core_attention,
+            config=config,
+            layer_number=layer_number,
+            attn_mask_type=attn_mask_type,
+            attention_type=attention_type,
+            cp_comm_type=cp_comm_type,
+            softmax_scale=config.softmax_scale,
+        )
+        self.checkpoint_core_attention = (
+            config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        )
+        self.linear_proj = build_module(
+            submodules.linear_proj,
+            self.query_projection_size,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=config.add_bias_linear,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="proj",
+        )
+
+    @abstractmethod
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, key_value_states: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [s, b, n, d], key and value [s, b, g, d]."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        key_value_states: Tensor | None = None,
+        inference_context: InferenceParams | None = None,
+        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
+        rotary_pos_cos: Tensor | None = None,
+        rotary_pos_sin: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        sequence_len_offset: int | None = None,
+        *,
+        inference_params: InferenceParams | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[s, b, h] -> [s, b, h], and the projection's bias for the caller to add.
+
+        Args:
+            hidden_states: input.
+            attention_mask: bool [b or 1, 1, s, s], True hides; or None.
+            key_value_states: source of keys and values of cross attention.
+            rotary_pos_emb: angles [s, 1, 1, d], one tensor or a (query, key) pair.
+        """
+        refuse_inference_state(inference_context, inference_params)
+        query, key, value = self.get_query_key_value_tensors(hidden_states, key_value_states)
+        if rotary_pos_emb is not None:
+            pair = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
+            query = apply_rotary_pos_emb(query, pair[0], self.config)
+            key = apply_rotary_pos_emb(key, pair[1], self.config)
+        extras = (attention_bias, packed_seq_params)
+        if self.checkpoint_core_attention and self.training:
+            context = tensor_parallel.checkpoint(
+                self._core, False, query, key, value, attention_mask, *extras
+            )
+        else:
+            context = self._core(query, key, value, attention_mask, *extras)
+        return self.linear_proj(context)
+
+    def _core(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attention_bias: Tensor | None,
+        packed_seq_params: PackedSeqParams | None,
+    ) -> Tensor:
+        """[s, b, n, d], 2 x [s, b, g, d] -> [s, b, n*d]"""
+        return self.core_attention(
+            query,
+            key,
+            value,
+            attention_mask,
+            attn_mask_type=self.attn_mask_type,
+            attention_bias=attention_bias,
+            packed_seq_params=packed_seq_params,
+        )
+
+
+class SelfAttention(Attention):
+    """Attention of a sequence to itself, with one projection for queries, keys and values.
+
+    Rows of ``linear_qkv`` are grouped by query group: its n/g query heads, then its key head, then its value
+    head.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.padding,
+        cp_comm_type: str | None = None,
+    ):
+        super().__init__(config, submodules, layer_number, attn_mask_type, "self", cp_comm_type)
+        self.linear_qkv = build_module(
+            submodules.linear_qkv,
+            config.hidden_size,
+            self.query_projection_size + 2 * self.kv_projection_size,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=config.add_bias_linear or config.add_qkv_bias,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="qkv",
+        )
+        self.q_layernorm = self._head_norm(submodules.q_layernorm)
+        self.k_layernorm = self._head_norm(submodules.k_layernorm)
+
+    def _head_norm(self, spec: Spec) -> torch.nn.Module | None:
+        if spec is None:
+            return None
+        width = self.hidden_size_per_attention_head
+        return build_module(spec, hidden_size=width, config=self.config, eps=self.config.layernorm_epsilon)
+
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, key_value_states: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[s, b, h] -> query [s, b, n, d], key and value [s, b, g, d]."""
+        mixed, _ = self.linear_qkv(hidden_states)
+        g, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        per_group = divide(self.num_attention_heads_per_partition, g)
+        # [s, b, (n + 2g)*d] -> [s, b, g, (n/g + 2)*d]
+        mixed = mixed.unflatten(-1, (g, (per_group + 2) * d))
+        query, key, value = torch.split(mixed, [per_group * d, d, d], dim=-1)
+        # [s, b, g, (n/g)*d] -> [s, b, n, d]
+        query = query.reshape(*query.shape[:2], -1, d)
+        if self.q_layernorm is not None:
+            query = self.q_layernorm(query)
+        if self.k_layernorm is not None:
+            key = self.k_layernorm(key)
+        return query, key, value
+
+    def run_realtime_tests(self) -> None:
+        """Compares the norms of queries and keys between copies on other ranks; one rank has one copy."""

@@ -1,0 +1,183 @@
+"""Core attention: queries, keys and values in, weighted values out; no parameters."""
+
+import contextlib
+import math
+
+import torch
+from torch import Tensor
+
+from megatron.core import accelerator
+from megatron.core.errors import NotBuiltYetError
+from megatron.core.fusions.attention_masks import band_mask, covers
+from megatron.core.fusions.dropout import dropout
+from megatron.core.fusions.fused_attention import fused_attention
+from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import attention_mask_func
+from megatron.core.utils import divide
+
+FUSED_BACKENDS = (AttnBackend.auto, AttnBackend.flash, AttnBackend.fused)
+CAUSAL_TYPES = (AttnMaskType.causal, AttnMaskType.padding_causal)
+
+
+class DotProductAttention(MegatronModule):
+    """``softmax(hide(scale * Q K^T)) V``, in one fused operation or in explicit steps.
+
+    ``config.attention_backend`` chooses: auto, flash and fused take the fused function of this device,
+    unfused and local the steps. Both hide the same keys: those after the query (causal types), those outside
+    ``config.window_size``, and those marked in ``attention_mask``.
+
+    Args:
+        config: model config.
+        layer_number: global, counted from 1; divides the scores under ``apply_query_key_layer_scaling``.
+        attn_mask_type: which keys a query may see.
+        attention_type: ``"self"`` or ``"cross"``.
+        attention_dropout: probability; default the config's.
+        softmax_scale: factor in front of the scores; default the config's, or 1 / sqrt(head width).
+        cp_comm_type: exchange between context-parallel ranks, of which there is one.
+        k_channels, v_channels: widths of a query/key head and of a value head; default the config's.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+    ):
+        super().__init__(config)
+        if config.context_parallel_size > 1:
+            raise NotBuiltYetError(
+                "context parallelism", f"--context-parallel-size {config.context_parallel_size}", "Use 1."
+            )
+        self.layer_number = max(1, layer_number)
+        self.attn_mask_type = attn_mask_type
+        self.attention_type = attention_type
+        self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.fused = config.attention_backend in FUSED_BACKENDS
+        width = config.kv_channels if k_channels is None else k_channels
+        scale = config.softmax_scale if softmax_scale is None else softmax_scale
+        self.softmax_scale = 1.0 / math.sqrt(width) if scale is None else scale
+        # Dividing by the layer number keeps fp16 scores small; the softmax multiplies it back in fp32.
+        self.coefficient = self.layer_number if config.apply_query_key_layer_scaling else None
+        self.scale_mask_softmax = FusedScaleMaskSoftmax(
+            input_in_fp16=config.fp16,
+            input_in_bf16=config.bf16,
+            attn_mask_type=AttnMaskType.padding,  # masks are made here
+            scaled_masked_softmax_fusion=config.masked_softmax_fusion,
+            mask_func=attention_mask_func,
+            softmax_in_fp32=config.attention_softmax_in_fp32,
+            scale=self.coefficient,
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attention of every head.
+
+        Args:
+            query: [sq, b, n, d].
+            key: [sk, b, g, d], g dividing n.
+            value: [sk, b, g, dv].
+            attention_mask: bool [b or 1, 1, sq, sk], True hides; or None.
+            attn_mask_type: overrides the layer's own.
+
+        Returns:
+            [sq, b, n*dv]
+        """
+        if packed_seq_params is not None:
+            raise NotBuiltYetError("attention over packed sequences", remedy="Pass packed_seq_params=None.")
+        if attention_bias is not None:
+            raise NotBuiltYetError("a bias on attention scores", remedy="Pass attention_bias=None.")
+        mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
+        causal = mask_type in CAUSAL_TYPES
+        dropout_p = self.attention_dropout if self.training else 0.0
+        compute = self._fused if self.fused else self._unfused
+        with self._random_stream(dropout_p):
+            return compute(query, key, value, attention_mask, causal, dropout_p)
+
+    def _random_stream(self, dropout_p: float) -> contextlib.AbstractContextManager[None]:
+        """Dropout of split heads differs between ranks; under sequence parallel the caller sees to that."""
+        if dropout_p > 0.0 and not self.config.sequence_parallel:
+            return get_cuda_rng_tracker().fork()
+        return contextlib.nullcontext()
+
+    def _fused(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float
+    ) -> Tensor:
+        layout = self.config.attention_layout
+        out = fused_attention(
+            _flatten_heads(q, layout),
+            _flatten_heads(k, layout),
+            _flatten_heads(v, layout),
+            num_heads=q.shape[2],
+            num_query_groups=k.shape[2],
+            layout=layout,
+            causal=causal,
+            window=self.config.window_size,
+            attention_mask=mask,
+            softmax_scale=self.softmax_scale,
+            dropout_p=dropout_p,
+        )
+        # [b, sq, n*dv] -> [sq, b, n*dv]
+        return out if layout == "SBH" else out.transpose(0, 1).contiguous()
+
+    def _unfused(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float
+    ) -> Tensor:
+        (sq, b, n, _), (sk, _, g, _) = q.shape, k.shape
+        dtype = q.dtype
+        compute = accelerator.matmul_compute_dtype(dtype, q.device)
+        # Queries of one group side by side, so that keys need no copies: [s, b, n, d] -> [b*g, (n/g)*sq, d]
+        grouped_q = (
+            q.to(compute)
+            .unflatten(2, (g, divide(n, g)))
+            .permute(1, 2, 3, 0, 4)
+            .reshape(b * g, -1, q.shape[-1])
+        )
+        # [sk, b, g, d] -> [b*g, sk, d]
+        grouped_k, grouped_v = (t.to(compute).permute(1, 2, 0, 3).reshape(b * g, sk, -1) for t in (k, v))
+        scale = self.softmax_scale / (self.coefficient or 1)
+        scores = torch.bmm(grouped_q * scale, grouped_k.transpose(1, 2))
+        # [b*g, (n/g)*sq, sk] -> [b, n, sq, sk]
+        probs = self.scale_mask_softmax(
+            scores.view(b, n, sq, sk), self._hidden(sq, sk, mask, causal, q.device)
+        )
+        if dropout_p > 0.0:
+            probs = dropout(probs, dropout_p)
+        # [b*g, (n/g)*sq, sk] x [b*g, sk, dv] -> [b, n, sq, dv] -> [sq, b, n*dv]
+        out = torch.bmm(probs.view(b * g, -1, sk), grouped_v).view(b, n, sq, -1)
+        return out.permute(2, 0, 1, 3).flatten(2).to(dtype)
+
+    def _hidden(
+        self, sq: int, sk: int, mask: Tensor | None, causal: bool, device: torch.device
+    ) -> Tensor | None:
+        """Everything a query must not see, as one mask broadcastable to [b, n, sq, sk]."""
+        window = self.config.window_size
+        if window is not None and covers(window, sq, sk, causal):
+            window = None
+        if not causal and window is None:
+            return mask
+        band = band_mask(sq, sk, window, causal, device)
+        return band if mask is None else band | mask
+
+
+def _flatten_heads(t: Tensor, layout: str) -> Tensor:
+    """[s, b, n, d] -> [s, b, n*d] (SBH) or [b, s, n*d] (BSH), contiguous."""
+    return (t if layout == "SBH" else t.transpose(0, 1)).flatten(2).contiguous()

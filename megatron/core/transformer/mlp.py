@@ -1,0 +1,102 @@
+"""The feed-forward part of a layer."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron.core.fusions.fused_bias_geglu import gated_gelu
+from megatron.core.fusions.fused_bias_gelu import bias_gelu_impl
+from megatron.core.fusions.fused_bias_swiglu import swiglu
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+@dataclass
+class MLPSubmodules:
+    """Slots of an MLP: projections to the inner width and back."""
+
+    linear_fc1: ModuleSpec | type | None = None
+    linear_fc2: ModuleSpec | type | None = None
+
+
+class MLP(MegatronModule):
+    """``fc2(activation(fc1(x)))``, with a gate if the config asks for one: fc1 then gives [gate; up].
+
+    GELU is the exact form; with ``bias_activation_fusion`` it is the tanh form, as the fused kernel of the
+    original computes it.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        is_expert: bool = False,
+        input_size: int | None = None,
+    ):
+        super().__init__(config)
+        self.input_size = config.hidden_size if input_size is None else input_size
+        inner = config.moe_ffn_hidden_size if is_expert else config.ffn_hidden_size
+        self.linear_fc1 = build_module(
+            submodules.linear_fc1,
+            self.input_size,
+            2 * inner if config.gated_linear_unit else inner,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=config.add_bias_linear,
+            skip_bias_add=True,
+            is_expert=is_expert,
+            tp_comm_buffer_name="fc1",
+        )
+        self.activation_func = config.activation_func
+        self.linear_fc2 = build_module(
+            submodules.linear_fc2,
+            inner,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=config.add_bias_linear,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=is_expert,
+            tp_comm_buffer_name="fc2",
+        )
+
+    def forward(
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[s, b, h] -> [s, b, h], and the bias of fc2 for the caller to add.
+
+        Args:
+            hidden_states: input.
+            per_token_scale: [s, b] factor of each token's activation.
+        """
+        inner, bias = self.linear_fc1(hidden_states)
+        inner = self._activate(inner, bias)
+        if per_token_scale is not None:
+            inner = (inner * per_token_scale.unsqueeze(-1)).to(inner.dtype)
+        return self.linear_fc2(inner)
+
+    def _activate(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """[s, b, f] -> [s, b, f], or [s, b, 2f] -> [s, b, f] with a gate."""
+        config = self.config
+        is_gelu, fused = self.activation_func is F.gelu, config.bias_activation_fusion
+        if not config.gated_linear_unit:
+            if fused and is_gelu and bias is not None:
+                return bias_gelu_impl(x, bias)
+            return self.activation_func(_add(x, bias))
+        x = _add(x, bias)
+        if is_gelu:
+            return gated_gelu(x, "tanh" if fused else "none", config.glu_gate_last)
+        if self.activation_func is F.silu and not config.glu_gate_last:
+            return swiglu(x)
+        gate, up = x.chunk(2, dim=-1)
+        if config.glu_gate_last:
+            gate, up = up, gate
+        return self.activation_func(gate) * up
+
+
+def _add(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + bias

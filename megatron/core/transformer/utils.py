@@ -1,0 +1,50 @@
+"""Masks, activations and other small parts of transformer layers."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron.core import accelerator
+from megatron.core.fusions.softmax import HIDDEN_SCORE
+
+
+def get_linear_layer(
+    rows: int, columns: int, init_method: Callable[[Tensor], object], perform_initialization: bool = True
+) -> torch.nn.Linear:
+    """``nn.Linear(rows, columns)`` with a drawn weight and a zero bias."""
+    layer = torch.nn.Linear(rows, columns)
+    if perform_initialization:
+        init_method(layer.weight)
+    with torch.no_grad():
+        layer.bias.zero_()
+    return layer
+
+
+@functools.lru_cache(maxsize=32)
+def get_default_causal_mask(sq: int) -> Tensor:
+    """True above the diagonal, where keys are hidden.  [sq, sq], bool, on the current device; cached."""
+    return torch.ones(sq, sq, dtype=torch.bool, device=accelerator.current_device()).triu_(1)
+
+
+def attention_mask_func(attention_scores: Tensor, attention_mask: Tensor) -> Tensor:
+    """Fills hidden scores with -10000, in place."""
+    return attention_scores.masked_fill_(attention_mask, HIDDEN_SCORE)
+
+
+def gelu_impl(x: Tensor) -> Tensor:
+    """Tanh form of GELU."""
+    return F.gelu(x, approximate="tanh")
+
+
+def openai_gelu(x: Tensor) -> Tensor:
+    """Tanh form of GELU."""
+    return gelu_impl(x)
+
+
+def erf_gelu(x: Tensor) -> Tensor:
+    """Exact GELU, ``x/2 (1 + erf(x / sqrt 2))``, in the dtype of ``x``."""
+    return (x * 0.5 * (torch.erf(x / math.sqrt(2.0)) + 1.0)).to(x.dtype)

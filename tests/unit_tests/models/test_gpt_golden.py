@@ -1,0 +1,115 @@
+"""GPT against figures of the original: logits, losses and the gradient of every parameter."""
+
+import pytest
+import torch
+from golden_gpt import GoldenCase
+
+from megatron.core.transformer.enums import AttnBackend
+
+CASES = [
+    "gpt2_tied",
+    "gpt2_fusedgelu",
+    "gqa_partial_rope",
+    "llama_untied",
+    "rope_interleaved_scaled",
+    "sqrelu_qkln",
+]
+BACKENDS = [AttnBackend.auto, AttnBackend.unfused]
+RECOMPUTE = {
+    "core": {"recompute_granularity": "selective"},
+    "all parts": {
+        "recompute_granularity": "selective",
+        "recompute_modules": ["core_attn", "layernorm", "mlp"],
+    },
+    "uniform": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 2,
+    },
+    "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
+}
+
+
+def check(golden, name, **overrides):
+    case = GoldenCase(golden / "model" / name)
+    te_names = overrides.pop("te_names", False)
+    mask = overrides.pop("mask", None)
+    model = case.model(te_names, **overrides)
+    logits, per_token, loss = case.run(model, mask)
+    torch.testing.assert_close(logits, case.io["logits"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(per_token, case.io["loss_per_token"], atol=1e-5, rtol=0)
+    assert float(loss) == pytest.approx(case.info["loss"], abs=1e-5)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    rename = case.te_name if te_names else str
+    assert gradients.keys() == {rename(name) for name in case.info["grad_norm"]}
+    for name, norm in case.info["grad_norm"].items():
+        gradient = gradients[rename(name)].double()
+        assert float(gradient.norm()) == pytest.approx(norm, rel=1e-5), name
+        # A sum of n elements of either sign: rounding is measured by the norm.
+        tolerance = 1e-5 * norm * gradient.numel() ** 0.5
+        assert float(gradient.sum()) == pytest.approx(case.info["grad_sum"][name], abs=tolerance), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+@pytest.mark.parametrize("layout", ["SBH", "BSH"])
+@pytest.mark.parametrize("name", CASES)
+def test_attention_paths(golden, name, backend, layout):
+    check(golden, name, attention_backend=backend, attention_layout=layout)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+@pytest.mark.parametrize("how", RECOMPUTE)
+@pytest.mark.parametrize("name", ["gpt2_tied", "gqa_partial_rope"])
+def test_recompute(golden, name, how, backend):
+    check(golden, name, attention_backend=backend, **RECOMPUTE[how])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transformer_engine_names(golden, name):
+    check(golden, name, te_names=True, **RECOMPUTE["all parts"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+def test_explicit_causal_mask_changes_nothing(golden, backend):
+    mask = torch.ones(1, 1, 16, 16, dtype=torch.bool).triu(1)
+    check(golden, "gqa_partial_rope", mask=mask, attention_backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+@pytest.mark.parametrize("window", [(15, 0), (-1, -1), (65536, 65536)])
+def test_window_over_whole_sequence_changes_nothing(golden, window, backend):
+    check(golden, "gpt2_tied", window_size=window, attention_backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+def test_layer_scaling_changes_nothing(golden, backend):
+    check(golden, "gpt2_tied", apply_query_key_layer_scaling=True, attention_backend=backend)
+
+
+def test_extra_state_is_written_and_optional(golden):
+    case = GoldenCase(golden / "model" / "gpt2_tied")
+    model = case.model()
+    state = model.state_dict()
+    assert [name for name, value in state.items() if value is None] == case.info["none_keys"]
+    assert [name for name, value in state.items() if value is not None] == list(case.info["params"])
+    model.load_state_dict(state, strict=True)
+    model.load_state_dict({name: value for name, value in state.items() if value is not None}, strict=True)
+
+
+def test_two_stages_equal_one(golden):
+    case = GoldenCase(golden / "model" / "llama_untied")
+    whole = case.model()
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    config = case.config(num_layers=1)
+    first, last = (
+        GPTModel(config, whole.transformer_layer_spec, 128, 32, pre, not pre, **case.info["model"])
+        for pre in (True, False)
+    )
+    first.load_state_dict(whole.state_dict(), strict=False)
+    moved = {name.replace("layers.1.", "layers.0."): value for name, value in whole.state_dict().items()}
+    last.load_state_dict(moved, strict=False)
+    tokens, labels = case.io["tokens"], case.io["labels"]
+    last.set_input_tensor([first(tokens, None, None)])
+    per_token = last(None, None, None, labels=labels)
+    torch.testing.assert_close(per_token, case.io["loss_per_token"], atol=1e-5, rtol=0)
