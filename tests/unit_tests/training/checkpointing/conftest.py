@@ -2,6 +2,7 @@
 
 import argparse
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.training import checkpointing
 
@@ -79,8 +81,14 @@ class ToyScheduler:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A run with one training step behind it; ``run.save(n)`` and ``run.load()`` use its own directory."""
+def told() -> list:
+    """What the micro-batch calculator was told."""
+    return []
+
+
+@pytest.fixture
+def run_args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list) -> Iterator[argparse.Namespace]:
+    """Arguments of the run, which the checkpoint code gets instead of global ones."""
     args = argparse.Namespace(
         save=str(tmp_path / "ckpt"),
         load=str(tmp_path / "ckpt"),
@@ -107,17 +115,33 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         skipped_train_samples=0,
         consumed_valid_samples=0,
     )
-    told = []
     monkeypatch.setattr(checkpointing, "get_args", lambda: args)
     monkeypatch.setattr(checkpointing, "update_num_microbatches", lambda **given: told.append(given))
     checkpointing.set_checkpoint_version(None)
+    yield args
+    checkpointing.set_checkpoint_version(None)
+
+
+@pytest.fixture
+def run(run_args: argparse.Namespace, told: list) -> Iterator[SimpleNamespace]:
+    """A run of the toy model; ``run.save(n)`` and ``run.load()`` use its own directory."""
     tracker = get_cuda_rng_tracker()
     tracker.reset()
     tracker.add("model-parallel-rng", 77)
     torch.manual_seed(0)
-    yield new_run(args, told)
+    yield new_run(run_args, told)
     tracker.reset()
-    checkpointing.set_checkpoint_version(None)
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """Process groups of one rank, as real models need them."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    yield
+    get_cuda_rng_tracker().reset()
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
 
 
 def new_run(args: argparse.Namespace, told: list | None = None, **model_settings: Any) -> SimpleNamespace:
