@@ -18,6 +18,7 @@ from megatron.core.utils.multi_tensor import (
     local_multi_tensor_l2_norm,
     local_multi_tensor_scale,
 )
+from megatron.core.utils.replicas import check_param_hashes_across_dp_replicas
 from megatron.core.utils.straggler import StragglerDetector
 from megatron.core.utils.tensors import (
     GlobalMemoryBuffer,

@@ -26,7 +26,7 @@ def by_hand(row, reset_position_ids, reset_attention_mask, eod_mask_loss):
     return hidden, loss, positions
 
 
-@pytest.mark.parametrize("options", itertools.product([False, True], repeat=3))
+@pytest.mark.parametrize("options", list(itertools.product([False, True], repeat=3)))
 def test_masks_and_positions(options):
     rows = [[1, 2, EOD, 3, EOD, EOD, 4, 5], [EOD, 1, 2, 3, 4, 5, 6, EOD], [1, 2, 3, 4, 5, 6, 7, 8]]
     mask, loss, positions = utils.get_ltor_masks_and_position_ids(torch.tensor(rows), EOD, *options)
