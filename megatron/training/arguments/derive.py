@@ -74,8 +74,9 @@ def depth_and_length(args: Namespace, given: Collection[str]) -> list[str]:
 
 
 def widths(args: Namespace, given: Collection[str]) -> list[str]:
-    """Width of the MLP and of a head; an x model's width counts both halves of its gated MLP."""
+    """Width of the MLP and of a head."""
     hidden, heads = args.hidden_size, args.num_attention_heads
+    from_checkpoint = args.ffn_hidden_size is not None and "--ffn-hidden-size" not in given
     if hidden and hidden > 0:
         if args.ffn_hidden_size is None and args.swiglu:
             # Two thirds of 4h keeps the parameter count of a plain MLP; rounded down to a multiple of 64.
@@ -84,13 +85,21 @@ def widths(args: Namespace, given: Collection[str]) -> list[str]:
             args.ffn_hidden_size = 4 * hidden
         if args.kv_channels is None and heads and heads > 0 and hidden % heads == 0:
             args.kv_channels = hidden // heads
+    return _x_model_width(args, from_checkpoint)
+
+
+def _x_model_width(args: Namespace, from_checkpoint: bool) -> list[str]:
+    """An x model's width counts both halves of its gated MLP; a checkpoint's counts one."""
     halved = getattr(args, "glu_gate_last", False)
     args.glu_gate_last = halved
-    if args.is_x_model and not halved and args.ffn_hidden_size and args.ffn_hidden_size % 2 == 0:
+    if not args.is_x_model or halved or not args.ffn_hidden_size:
+        return []
+    if from_checkpoint:
+        args.glu_gate_last = True
+    elif args.ffn_hidden_size % 2 == 0:
         args.ffn_hidden_size //= 2
         args.glu_gate_last = True
-        return [f"--is-x-model: each half of the gated MLP is {args.ffn_hidden_size} wide"]
-    return []
+    return [f"--is-x-model: each half of the gated MLP is {args.ffn_hidden_size} wide"]
 
 
 def positions(args: Namespace, given: Collection[str]) -> list[str]:

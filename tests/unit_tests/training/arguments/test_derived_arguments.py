@@ -141,6 +141,15 @@ def test_rampup_numbers(check) -> None:
     assert args.rampup_batch_size == [4, 2, 16]
 
 
+def test_a_width_from_a_checkpoint_is_halved_already(parse) -> None:
+    from megatron.training.arguments import validate_args
+
+    args = parse("--is-x-model --use-checkpoint-args --load dir")
+    args.ffn_hidden_size = 50
+    assert validate_args(args).ffn_hidden_size == 50
+    assert args.glu_gate_last
+
+
 def test_withdrawn_attributes_leave(check) -> None:
     args = check("--recompute-activations")
     gone = ("batch_size", "warmup", "model_parallel_size", "checkpoint_activations", "recompute_activations")
