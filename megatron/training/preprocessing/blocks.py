@@ -1,9 +1,8 @@
 """The unit of work: a piece of one input that holds whole records."""
 
 from dataclasses import dataclass
-
-# Large enough that the cost per block vanishes, small enough that every worker gets many of them.
-BLOCK_BYTES = 1 << 20
+from pickle import PickleBuffer
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,12 +20,18 @@ class LineBytes:
 
     data: bytes
 
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        return LineBytes, (PickleBuffer(self.data),)  # not copied into the pickle
+
 
 @dataclass(frozen=True)
 class ArrowRows:
     """A serialised Arrow record batch (an IPC stream) whose columns are the wanted keys."""
 
     stream: bytes
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        return ArrowRows, (PickleBuffer(self.stream),)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,11 @@ from megatron.training.preprocessing.readers import Source, open_source
 from megatron.training.preprocessing.records import RecordError
 from megatron.training.preprocessing.writer import Writer
 
+# Blocks are large, so that the cost of each vanishes, yet every worker gets some of a small input.
+_LARGEST_BLOCK_BYTES = 2 << 20
+_SMALLEST_BLOCK_BYTES = 64 << 10
+_BLOCKS_PER_WORKER = 4
+
 
 class InterruptedRunError(MegatronError):
     """The user or the batch system stopped the run."""
@@ -62,8 +67,10 @@ def preprocess(args: Namespace, files: list[InputFile], output: OutputFiles) -> 
         # Blocks of neighbours joined in order are the input in its own order, so one part does for them.
         writer = Writer(output, facts.dtype, 1 if args.keep_sequential_samples else args.partitions)
         print(f"Time to startup: {time.monotonic() - started}", flush=True)
-        progress = Progress(args.log_interval, sum(file.size_bytes for file in files))
-        _encode_all(_Sources(files, args.json_keys), run, writer, progress)
+        total_bytes = sum(file.size_bytes for file in files)
+        progress = Progress(args.log_interval, total_bytes)
+        sources = _Sources(files, args.json_keys, _block_bytes(total_bytes, args.workers))
+        _encode_all(sources, run, writer, progress)
     writer.finish()
     _summarise(output, writer, progress)
 
@@ -77,19 +84,25 @@ def _start_work(args: Namespace, stack: ExitStack) -> tuple[TokenizerFacts, Any]
     return pool.facts, pool.map_in_order
 
 
+def _block_bytes(total_bytes: int, workers: int) -> int:
+    share = total_bytes // (_BLOCKS_PER_WORKER * workers) or _LARGEST_BLOCK_BYTES  # the size of a pipe is 0
+    return max(_SMALLEST_BLOCK_BYTES, min(_LARGEST_BLOCK_BYTES, share))
+
+
 class _Sources:
     """The inputs, opened one after the other."""
 
-    def __init__(self, files: list[InputFile], keys: list[str]):
+    def __init__(self, files: list[InputFile], keys: list[str], block_bytes: int):
         self._files = files
         self._keys = keys
+        self._block_bytes = block_bytes
         self.opened: list[Source] = []
 
     def blocks(self) -> Iterator[Block]:
         """All blocks of all inputs.  Raises DataError for an input without a record."""
         for index, file in enumerate(self._files):
             print(f"Opening {file.path}", flush=True)
-            self.opened.append(open_source(index, file, self._keys))
+            self.opened.append(open_source(index, file, self._keys, self._block_bytes))
             block = None
             for block in self.opened[-1].blocks:
                 yield block

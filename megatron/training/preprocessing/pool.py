@@ -10,7 +10,6 @@ memory does not grow with the input.
 
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import traceback
@@ -21,9 +20,10 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from megatron.core.errors import MegatronError
+from megatron.training.preprocessing.channel import SharedSlots, receive, send
 
-# Results that may wait for a slow earlier one, in blocks for each worker.
-WINDOW_PER_WORKER = 4
+# Address space for one task or one result; a larger one takes the slower way through the pipe.
+_SLOT_BYTES = 16 << 20
 
 
 class Work(Protocol):
@@ -87,10 +87,13 @@ class WorkerPool:
         method = "fork" if sys.platform == "linux" else "spawn"
         context = multiprocessing.get_context(method)
         self._workers: list[_Worker] = []
+        # One task in each worker, and as many results again that wait for a slow earlier one.
+        self._window = 2 * workers + 2
+        slots = SharedSlots(self._window if method == "fork" else 0, _SLOT_BYTES)
         try:
             for number in range(workers):
                 inherited = [worker.connection for worker in self._workers]
-                self._workers.append(_Worker(context, number, build, inherited))
+                self._workers.append(_Worker(context, number, build, slots, inherited))
             started = [worker.result() for worker in self._workers]
             for failure in (result for result in started if isinstance(result, Failure)):
                 raise failure.error
@@ -108,31 +111,31 @@ class WorkerPool:
     def map_in_order(self, tasks: Iterator[Any]) -> Outcomes:
         """Yield (task, result or :class:`Failure`) in the order of the tasks.
 
-        An error in making the tasks is raised when all results before it have been taken, so that which error
-        is met first does not depend on the speed of the workers.
+        A result is good until the next one is asked for. An error in making the tasks is raised when all
+        results before it have been taken, so that the speed of the workers does not decide which error is met.
 
         Raises:
             WorkerError: a worker died.
         """
-        window = WINDOW_PER_WORKER * len(self._workers)
         idle = list(self._workers)
-        given: dict[_Worker, int] = {}
+        busy: set[_Worker] = set()
         waiting: dict[int, list[Any]] = {}  # number of the task -> the task, and its result once there is one
         supply = _Supply(tasks)
-        first = 0  # number of the first task whose result has not been yielded
+        first = 0  # number of the first task whose result has not been taken
         while supply.task is not None or waiting:
-            while idle and supply.task is not None and supply.number < first + window:
+            while idle and supply.task is not None and supply.number < first + self._window:
                 worker = idle.pop()
-                given[worker] = supply.number
+                busy.add(worker)
                 waiting[supply.number] = [supply.task]
-                worker.give(supply.task)
+                worker.give(supply.number, supply.task)
                 supply.advance()
-            for worker in self._ready(given):
-                waiting[given.pop(worker)].append(worker.result())
-                idle.append(worker)
             while len(waiting.get(first, ())) == 2:
                 yield tuple(waiting.pop(first))
                 first += 1
+            for worker in self._ready() if busy else ():
+                waiting[worker.number_given].append(worker.result())
+                busy.remove(worker)
+                idle.append(worker)
         if supply.error is not None:
             raise supply.error
 
@@ -145,14 +148,10 @@ class WorkerPool:
             worker.connection.close()
         self._workers = []
 
-    def _ready(self, given: dict["_Worker", int]) -> list["_Worker"]:
-        """Wait until some worker has a result; an idle one that died is noticed too."""
+    def _ready(self) -> list["_Worker"]:
+        """Wait for results, or for a death: an idle worker has nothing else to tell."""
         by_handle: dict[Any, _Worker] = {worker.connection: worker for worker in self._workers}
-        ready = [by_handle[handle] for handle in wait(list(by_handle))]
-        for worker in ready:
-            if worker not in given:
-                worker.result()  # raises: an idle worker has nothing to say but its death
-        return ready
+        return [by_handle[handle] for handle in wait(list(by_handle))]
 
 
 class _Supply:
@@ -181,27 +180,35 @@ class _Worker:
         context: multiprocessing.context.BaseContext,
         number: int,
         build: Callable[[], Work],
+        slots: SharedSlots,
         inherited: list[Connection],
     ):
         self.number = number
+        self.number_given = 0  # of the task at hand
+        self._slots = slots
         self.connection, theirs = context.Pipe()
         # A fork has these open too; as long as it does, their owners' death would not show.
         not_theirs = [*inherited, self.connection] if context.get_start_method() == "fork" else []
         self.process = context.Process(
-            target=_serve, args=(theirs, not_theirs, build, number), daemon=True, name=f"preprocess-{number}"
+            target=_serve,
+            args=(theirs, not_theirs, build, slots, number),
+            daemon=True,
+            name=f"preprocess-{number}",
         )
         self.process.start()
         theirs.close()
 
-    def give(self, task: Any) -> None:
+    def give(self, number: int, task: Any) -> None:
+        self.number_given = number
         try:
-            send(self.connection, task)
+            self.connection.send(number)
+            send(self.connection, task, self._slots[number])
         except (BrokenPipeError, ConnectionResetError):
             raise WorkerError(self.obituary()) from None
 
     def result(self) -> Any:
         try:
-            return receive(self.connection)
+            return receive(self.connection, self._slots[self.number_given])
         except (EOFError, ConnectionResetError):
             raise WorkerError(self.obituary()) from None
 
@@ -210,7 +217,7 @@ class _Worker:
             self.process.kill()
             return
         with suppress(BrokenPipeError, ConnectionResetError):
-            send(self.connection, None)
+            self.connection.send(None)
 
     def obituary(self) -> str:
         self.process.join(timeout=10)
@@ -227,20 +234,24 @@ class _Worker:
         return f"{who} was killed by signal {-code} ({name}): {cause}"
 
 
-def _serve(ours: Connection, not_ours: list[Connection], build: Callable[[], Work], number: int) -> None:
+def _serve(
+    ours: Connection, not_ours: list[Connection], build: Callable[[], Work], slots: SharedSlots, place: int
+) -> None:
     """The life of a worker process: build, then one task after the other until told to stop."""
     for connection in not_ours:
         connection.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the coordinator decides
+    for number in (signal.SIGINT, signal.SIGHUP):  # they reach the whole group; the coordinator decides
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         # What building has to say (a fallback, a warning) is said once, by the first worker.
-        with _muted(number > 0):
+        with _muted(place > 0):
             work = _attempt(build)
         failed = isinstance(work, Failure)
-        send(ours, work if failed else work.facts)
-        while not failed and (task := receive(ours)) is not None:
-            send(ours, _attempt(work, task))
+        send(ours, work if failed else work.facts, slots[0])
+        while not failed and (number := ours.recv()) is not None:
+            result = _attempt(work, receive(ours, slots[number]))
+            send(ours, result, slots[number])
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the coordinator is gone
 
@@ -272,18 +283,3 @@ def _muted(mute: bool) -> Iterator[None]:
             os.dup2(descriptor, number)
             os.close(descriptor)
         os.close(nowhere)
-
-
-def send(connection: Connection, message: Any) -> None:
-    """Pickle a message; arrays go behind it as they lie in memory, without a copy."""
-    buffers: list[pickle.PickleBuffer] = []
-    head = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
-    connection.send_bytes(pickle.dumps((len(buffers), head)))
-    for buffer in buffers:
-        connection.send_bytes(buffer.raw())
-
-
-def receive(connection: Connection) -> Any:
-    """Inverse of :func:`send`."""
-    count, head = pickle.loads(connection.recv_bytes())
-    return pickle.loads(head, buffers=[connection.recv_bytes() for _ in range(count)])

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron.core.errors import DataError
-from megatron.training.preprocessing.blocks import BLOCK_BYTES, Block, FileRange, LineBytes
+from megatron.training.preprocessing.blocks import Block, FileRange, LineBytes
 from megatron.training.preprocessing.decompress import chunks_of
 from megatron.training.preprocessing.inputs import UNITS, InputFile
 from megatron.training.preprocessing.json_stream import element_lines, is_json_lines
@@ -24,7 +24,7 @@ class Source:
     blocks: Iterator[Block]
 
 
-def open_source(index: int, file: InputFile, keys: list[str], block_bytes: int = BLOCK_BYTES) -> Source:
+def open_source(index: int, file: InputFile, keys: list[str], block_bytes: int) -> Source:
     """Begin reading one input.
 
     Args:

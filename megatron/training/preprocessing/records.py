@@ -7,6 +7,7 @@ nobody asked for), and everything else ends in a :class:`RecordError` with the p
 
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from megatron.core.errors import DataError
@@ -18,7 +19,7 @@ try:
     from orjson import loads as _fast_loads
 except ImportError:  # the fast parser is a matter of speed only
 
-    def _fast_loads(line: bytes) -> Any:
+    def _fast_loads(line: bytes | memoryview) -> Any:
         raise ValueError("no fast parser")
 
 
@@ -51,20 +52,18 @@ def values_of(block: Block, keys: list[str]) -> list[list[Any]]:
     if isinstance(block.payload, ArrowRows):
         columns = _arrow_values(block.payload.stream, keys)
     else:
-        columns = _line_values(_lines(block), keys)
+        columns = _line_values(_data_of(block), keys)
     for key, column in zip(keys, columns, strict=True):
         if not all(type(value) is str for value in column):
             _check_types(key, column)
     return columns
 
 
-def _lines(block: Block) -> list[bytes]:
+def _data_of(block: Block) -> bytes:
     payload = block.payload
-    data = _read_range(payload) if isinstance(payload, FileRange) else payload.data
-    lines = data.split(b"\n")
-    if not lines[-1]:  # behind the line end that closes the block
-        lines.pop()
-    return lines
+    if isinstance(payload, FileRange):
+        return _read_range(payload)
+    return bytes(payload.data)  # out of shared memory, where only bytes can be searched
 
 
 def _read_range(part: FileRange) -> bytes:
@@ -78,16 +77,27 @@ def _read_range(part: FileRange) -> bytes:
     return data
 
 
-def _line_values(lines: list[bytes], keys: list[str]) -> list[list[Any]]:
+def _line_values(data: bytes, keys: list[str]) -> list[list[Any]]:
     try:
         if len(keys) == 1:
             key = keys[0]
-            return [[_fast_loads(line)[key] for line in lines]]
-        records = [_fast_loads(line) for line in lines]
-        return [[record[key] for record in records] for key in keys]
+            return [[record[key] for record in _fast_records(data)]]
+        rows = [[record[key] for key in keys] for record in _fast_records(data)]
     except (ValueError, KeyError, TypeError, IndexError):
+        lines = data.removesuffix(b"\n").split(b"\n")
         rows = [_careful_values(index, line, keys) for index, line in enumerate(lines)]
-        return [list(column) for column in zip(*rows, strict=True)]
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def _fast_records(data: bytes) -> Iterator[Any]:
+    """Parse the lines where they lie: cutting them out first costs a third of the parsing."""
+    view, find = memoryview(data), data.find
+    start, size = 0, len(data)
+    while start < size:
+        end = find(b"\n", start)
+        end = size if end < 0 else end
+        yield _fast_loads(view[start:end])
+        start = end + 1
 
 
 def _careful_values(index: int, line: bytes, keys: list[str]) -> list[Any]:
