@@ -112,7 +112,7 @@ class WorkerPool:
         """Yield (task, result or :class:`Failure`) in the order of the tasks.
 
         A result is good until the next one is asked for. An error in making the tasks is raised when all
-        results before it have been taken, so that the speed of the workers does not decide which error is met.
+        results before it have been taken, so the speed of the workers does not decide which error is met.
 
         Raises:
             WorkerError: a worker died.
