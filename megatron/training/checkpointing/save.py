@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -62,19 +62,6 @@ def save_checkpoint(
     _refuse_what_is_not_built(args, non_persistent_ckpt)
     save_dir = args.save
     print_rank_0(f"saving checkpoint at iteration {iteration:7d} to {save_dir} in {args.ckpt_format} format")
-
-    final = layout.get_checkpoint_name(save_dir, iteration, return_base_dir=True)
-    staging = durable.staging_directory(final)
-    name = layout.get_checkpoint_name(
-        save_dir,
-        iteration,
-        release=False,
-        pipeline_parallel=pipeline_parallel,
-        tensor_rank=tensor_rank,
-        pipeline_rank=pipeline_rank,
-        expert_parallel=expert_parallel,
-        expert_rank=expert_rank,
-    )
     maybe_save_dataloader_state(train_data_iterator, iteration, getattr(args, "dataloader_save", None))
     state = generate_state_dict(
         args,
@@ -86,8 +73,27 @@ def save_checkpoint(
         rerun_state=get_rerun_state_machine().state_dict(train_data_iterator, args.ckpt_format),
     )
     state["num_floating_point_operations_so_far"] = num_floating_point_operations_so_far
+    name = layout.get_checkpoint_name(
+        save_dir,
+        iteration,
+        release=False,
+        pipeline_parallel=pipeline_parallel,
+        tensor_rank=tensor_rank,
+        pipeline_rank=pipeline_rank,
+        expert_parallel=expert_parallel,
+        expert_rank=expert_rank,
+    )
+    _write(state, save_dir, iteration, name)
+    print_rank_0(
+        f"  successfully saved checkpoint from iteration {iteration:7d} to {save_dir} {describe_place()}"
+    )
 
-    with _staging_removed_on_error(staging):
+
+def _write(state: dict[str, Any], save_dir: str, iteration: int, name: str) -> None:
+    """Write this rank's file ``name`` aside; when all ranks have, rank 0 publishes and moves the tracker."""
+    final = layout.iteration_directory(save_dir, iteration)
+    staging = durable.staging_directory(final)
+    with _removed_on_error(staging):
         if is_rank0():
             durable.remove_leftovers(save_dir)
         _wait_for_all_ranks()
@@ -101,9 +107,6 @@ def save_checkpoint(
             durable.publish(staging, final)
             tracker.write_tracker(save_dir, iteration)
         _wait_for_all_ranks()
-    print_rank_0(
-        f"  successfully saved checkpoint from iteration {iteration:7d} to {save_dir} {describe_place()}"
-    )
 
 
 def describe_place() -> str:
@@ -153,7 +156,7 @@ def _refuse_what_is_not_built(args: Any, non_persistent_ckpt: bool) -> None:
 
 
 @contextlib.contextmanager
-def _staging_removed_on_error(staging: str):
+def _removed_on_error(staging: str) -> Iterator[None]:
     try:
         yield
     except BaseException:

@@ -114,6 +114,41 @@ def test_killed_in_the_middle_of_the_file(run, monkeypatch: pytest.MonkeyPatch):
     assert _loads_as(run)[0] == 4
 
 
+@pytest.mark.parametrize("saved_before", [False, True])
+def test_nothing_gets_its_name_before_its_bytes_are_on_disk(
+    run, monkeypatch: pytest.MonkeyPatch, saved_before: bool
+):
+    """What is renamed was synced before, its directory is synced after, and the tracker comes last."""
+    if saved_before:
+        run.save(4)
+    events = []
+    real = {name: getattr(os, name) for name in ("fsync", "rename", "replace")}
+
+    def fsync(descriptor: int) -> None:
+        events.append(("sync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        real["fsync"](descriptor)
+
+    def moved(name: str):
+        def move(source: str, target: str) -> None:
+            events.append(("move", os.path.basename(target)))
+            real[name](source, target)
+
+        return move
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", moved("rename"))
+    monkeypatch.setattr(os, "replace", moved("replace"))
+    run.save(4)
+    model = "model_optim_rng.pt"
+    moves = [name for kind, name in events if kind == "move"]
+    assert moves == [model if saved_before else "iter_0000004", "latest_checkpointed_iteration.txt"]
+    first, last = (events.index(("move", name)) for name in moves)
+    assert ("sync", model) in events[:first] and ("sync", "mp_rank_00") in events[:first]
+    assert ("sync", "mp_rank_00" if saved_before else "ckpt") in events[first:last]
+    assert any(name.startswith("latest") for kind, name in events[first:last] if kind == "sync")
+    assert events[-1] == ("sync", "ckpt")
+
+
 class _FullDisk:
     """A file on a disk with no room left after some bytes."""
 
