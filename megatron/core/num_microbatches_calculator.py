@@ -141,8 +141,7 @@ def _build_num_microbatches_calculator(
     if len(rampup_batch_size) != 3:
         raise ConfigError(
             f"--rampup-batch-size {' '.join(map(str, rampup_batch_size))}: {len(rampup_batch_size)} numbers "
-            "where "
-            "three are needed (start size, increment, samples), for example 32 32 100000"
+            "where three are needed (start size, increment, samples), for example 32 32 100000"
         )
     start, increment, samples = map(int, rampup_batch_size)
     if rank == 0:
@@ -317,8 +316,7 @@ def _check_ramp(global_batch_size: int, start: int, increment: int, samples: int
         last = start + (global_batch_size - start) // increment * increment
         problems.append(
             f"increments of {increment} from {start} do not reach --global-batch-size {global_batch_size} "
-            "but "
-            f"{last} and {last + increment}: use one of these, or an increment that divides "
+            f"but {last} and {last + increment}: use one of these, or an increment that divides "
             f"{global_batch_size - start}"
         )
     if samples < 0:
@@ -334,7 +332,6 @@ def _explain_misfit(size: int, micro_batch_size: int, data_parallel_size: int) -
     nearest = " or ".join(str(fit) for fit in (below, below + unit) if fit > 0)
     rule = (
         f"global batch size {size} is no multiple of micro-batch size {micro_batch_size} x data-parallel "
-        "size "
-        f"{data_parallel_size} = {unit}: use {nearest}"
+        f"size {data_parallel_size} = {unit}: use {nearest}"
     )
     return rule if below == 0 else f"{rule}, or pass --decrease-batch-size-if-needed to run {below}"

@@ -211,16 +211,13 @@ class OptimizerParamScheduler:
                 )
         if differing:
             raise CheckpointError(
-                f"the learning-rate schedule differs from the checkpoint's: {'; '.join(differing)}. Give "
-                "the saved "
-                "values, or pass --override-opt_param-scheduler (the command line wins) or "
+                f"the learning-rate schedule differs from the checkpoint's: {'; '.join(differing)}. "
+                "Give the saved values, or pass --override-opt_param-scheduler (the command line wins) or "
                 "--use-checkpoint-opt_param-scheduler (the checkpoint wins)"
             )
 
     def _set_group_limits(self, ordinary: tuple[float, float]) -> None:
-        """Gives ordinary groups the limits now in force, and others their own back if the command line
-        wins.
-        """
+        """Ordinary groups get the limits in force, others their own back if the command line wins."""
         for group, own in zip(self.optimizer.param_groups, self._own_limits, strict=False):
             if own == ordinary:
                 group["max_lr"], group["min_lr"] = self.max_lr, self.min_lr

@@ -102,8 +102,7 @@ class RerunStateMachine:
         self.result_rejected_tracker_filename = result_rejected_tracker_filename
         self.state = RerunState.NOT_RUNNING_YET
         self.current_iteration = 0
-        # Per context of is_unexpectedly_large: values seen, and the largest magnitude among the first of
-        # them.
+        # Per context of is_unexpectedly_large: values seen, and the largest magnitude among the first.
         self._sample_counts: dict[str, int] = {}
         self._max_values: dict[str, float] = {}
 
@@ -126,9 +125,7 @@ class RerunStateMachine:
         return self._mode
 
     def should_run_forward_backward(self, data_iterator: DataIterators) -> bool:
-        """Guard of ``while machine.should_run_forward_backward(it): ...``: True exactly once per
-        iteration.
-        """
+        """Guard of ``while should_run_forward_backward(it): ...``: True exactly once per iteration."""
         if self.state is RerunState.NOT_RUNNING_YET:
             self.state = RerunState.INITIAL_RUN
             self.current_iteration += 1
@@ -184,8 +181,7 @@ class RerunStateMachine:
         num_samples: int = 100,
         resample: bool = False,
     ) -> bool:
-        """True for a value of at least ``threshold`` times the largest of the first ``num_samples`` of its
-        kind.
+        """True for ``threshold`` times the largest of the first ``num_samples`` values of its kind, or more.
 
         Args:
             result: one value.
@@ -214,9 +210,7 @@ class RerunStateMachine:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up the largest values seen, if they are there; the rest of foreign states concerns
-        repetition.
-        """
+        """Takes up the largest values seen; what else a foreign state holds concerns repetition."""
         sharded = state_dict.get("sharded")
         source = sharded if isinstance(sharded, dict) else state_dict
         self._sample_counts = {str(k): int(v) for k, v in (source.get("large_value_counts") or {}).items()}

@@ -207,8 +207,7 @@ class Timers:
         reset: bool = True,
         barrier: bool = False,
     ) -> None:
-        """Hands seconds to a TensorBoard ``writer`` (None: does nothing) as ``<name>-time``: the slowest
-        rank's.
+        """Hands the slowest rank's seconds to a TensorBoard ``writer`` (or None) as ``<name>-time``.
 
         With the option ``all``, and several ranks, each rank's as ``<name>-time/rank<r>``. To be called on
         all ranks.

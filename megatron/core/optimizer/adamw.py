@@ -26,8 +26,8 @@ def adamw_step(
 ) -> None:
     """One update, in place, of tensors that have all been updated equally often.
 
-        p = p (1 - lr weight_decay) - lr m' / (sqrt(v') + eps),   m' = m / (1 - beta1^step),   v' = v / (1 -
-        beta2^step)
+        p = p (1 - lr weight_decay) - lr m' / (sqrt(v') + eps)
+        m' = m / (1 - beta1^step),  v' = v / (1 - beta2^step)
 
     with m, v the running means of the gradient and its square.
 
@@ -113,9 +113,7 @@ def _has_fused_kernel(device: torch.device) -> bool:
 
 
 class Adam(torch.optim.AdamW):
-    """``torch.optim.AdamW`` in arguments, param groups and state dict; its step goes through
-    :func:`adamw_step`.
-    """
+    """``torch.optim.AdamW`` to its users and in checkpoints; the update itself is :func:`adamw_step`."""
 
     def __init__(
         self,
@@ -157,11 +155,9 @@ class Adam(torch.optim.AdamW):
         )
 
     def _count_step(self, params: list[Tensor]) -> dict[int, list[Tensor]]:
-        """Adds one to the parameters' step counts and sorts the parameters by the result (normally one
-        value).
+        """Adds one to the parameters' step counts and sorts them by the result, normally a single value.
 
-        The counts stay on the host: kernels take them as numbers, and reading them must not wait for the
-        device.
+        The counts stay on the host: kernels take them as numbers, and reading must not wait for the device.
         """
         if not params:
             return {}

@@ -92,9 +92,7 @@ class MegatronOptimizer(ABC):
 
     @abstractmethod
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients of autograd (``param.grad``); main gradients belong to the model's
-        wrapper.
-        """
+        """Forgets autograd's gradients, ``param.grad``; the main gradients are the model wrapper's."""
 
     # --- statistics -----------------------------------------------------------------------------------------
 

@@ -41,16 +41,14 @@ def get_megatron_optimizer(
     lr_mult: float = 1.0,
     use_gloo_process_groups: bool = True,
 ) -> ChainedOptimizer:
-    """Optimizer over all trainable parameters of ``model_chunks``, to be built after they are wrapped for
-    DDP.
+    """Optimizer over all trainable parameters of ``model_chunks``, which must be wrapped for DDP already.
 
     Args:
         config: settings.
         model_chunks: the model, or its pipeline chunks.
         no_weight_decay_cond: (name, parameter) -> True for no weight decay; default biases and 1-D tensors.
         scale_lr_cond: (name, parameter) -> True for a rate multiplied by ``lr_mult``; default none.
-        use_gloo_process_groups: whether sharded state may be collected over host memory (no sharded state
-            yet).
+        use_gloo_process_groups: collect sharded state over host memory (there is none to collect yet).
 
     Raises:
         NotBuiltYetError: a setting whose code does not exist yet.

@@ -6,9 +6,7 @@ from megatron.core import parallel_state
 
 
 def counts_once(param: Tensor) -> bool:
-    """True on the one rank that counts ``param``: not a tied copy, and not replicated from tensor-parallel
-    rank 0.
-    """
+    """True where ``param`` counts: of tied copies the first, of tensor-parallel replicas rank 0's."""
     return not getattr(param, "shared", False) and not _is_tensor_parallel_duplicate(param)
 
 

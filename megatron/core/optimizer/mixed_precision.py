@@ -144,8 +144,7 @@ class Float16OptimizerWithFloat16Params(MixedPrecisionOptimizer):
     def _copy_model_grads_to_main_grads(self) -> None:
         for param, main_param in zip(self._model_params(), self._main_params(), strict=True):
             grad = getattr(param, "main_grad", param.grad)
-            # No copy of a gradient that is fp32 already: unscaling and clipping then work on the buffer
-            # itself.
+            # A gradient that is fp32 already is not copied: unscaling and clipping then change the buffer.
             main_param.grad = None if grad is None else grad.float()
             param.grad = None
         for param in (p for group in self.fp32_from_fp32_groups for p in group):
@@ -162,9 +161,7 @@ class Float16OptimizerWithFloat16Params(MixedPrecisionOptimizer):
             torch._foreach_copy_(self._main_params(), self._model_params())
 
     def state_dict(self, is_loading: bool = False) -> dict[str, Any]:
-        """Keys ``optimizer``, ``fp32_from_fp16_params`` (lists per group) and, with a loss scale,
-        ``grad_scaler``.
-        """
+        """Keys ``optimizer``, ``fp32_from_fp16_params`` (a list per group) and perhaps ``grad_scaler``."""
         if is_loading:
             self.init_state_fn(self.optimizer)
         state: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
@@ -181,19 +178,16 @@ class Float16OptimizerWithFloat16Params(MixedPrecisionOptimizer):
         copies = state_dict.get("fp32_from_fp16_params", state_dict.get("fp32_from_fp16"))
         if inner is None or copies is None:
             raise CheckpointError(
-                f"optimizer state with the entries {sorted(map(str, state_dict))} was not saved in fp16 or "
-                "bf16 by a "
-                "run without the distributed optimizer, as this one is: resume with the saved precision, or "
-                "pass "
-                "--no-load-optim to start with fresh state"
+                f"optimizer state with the entries {sorted(map(str, state_dict))} was not saved by an fp16 "
+                "or bf16 run without the distributed optimizer, as this one is: resume with the saved "
+                "precision, or pass --no-load-optim to start with fresh state"
             )
         found = [[list(copy.shape) for copy in group] for group in copies]
         own = [[list(copy.shape) for copy in group] for group in self.fp32_from_float16_groups]
         if found != own:
             raise CheckpointError(
-                "the fp32 parameters in the checkpoint have other shapes than this model's: resume with the "
-                "model "
-                "flags of the saved run, or pass --no-load-optim"
+                "the fp32 parameters in the checkpoint have other shapes than this model's: resume with "
+                "the model flags of the saved run, or pass --no-load-optim"
             )
         load_inner_state(self.optimizer, inner)
         with torch.no_grad():
