@@ -1,7 +1,5 @@
 """Optimizers: mixed precision, loss scaling, clipping, and the update itself."""
 
-from torch.optim import SGD
-
 from megatron.core.optimizer.adamw import Adam
 from megatron.core.optimizer.builder import get_megatron_optimizer
 from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler
@@ -13,3 +11,4 @@ from megatron.core.optimizer.optimizer import (
 )
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_groups import _get_param_groups
+from megatron.core.optimizer.untraced import SGD

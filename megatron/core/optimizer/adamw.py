@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.core.optimizer.untraced import Untraced
 from megatron.core.overrides import overridable
 
 
@@ -112,7 +113,7 @@ def _has_fused_kernel(device: torch.device) -> bool:
     return True
 
 
-class Adam(torch.optim.AdamW):
+class Adam(Untraced, torch.optim.AdamW):
     """``torch.optim.AdamW`` to its users and in checkpoints; the update itself is :func:`adamw_step`."""
 
     def __init__(

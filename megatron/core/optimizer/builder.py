@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.optim import SGD
 
 from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
 from megatron.core.errors import ConfigError, NotBuiltYetError
@@ -17,6 +16,7 @@ from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradS
 from megatron.core.optimizer.mixed_precision import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_groups import ParamCondition, _get_param_groups
+from megatron.core.optimizer.untraced import SGD
 from megatron.core.utils import log_single_rank
 
 logger = logging.getLogger(__name__)
