@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -173,15 +173,16 @@ def _iree_tokenizer(tokenizer_json: str) -> Encode:
 
 
 REFERENCE = "tokenizers"
-LIBRARIES: dict[str, Callable[[str], Encode]] = {
-    REFERENCE: _tokenizers,
-    "tiktoken": _tiktoken,
-    "fastokens": _fastokens,
-    "gigatoken": _gigatoken,
-    "tokie": _tokie,
-    "basetenkenizer": _basetenkenizer,
-    "kitoken": _kitoken,
-    "iree-tokenizer": _iree_tokenizer,
+# Name on PyPI: adapter, month of the newest release when this list was last looked at (November 2026).
+LIBRARIES: dict[str, tuple[Callable[[str], Encode], str]] = {
+    REFERENCE: (_tokenizers, "2026-10"),
+    "tiktoken": (_tiktoken, "2026-08"),
+    "fastokens": (_fastokens, "2026-10"),
+    "gigatoken": (_gigatoken, "2026-07"),
+    "tokie": (_tokie, "2026-07"),
+    "basetenkenizer": (_basetenkenizer, "2026-07"),
+    "kitoken": (_kitoken, "2026-10"),
+    "iree-tokenizer": (_iree_tokenizer, "2026-03"),
 }
 
 
@@ -199,7 +200,7 @@ def measure(library: str, work: Path) -> None:
     tokenizer_json = (work / "tokenizer.json").read_text(encoding="utf-8")
     cold, texts = pickle.loads((work / "texts.pickle").read_bytes())
     started = time.perf_counter()
-    encode = LIBRARIES[library](tokenizer_json)
+    encode = LIBRARIES[library][0](tokenizer_json)
     figures = {"build_s": time.perf_counter() - started}
     before_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     parts, marks = [], [_cpu_seconds()]
@@ -228,18 +229,23 @@ def measure(library: str, work: Path) -> None:
 
 
 def _difference(library: str, work: Path, texts: Sequence[str]) -> str:
-    """'equal', or the first place where ids differ from the reference."""
+    """'equal', or how far the ids are from the reference's."""
     ours = json.loads((work / f"{library}.json").read_text())["nasty"]
     theirs = json.loads((work / f"{REFERENCE}.json").read_text())["nasty"]
     wrong = [text for text, a, b in zip(NASTY, ours, theirs, strict=True) if a != b]
     with np.load(work / f"{library}.npz") as ours, np.load(work / f"{REFERENCE}.npz") as theirs:
-        ids, lengths = ours["ids"], ours["lengths"]
-        if np.array_equal(ids, theirs["ids"]) and np.array_equal(lengths, theirs["lengths"]):
-            text = "equal"
-        else:
-            document = int(np.flatnonzero(lengths != theirs["lengths"])[:1].sum())
-            text = f"differ (document {document}: {texts[document][:20]!r})"
+        documents = [
+            index
+            for index, (a, b) in enumerate(zip(_documents(ours), _documents(theirs), strict=True))
+            if not np.array_equal(a, b)
+        ]
+    text = f"differ in {len(documents)} documents of {len(texts)}" if documents else "equal"
     return text if not wrong else f"{text}; {len(wrong)} hard cases differ: {wrong[0][:16]!r}"
+
+
+def _documents(result: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """The flat ids cut into documents."""
+    return np.split(result["ids"], np.cumsum(result["lengths"])[:-1])
 
 
 def _gpt2_json(vocab_file: str, merge_file: str) -> str:
@@ -295,7 +301,7 @@ def _table(names: Sequence[str], work: Path, texts: Sequence[str], cold: int) ->
         f"{total:.1f} MB in {len(texts)} documents (sha256 {digest}), cold part {first:.1f} MB; MB "
         f"per CPU-second"
     )
-    print(f"{'library':<24}{'build s':>8}{'cold':>8}{'all':>8}{'again':>8}{'grows MB':>10}  ids")
+    print(f"{'library':<24}{'newest':>8}{'build s':>8}{'cold':>8}{'all':>8}{'again':>8}{'grows MB':>10}  ids")
     environment = os.environ | {
         "RAYON_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -317,8 +323,8 @@ def _table(names: Sequence[str], work: Path, texts: Sequence[str], cold: int) ->
         speeds = [first / figures["cold_s"], total / figures["all_s"], total / figures["again_s"]]
         columns = "".join(f"{speed:8.1f}" for speed in speeds)
         print(
-            f"{label:<24}{figures['build_s']:8.2f}{columns}{figures['growth_mb']:10.0f}  "
-            f"{_difference(name, work, texts)}",
+            f"{label:<24}{LIBRARIES[name][1]:>8}{figures['build_s']:8.2f}{columns}"
+            f"{figures['growth_mb']:10.0f}  {_difference(name, work, texts)}",
             flush=True,
         )
 

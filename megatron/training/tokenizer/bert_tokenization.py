@@ -180,7 +180,9 @@ class FullTokenizer:
 
     def tokenize(self, text: str | bytes) -> list[str]:
         """The pieces of ``text``. Raises DataError for a lone surrogate."""
-        return self._encode([convert_to_unicode(text)])[0].tokens
+        # Not the encoding's own tokens: the fast call leaves them empty.
+        ids = self._encode([convert_to_unicode(text)])[0].ids
+        return [self.inv_vocab[index] for index in ids]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""

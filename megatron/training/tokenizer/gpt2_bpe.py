@@ -23,9 +23,8 @@ class _GPT2BPETokenizer(BatchTokenizer):
 
     def __init__(self, vocab_file: str, merge_file: str) -> None:
         super().__init__(vocab_file, merge_file)
-        self.tokenizer = GPT2Tokenizer(
-            vocab_file, merge_file, errors="replace", special_tokens=[], max_len=None
-        )
+        self.tokenizer = GPT2Tokenizer(vocab_file, merge_file, errors="replace", special_tokens=[])
+        self.notice = self.tokenizer.notice
         if END_OF_TEXT not in self.tokenizer.encoder:
             raise DataError(
                 f"--vocab-file {vocab_file}: no token {END_OF_TEXT}, which ends documents; add it to the "

@@ -15,7 +15,7 @@ from megatron.training.tokenizer.files import existing_file, read_json
 from megatron.training.tokenizer.libraries import need
 from megatron.training.tokenizer.sentence_piece import load_sentence_piece
 
-FLAG = "--tokenizer-model"
+FLAG = "--tokenizer-model (or --tokenizer-name-or-path)"
 WANTED = (
     "a directory with the tokenizer's files (tokenizer.json, or tokenizer_config.json and what it "
     "names) or a "
@@ -184,6 +184,11 @@ def _load_directory(directory: str, options: dict[str, Any]) -> tuple[Any, str |
 
 def _load_file(file: Path) -> tuple[Any, str | None]:
     """A bare ``tokenizer.json``: it has every token, but does not say which one ends a document."""
+    if file.suffix == ".model":
+        raise DataError(
+            f"{FLAG} {file}: a model file alone is not for transformers; use --tokenizer-type "
+            "GPTSentencePieceTokenizer for a SentencePiece model"
+        )
     config = read_json(file, FLAG, WANTED)
     if not isinstance(config, dict) or "model" not in config:
         raise DataError(f'{FLAG} {file}: JSON, but not a tokenizer.json (no "model" in it); give {WANTED}')
@@ -212,14 +217,16 @@ def _sentence_piece_notice(tokenizer: Any, directory: Path) -> str | None:
         processor = load_sentence_piece(str(model))
     except DataError:  # a tokenizer.model of another kind, such as tiktoken's
         return None
-    for probe in PROBES:
+    # Blanks in front and the text of special tokens are left out: there the two differ by choice.
+    special = tokenizer.all_special_tokens
+    probes = [probe.strip() for probe in PROBES if not any(token in probe for token in special)]
+    for probe in filter(None, probes):
         pieces = processor.encode(probe, out_type=int)
         ids = tokenizer(probe, add_special_tokens=False, verbose=False)["input_ids"]
-        if probe.strip() and ids != pieces:
+        if ids != pieces:
             return (
-                f"transformers and sentencepiece read {model.name} differently, first at "
-                f"{probe[:30]!r}; ids are "
-                "those of transformers. --tokenizer-type GPTSentencePieceTokenizer gives the other ones"
+                f"transformers and sentencepiece read {model.name} differently, first at {probe[:30]!r}; ids "
+                "are those of transformers. --tokenizer-type GPTSentencePieceTokenizer gives the other ones"
             )
     return None
 

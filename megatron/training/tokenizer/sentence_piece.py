@@ -94,7 +94,7 @@ class _SentencePieceTokenizer(BatchTokenizer):
         """The model's own ids, without special tokens."""
         try:
             return self.tokenizer.encode(text, out_type=int)
-        except (RuntimeError, UnicodeEncodeError):
+        except (RuntimeError, TypeError, UnicodeEncodeError):
             refuse_lone_surrogates([text])
             raise
 
@@ -201,7 +201,7 @@ class _GPTSentencePieceTokenizer(_SentencePieceTokenizer):
     def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
         try:
             return self.tokenizer.encode(list(texts), out_type=int, num_threads=1)
-        except (RuntimeError, UnicodeEncodeError):
+        except (RuntimeError, TypeError, UnicodeEncodeError):
             refuse_lone_surrogates(texts)
             raise
 
