@@ -1,7 +1,11 @@
 """Timers and the formats of their report."""
 
+import os
 import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -146,3 +150,62 @@ def test_real_time() -> None:
     time.sleep(0.02)
     timer.stop()
     assert 0.02 <= timer.elapsed() < 1.0
+
+
+RANK_SCRIPT = """
+import sys, time
+import torch.distributed as dist
+from megatron.core.timers import Timers
+
+rank, path, option = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", store=dist.FileStore(path, 2), rank=rank, world_size=2)
+timers = Timers(1, option)
+for name in ("both", "rank-1-only")[: rank + 1]:
+    timers(name, log_level=1).start(barrier=name == "both")
+    time.sleep(0.05 * (rank + 1))
+    timers(name).stop()
+timers.log(["both", "rank-1-only"])
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("option", "pattern"),
+    [
+        (
+            "minmax",
+            r"\(min, max\) time across ranks \(ms\):\n    both \.+: \((5|6)\d\.\d\d, 1\d\d\.\d\d\)\n"
+            r"    rank-1-only \.+: \(0\.00, 1\d\d\.\d\d\)\n",
+        ),
+        (
+            "all",
+            r"times across ranks \(ms\):\n  both:\n     rank  0: \d+\.\d\d\n     rank  1: \d+\.\d\d\n"
+            r"  rank-1-only:\n     rank  0: 0\.00\n     rank  1: \d+\.\d\d\n",
+        ),
+    ],
+)
+def test_two_ranks(option: str, pattern: str, tmp_path: Path, repo_root: Path) -> None:
+    """The last rank alone prints, with the times of both."""
+    environment = {**os.environ, "PYTHONPATH": str(repo_root)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK_SCRIPT, str(rank), str(tmp_path / "store"), option],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(2)
+    ]
+    first, last = (process.communicate(timeout=120)[0] for process in ranks)
+    assert first == ""
+    assert re.fullmatch(pattern, last), last
+
+
+def test_report_over_ranks(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    timers = Timers(0, "minmax")
+    run(timers, "optimizer", 3.0, clock)
+    monkeypatch.setattr(timers_module, "_gather", lambda own: [own, [2 * seconds for seconds in own]])
+    assert timers.get_all_timers_string(reset=False).endswith(": (3000.00, 6000.00)")
+    timers._log_option = "all"
+    assert timers.get_all_timers_string().endswith("\n     rank  0: 3000.00\n     rank  1: 6000.00")

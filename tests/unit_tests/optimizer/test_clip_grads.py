@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron.core import parallel_state
+from megatron.core import accelerator, parallel_state
 from megatron.core.optimizer.clip_grads import (
     clip_grad_by_total_norm_fp32,
     count_zeros_fp32,
@@ -22,12 +22,17 @@ def make_params(*gradients: torch.Tensor) -> list[torch.nn.Parameter]:
     return params
 
 
-def test_norm_by_hand() -> None:
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_norm_by_hand(accelerated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerator, "is_accelerated", lambda: accelerated)
     gradients = [torch.tensor([[3.0, 0.0]]), torch.tensor([-4.0, 12.0])]
     assert get_grad_norm_fp32(gradients) == 13.0
     assert get_grad_norm_fp32(gradients, norm_type=float("inf")) == 12.0
     assert get_grad_norm_fp32(gradients, norm_type=1) == 19.0
     assert get_grad_norm_fp32(gradients[0]) == 3.0
+
+
+def test_norm_of_nothing() -> None:
     assert get_grad_norm_fp32([]) == 0.0
 
 
