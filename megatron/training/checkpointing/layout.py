@@ -168,7 +168,8 @@ def advice_on_other_iterations(checkpoints_path: str, unusable: int | None = Non
     """Sentence that says which complete checkpoints ``--ckpt-step`` could load instead."""
     others = [iteration for iteration in complete_iterations(checkpoints_path) if iteration != unusable]
     if not others:
-        return f"No other complete checkpoint is in {checkpoints_path}."
+        other = "" if unusable is None else "other "
+        return f"No {other}complete checkpoint is in {checkpoints_path}."
     shown = ", ".join(map(str, others[-8:]))
     more = f" (and {len(others) - 8} older)" if len(others) > 8 else ""
     return f"Complete checkpoints found: {shown}{more}; load one with --ckpt-step {others[-1]}."

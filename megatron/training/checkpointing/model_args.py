@@ -40,6 +40,15 @@ FORCE_EXTENSION = (
     "v_head_dim", "rotary_scaling_factor", "mscale", "mscale_all_dim", "mtp_num_layers",
 )
 
+# Arguments of a feature, by the argument that switches it on. The values that a model without the feature
+# happens to have are left where they are: they mean nothing, and may ask this version for what it lacks.
+SWITCHES = {"moe_": "num_experts", "mamba_": "is_hybrid_model", "hybrid_": "is_hybrid_model"}
+SWITCHES |= dict.fromkeys(
+    ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "mscale",
+     "rotary_scaling_factor"),
+    "multi_latent_attention",
+)
+
 PARALLEL_FORCE = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
     "expert_model_parallel_size",
@@ -88,11 +97,17 @@ def load_args_from_checkpoint(
         _take(args, stored, field, force=False)
     keep_tokenizer = not getattr(args, "use_tokenizer_model_from_checkpoint_args", True)
     for field in (*FORCE, *FORCE_EXTENSION):
-        if not (field == "tokenizer_model" and keep_tokenizer):
+        if not (field == "tokenizer_model" and keep_tokenizer) and _in_use(field, stored):
             _take(args, stored, field, force=True)
     if getattr(args, "use_mp_args_from_checkpoint_args", False):
         _take_parallel_sizes(args, stored, state_dict.get("checkpoint_version", 0))
     return args, stored
+
+
+def _in_use(field: str, stored: argparse.Namespace) -> bool:
+    """False for an argument of a feature that the checkpoint's model does without."""
+    switches = [switch for prefix, switch in SWITCHES.items() if field.startswith(prefix)]
+    return all(getattr(stored, switch, None) for switch in switches)
 
 
 def _take_parallel_sizes(args: argparse.Namespace, stored: argparse.Namespace, version: float) -> None:

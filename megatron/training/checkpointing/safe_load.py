@@ -170,7 +170,7 @@ def _damaged(path: str, error: Exception) -> CheckpointError:
     iteration_dir = os.path.dirname(os.path.dirname(path))
     name = os.path.basename(iteration_dir)
     iteration = int(name[5:]) if re.fullmatch(r"iter_\d+", name) else None
-    reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+    reason = str(error).splitlines()[0].split(". ")[0][:160] if str(error) else type(error).__name__
     return CheckpointError(
         f"{path} ({size} bytes) is cut short or damaged and cannot be read: {reason}. "
         + layout.advice_on_other_iterations(os.path.dirname(iteration_dir), unusable=iteration)

@@ -33,6 +33,8 @@ def test_genuine_arguments(golden: Path, capsys: pytest.CaptureFixture):
     assert (args.position_embedding_type, args.add_bias_linear, args.norm_epsilon) == ("rope", False, 1e-5)
     assert args.iteration == 4
     assert not hasattr(args, "tensor_model_parallel_size")
+    # The file says moe_ffn_hidden_size 32 and kv_lora_rank 32, but its model has neither experts nor latents.
+    assert not hasattr(args, "moe_ffn_hidden_size") and not hasattr(args, "kv_lora_rank")
     lines = capsys.readouterr().out.splitlines()
     assert "Setting num_layers to 2 from checkpoint" in lines
     assert "Setting swiglu to True from checkpoint" in lines
@@ -64,6 +66,13 @@ def test_tokenizer_model_may_stay_the_command_lines(tmp_path: Path, use: bool, e
     args = command_line(tmp_path, tokenizer_model="mine.model", use_tokenizer_model_from_checkpoint_args=use)
     checkpointing.load_args_from_checkpoint(args)
     assert (args.tokenizer_model, args.tokenizer_type) == (expected, "Llama2Tokenizer")
+
+
+def test_arguments_of_features_that_are_used(tmp_path: Path):
+    write(tmp_path, num_experts=8, moe_router_topk=3, multi_latent_attention=True, kv_lora_rank=64)
+    args = command_line(tmp_path)
+    checkpointing.load_args_from_checkpoint(args)
+    assert (args.num_experts, args.moe_router_topk, args.kv_lora_rank) == (8, 3, 64)
 
 
 def test_old_spellings(tmp_path: Path):
