@@ -171,6 +171,10 @@ def _load_directory(directory: str, options: dict[str, Any]) -> tuple[Any, str |
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if name in present:
             read_json(existing_file(str(Path(directory, name)), FLAG, WANTED), FLAG, WANTED)
+    if "tokenizer.json" not in present and _is_sentence_piece(Path(directory, "tokenizer.model")):
+        # transformers would name neither of them, and take the file for something else.
+        need("sentencepiece", f"the tokenizer {directory}")
+        need("google.protobuf", f"the tokenizer {directory}", "protobuf")
     transformers = need("transformers", f"the tokenizer {directory}")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
@@ -211,12 +215,9 @@ def _load_file(file: Path) -> tuple[Any, str | None]:
 def _sentence_piece_notice(tokenizer: Any, directory: Path) -> str | None:
     """A line if ``transformers`` had only a SentencePiece model to go by and reads it differently."""
     model = directory / "tokenizer.model"
-    if not model.is_file() or (directory / "tokenizer.json").is_file():
+    if not _is_sentence_piece(model) or (directory / "tokenizer.json").is_file():
         return None
-    try:
-        processor = load_sentence_piece(str(model))
-    except DataError:  # a tokenizer.model of another kind, such as tiktoken's
-        return None
+    processor = load_sentence_piece(str(model))
     # Blanks in front and the text of special tokens are left out: there the two differ by choice.
     special = tokenizer.all_special_tokens
     probes = [probe.strip() for probe in PROBES if not any(token in probe for token in special)]
@@ -229,6 +230,14 @@ def _sentence_piece_notice(tokenizer: Any, directory: Path) -> str | None:
                 "are those of transformers. --tokenizer-type GPTSentencePieceTokenizer gives the other ones"
             )
     return None
+
+
+def _is_sentence_piece(file: Path) -> bool:
+    """Whether the file begins like a SentencePiece model, with its first piece. tiktoken's are base64 text."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(1) == b"\n"
 
 
 def _first_line(error: BaseException) -> str:

@@ -140,6 +140,7 @@ def test_a_lone_sentencepiece_model_is_read_by_sentencepiece(files, arguments, t
     # With a description beside it, the model is transformers' to read.
     for source in (tmp_path, tmp_path / "tokenizer.model"):
         assert lone_sentence_piece_model(str(source)) is None
+    pytest.importorskip("google.protobuf")
     tokenizer = build_tokenizer(arguments("PretrainedFromHF", tokenizer_name_or_path=str(tmp_path)))
     assert type(tokenizer).__name__ == "_HuggingFaceTokenizer" and tokenizer.eod == 2
 

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from texts_to_tokenize import HARD_TEXTS, TEXTS
 
-from megatron.core.errors import DataError
+from megatron.core.errors import ConfigError, DataError
 from megatron.training.tokenizer.tokenizer import _HuggingFaceTokenizer
 
 ALL_TEXTS = [*TEXTS, *HARD_TEXTS]
@@ -141,7 +142,9 @@ def test_what_cannot_be_used_is_named(tmp_path, monkeypatch, make, message) -> N
         _HuggingFaceTokenizer(make(tmp_path))
 
 
-def test_differences_from_the_sentencepiece_model_are_told(tmp_path, sentence_piece_file) -> None:
+def test_differences_from_the_sentencepiece_model_are_told(
+    tmp_path, sentence_piece_file, monkeypatch
+) -> None:
     """transformers builds Llama's tokenizer from tokenizer.model without the model's normalisation."""
     import io
 
@@ -155,6 +158,10 @@ def test_differences_from_the_sentencepiece_model_are_told(tmp_path, sentence_pi
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     shutil.copy(sentence_piece_file, tmp_path / "tokenizer.model")
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="pip install protobuf"):
+        patch.setitem(sys.modules, "google.protobuf", None)
+        _HuggingFaceTokenizer(str(tmp_path))
+    pytest.importorskip("google.protobuf")
     same = _HuggingFaceTokenizer(str(tmp_path))
     assert same.notice is None and same.eod == 2
     model = io.BytesIO()
