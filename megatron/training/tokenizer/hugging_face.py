@@ -233,7 +233,7 @@ def _sentence_piece_notice(tokenizer: Any, directory: Path) -> str | None:
 
 
 def _is_sentence_piece(file: Path) -> bool:
-    """Whether the file begins like a SentencePiece model, with its first piece. tiktoken's are base64 text."""
+    """Whether the file begins like a SentencePiece model: with its first piece. tiktoken's are text."""
     if not file.is_file():
         return False
     with file.open("rb") as stream:
