@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 import torch
 
 from megatron.core import parallel_state
-from megatron.core.errors import CheckpointError
 
 MODEL_FILE = "model_optim_rng.pt"
 DISTRIBUTED_OPTIMIZER_FILE = "distrib_optim.pt"
@@ -173,11 +172,3 @@ def advice_on_other_iterations(checkpoints_path: str, unusable: int | None = Non
     shown = ", ".join(map(str, others[-8:]))
     more = f" (and {len(others) - 8} older)" if len(others) > 8 else ""
     return f"Complete checkpoints found: {shown}{more}; load one with --ckpt-step {others[-1]}."
-
-
-def refuse_format(directory: str, found: str | None) -> CheckpointError:
-    """The error for an iteration directory that holds no checkpoint at all."""
-    return CheckpointError(
-        f"{directory} holds no checkpoint: expected metadata.json (format torch_dist) or "
-        f"mp_rank_00.../{MODEL_FILE} (format torch), found {found or 'nothing of the kind'}"
-    )
