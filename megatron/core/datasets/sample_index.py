@@ -36,7 +36,8 @@ def build_sample_rows(
 
     With an extra token (samples of L + 1 tokens that overlap by one) row i is where token i * L lies.
     Without it, row i is one past token i * L - 1, so an offset may equal the length of its sequence.
-    Both are "the sequence holding token i * L + extra - 1", found by bisection in the running sum.
+    Both are in "the sequence that holds token i * L + extra - 1"; how many rows each sequence holds follows
+    from the running sum of the lengths.
 
     Args:
         sizes: int32 [sequences], tokens per sequence.
@@ -57,14 +58,14 @@ def build_sample_rows(
         return rows
     lengths = sizes[document_indices]
     ends = np.cumsum(lengths, dtype=np.int64)
-    anchor = np.arange(1, samples + 1, dtype=np.int64) * sequence_length
-    position = np.searchsorted(ends, anchor + (extra - 1), side="right")
-    beyond = position == len(ends)  # only the kept partial sample ends past the stream
-    position[beyond] = len(ends) - 1
-    offset = anchor - (ends[position] - lengths[position])
-    offset[beyond] = int(lengths[-1]) - extra
-    rows[1:, 0] = position
-    rows[1:, 1] = offset
+    # Rows 1 ... i lie in the first d sequences exactly when i * L + extra <= ends[d - 1].
+    rows_up_to = np.clip((ends - extra) // sequence_length, 0, samples)
+    position = np.repeat(np.arange(len(ends)), np.diff(rows_up_to, prepend=0))
+    whole = len(position)  # less than ``samples`` only when the last, partial one is kept
+    rows[1 : whole + 1, 0] = position
+    ends -= lengths  # now where each sequence begins
+    rows[1 : whole + 1, 1] = np.arange(1, whole + 1) * sequence_length - ends[position]
+    rows[whole + 1 :] = len(ends) - 1, int(lengths[-1]) - extra
     return rows
 
 

@@ -45,7 +45,10 @@ class _FileBinReader(_BinReader):
             while filled < len(view):
                 got = file.readinto(view[filled:])
                 if not got:
-                    raise DataError(f"{self._bin_path} ended at byte {offset + filled} while being read.")
+                    raise DataError(
+                        f"{self._bin_path} ends before byte {offset + len(view)}: it was cut short after it "
+                        "had been opened. Copy it again from its source."
+                    )
                 filled += got
         return sequence
 
