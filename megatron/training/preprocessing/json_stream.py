@@ -106,9 +106,10 @@ class _Text:
                 _, end = self._json.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 # Reading twice as much each time keeps the parsing of one long element linear.
+                behind = error.pos - self._at
                 if not self._read_more(len(self._text) - self._at):
-                    self._line += self._text.count("\n", self._at, error.pos)
-                    self._at = error.pos
+                    self._line += self._text.count("\n", self._at, self._at + behind)
+                    self._at += behind
                     raise self.error(f"invalid JSON: {error.msg}, at {self.excerpt()!r}") from error
             else:
                 source = self._text[self._at : end]
