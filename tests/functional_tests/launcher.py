@@ -45,8 +45,8 @@ class Run:
 
 def _context() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
+    # The fork server is a new interpreter: it finds the entry point through its environment.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     context.set_forkserver_preload(["torch", "pretrain_gpt"])
     return context
 
