@@ -44,7 +44,8 @@ def build_pretraining_data_loader(dataset: Dataset | None, consumed_samples: int
         "consumed_samples": consumed_samples,
         "micro_batch_size": args.micro_batch_size,
         "data_parallel_rank": parallel_state.get_data_parallel_rank(),
-        "data_parallel_size": parallel_state.get_data_parallel_world_size(),
+        # 0 without torch.distributed
+        "data_parallel_size": max(1, parallel_state.get_data_parallel_world_size()),
     }
     if args.dataloader_type == "single":
         sampler = MegatronPretrainingSampler(**place)

@@ -141,10 +141,6 @@ def run_arguments(monkeypatch):
         }
         arguments = SimpleNamespace(**{**defaults, **values})
         monkeypatch.setattr(global_vars, "get_args", lambda: arguments)
-        from megatron.core import parallel_state
-
-        monkeypatch.setattr(parallel_state, "get_data_parallel_rank", lambda: 0)
-        monkeypatch.setattr(parallel_state, "get_data_parallel_world_size", lambda: 1)
 
     yield set_arguments
     gc.collect()  # ends the worker processes now, before the next test forks
