@@ -25,9 +25,11 @@ from megatron.training.initialize import initialize_megatron
 from megatron.training.training import get_model
 from pretrain_gpt import model_provider
 
-TOKENIZER_FILES = ("vocab_file", "merge_file", "tokenizer_model", "tokenizer_name_or_path")
 # Taken from the checkpoint where the command line says nothing; load_args_from_checkpoint does the rest.
-FILLED = (*TOKENIZER_FILES, "tokenizer_type", "vocab_size", "pre_tockens", "next_tockens", "window_size")
+FILLED = (
+    "vocab_file", "merge_file", "tokenizer_model", "tokenizer_name_or_path", "tokenizer_type", "vocab_size",
+    "pre_tockens", "next_tockens", "window_size",
+)  # fmt: skip
 # How the weights were used in training, and so how they are used here.
 TAKEN = ("fp16", "bf16", "make_vocab_size_divisible_by", "transformer_impl", "vocab_extra_ids")
 
@@ -72,10 +74,9 @@ def arguments() -> argparse.Namespace:
 
 def check_tokenizer_files(args: argparse.Namespace) -> None:
     """A file that has moved since training is asked for by its flag."""
-    for name in TOKENIZER_FILES:
+    for name in ("vocab_file", "merge_file"):
         path = getattr(args, name, None)
-        # A tokenizer's name, such as "gpt2", is no path: the library that knows it finds its files.
-        if path and Path(path).is_absolute() and not Path(path).exists():
+        if path and not Path(path).exists():
             flag = "--" + name.replace("_", "-")
             raise ConfigError(
                 f"the tokenizer of this checkpoint is {flag} {path}, which is not there: "
