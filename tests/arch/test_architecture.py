@@ -5,8 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-
-from tests.arch.tree import ROOT, Module, cycles, import_graph, modules, project_files
+from source_tree import ROOT, Module, cycles, import_graph, modules, project_files
 
 LONGEST_FILE_LINES = 600
 LONGEST_FUNCTION_LINES = 100

@@ -4,8 +4,7 @@ import importlib.util
 import re
 
 import pytest
-
-from tests.arch.tree import ROOT
+from source_tree import ROOT
 
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README_zh.md"
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
