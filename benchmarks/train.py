@@ -126,6 +126,7 @@ def main() -> None:
         kv_channels=args.hidden // args.heads,
         group_query_attention=False,
         swiglu=False,
+        glu_gate_last=False,
         ffn_hidden_size=4 * args.hidden,
         padded_vocab_size=args.vocab,
     )

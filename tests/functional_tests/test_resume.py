@@ -58,7 +58,7 @@ def assert_same_bits(left, right, where="checkpoint"):
 
 def comparable(checkpoint):
     """The state that decides the next step; paths and times of the run are left out."""
-    counts = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples", "iteration")
+    counts = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
     checkpoint = dict(checkpoint)
     args = checkpoint.pop("args")
     return checkpoint | {name: getattr(args, name) for name in counts}

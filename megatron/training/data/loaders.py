@@ -52,10 +52,14 @@ def _restore_consumed_samples(args: Namespace) -> None:
 
 
 def _valid_samples_to_pass_over(args: Namespace, valid: Any) -> int:
-    """Where validation goes on: after the samples it has consumed, or from the start once all are."""
+    """Where validation goes on: after the samples it has consumed.
+
+    Back to the first sample when those left would not fill one step.
+    """
     if valid is None or args.skip_train or args.dataloader_type == "external":
         return 0
-    return args.consumed_valid_samples % max(len(valid), 1)
+    step = args.micro_batch_size * args.data_parallel_size
+    return args.consumed_valid_samples if args.consumed_valid_samples + step <= len(valid) else 0
 
 
 def build_train_valid_test_data_loaders(provider: Callable) -> tuple[Any, Any, Any]:
@@ -83,8 +87,8 @@ def build_train_valid_test_data_loaders(provider: Callable) -> tuple[Any, Any, A
 def build_train_valid_test_data_iterators(provider: Callable) -> tuple[Any, Any, Any]:
     """Iterators of the three splits, None where a split has no data.
 
-    A single-pass training loader ends when its samples do. Validation and test start again from their
-    first sample, so that an evaluation can always run.
+    A single-pass training loader ends when its samples do. Validation and test start again from where
+    they began, so that an evaluation can always run.
     """
     args = get_args()
     loaders = build_train_valid_test_data_loaders(provider)

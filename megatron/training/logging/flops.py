@@ -17,7 +17,7 @@ def num_floating_point_operations(args: Namespace, batch_size: int) -> float:
     s, h, layers, heads = args.seq_length, args.hidden_size, args.num_layers, args.num_attention_heads
     groups = args.num_query_groups if args.group_query_attention else heads
     projection = args.kv_channels * heads / h
-    gate = 1.5 if args.swiglu or getattr(args, "is_x_model", False) else 1.0
+    gate = 1.5 if args.swiglu or args.glu_gate_last else 1.0
     mlp = 12 * h * args.ffn_hidden_size * gate * layers
     attention = 12 * layers * h * h * projection * (1 + groups / heads + s / (2 * h))
     logits = 6 * h * args.padded_vocab_size

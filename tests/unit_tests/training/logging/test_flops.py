@@ -22,6 +22,7 @@ def shape(**changes):
                 kv_channels=8,
                 ffn_hidden_size=128,
                 swiglu=False,
+                glu_gate_last=False,
                 padded_vocab_size=64,
             )
             | changes
