@@ -1,4 +1,4 @@
-"""tools/preprocess_data.py on bad input or a failing machine: a message, a status, no file made or changed."""
+"""tools/preprocess_data.py on bad input or a failing machine: one message, a status, no file changed."""
 
 import gzip
 import json

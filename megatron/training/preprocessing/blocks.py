@@ -28,10 +28,10 @@ class LineBytes:
 class ArrowRows:
     """A serialised Arrow record batch (an IPC stream) whose columns are the wanted keys."""
 
-    stream: bytes
+    data: bytes
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
-        return ArrowRows, (PickleBuffer(self.stream),)
+        return ArrowRows, (PickleBuffer(self.data),)
 
 
 @dataclass(frozen=True)
@@ -47,3 +47,9 @@ class Block:
     source: int
     payload: FileRange | LineBytes | ArrowRows
     end: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Uncompressed size."""
+        part = self.payload
+        return part.length if isinstance(part, FileRange) else len(part.data)

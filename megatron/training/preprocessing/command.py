@@ -124,7 +124,8 @@ def _encode_all(sources: _Sources, run: Any, writer: Writer, progress: Progress)
             raise _located(outcome.error, source, before)
         counts[block.source] = before + outcome.documents
         writer.append(outcome)
-        progress.advance(outcome.documents, sources.bytes_before(block.source) + block.end)
+        bytes_read = sources.bytes_before(block.source) + block.end
+        progress.advance(outcome.documents, block.size_bytes, bytes_read)
 
 
 def _located(error: MegatronError, source: Source, before: int) -> MegatronError:
@@ -141,7 +142,7 @@ def _located(error: MegatronError, source: Source, before: int) -> MegatronError
 
 def _summarise(output: OutputFiles, writer: Writer, progress: Progress) -> None:
     seconds = progress.seconds
-    rate = progress.bytes_used / seconds / 1e6
+    rate = progress.bytes_done / seconds / 1e6
     for prefix in output.prefixes:
         print(f"Wrote {prefix}.bin and .idx")
     print(

@@ -12,6 +12,10 @@ class Progress:
     Args:
         interval: documents between two lines.
         total_bytes: size of all inputs on disk; 0 when it is not known (a pipe).
+
+    Attributes:
+        documents: done so far.
+        bytes_done: their records, uncompressed.
     """
 
     def __init__(self, interval: int, total_bytes: int):
@@ -19,27 +23,27 @@ class Progress:
         self._total_bytes = total_bytes
         self._started = time.monotonic()
         self.documents = 0
-        self.bytes_used = 0
+        self.bytes_done = 0
 
     @property
     def seconds(self) -> float:
         return max(time.monotonic() - self._started, 1e-9)
 
-    def advance(self, documents: int, bytes_used: int) -> None:
-        """Note further documents, and how many bytes of the inputs have been used up so far."""
+    def advance(self, documents: int, size_bytes: int, bytes_read: int) -> None:
+        """Note further documents, the size of their records, and how much of the inputs is read by now."""
         due = self.documents - self.documents % self._interval + self._interval
         self.documents += documents
-        self.bytes_used = bytes_used
+        self.bytes_done += size_bytes
         seconds = self.seconds
-        rates = f"{self.documents / seconds} docs/s, {bytes_used / seconds / _MIB} MB/s"
+        rates = f"{self.documents / seconds} docs/s, {self.bytes_done / seconds / _MIB} MB/s"
         for count in range(due, self.documents + 1, self._interval):
-            print(f"Processed {count} documents ({rates}).{self._left(seconds)}", file=sys.stderr)
+            print(f"Processed {count} documents ({rates}).{self._left(seconds, bytes_read)}", file=sys.stderr)
         if due <= self.documents:
             sys.stderr.flush()
 
-    def _left(self, seconds: float) -> str:
-        if not self._total_bytes or not self.bytes_used:
+    def _left(self, seconds: float, bytes_read: int) -> str:
+        if not self._total_bytes or not bytes_read:
             return ""
-        share = min(1.0, self.bytes_used / self._total_bytes)
+        share = min(1.0, bytes_read / self._total_bytes)
         left = int(seconds / share - seconds)
         return f" {share:.0%} done, {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"

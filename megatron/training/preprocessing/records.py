@@ -50,7 +50,7 @@ def values_of(block: Block, keys: list[str]) -> list[list[Any]]:
         DataError: the input changed while it was read.
     """
     if isinstance(block.payload, ArrowRows):
-        columns = _arrow_values(block.payload.stream, keys)
+        columns = _arrow_values(block.payload.data, keys)
     else:
         columns = _line_values(_data_of(block), keys)
     for key, column in zip(keys, columns, strict=True):
