@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher import pretrain_gpt
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ["pretrain_gpt_distributed", "pretrain_gpt_distributed_fp16", "pretrain_gpt_distributed_bf16"]
 CLEARED = ("MEGATRON_", "ASCEND_", "NPROC", "GPUS_", "NNODES", "NODE_RANK", "MASTER_", "HCCL_", "CKPT_PATH")
@@ -200,6 +202,49 @@ def test_an_accelerator_gets_the_published_model_and_one_process(launch) -> None
     assert {flag: run.value(flag) for flag in shape} == shape
     assert "8 cuda devices found, one is used" in run.output
     assert run.trainer[0] == str(ROOT / "pretrain_gpt.py")
+
+
+# A sequence of 32, so that a window of 8 is smaller than it and 2048 is not.
+TINY = shlex.split("""
+    --num-layers 1 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
+    --micro-batch-size 2 --global-batch-size 2 --train-iters 3 --lr-decay-iters 3 --lr-warmup-fraction 0
+    --log-interval 1 --eval-iters 0 --tokenizer-type NullTokenizer --vocab-size 500 --num-workers 0
+    --split 1,0,0 --data-cache-path index
+""")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_windows_and_layouts_train(launch, golden: Path, tmp_path: Path, precision: str) -> None:
+    """What the script would start is started, with a tiny model.
+
+    All windows that span the sequence give the losses of one another, whatever the layout; a smaller one
+    does not.
+    """
+    data = {"DATA_PATH": str(golden / "data" / "u16_text_document"), "CKPT_PATH": str(tmp_path / "ck")}
+    losses = {}
+    for window in ("--pre 65536 --next 65536", "--pre=2048 --next=0", "--pre 8 --next 0"):
+        for layout in ("SBH", "BSH"):
+            words = [*window.split(), "--shape_order", layout, *TINY]
+            script = launch(f"pretrain_gpt_distributed_{precision}", *words, **data)
+            argv = script.trainer[1:]
+            for flag in ("--save", "--load"):
+                del argv[argv.index(flag) : argv.index(flag) + 2]
+            run = pretrain_gpt(argv, tmp_path).check()
+            losses[window, layout] = run.losses
+    reference = losses.pop(("--pre 65536 --next 65536", "SBH"))
+    assert sorted(reference) == [1, 2, 3]
+    for (window, layout), found in losses.items():
+        same = found == pytest.approx(reference, abs=1e-5)
+        assert same == ("--pre 8 " not in window), (window, layout, found, reference)
+    assert losses["--pre 8 --next 0", "SBH"] == pytest.approx(losses["--pre 8 --next 0", "BSH"], abs=1e-5)
+
+
+def test_the_plain_script_trains_with_full_recomputation(launch, golden: Path, tmp_path: Path) -> None:
+    data = {"DATA_PATH": str(golden / "data" / "u16_text_document"), "CKPT_PATH": str(tmp_path / "ck")}
+    script = launch(SCRIPTS[0], *TINY, **data)
+    run = pretrain_gpt(script.trainer[1:], tmp_path).check()
+    assert len(run.losses) == 3
+    assert (tmp_path / "ck" / "latest_checkpointed_iteration.txt").read_text() == "3"
 
 
 @pytest.fixture
