@@ -272,6 +272,8 @@ def test_spellings_of_the_ascend_forks_and_abbreviations(golden, tmp_path):
         "GeneralPretrainHandler",
         "--dataset-impl",
         "mmap",
+        "--vocab-extra-ids",
+        7,
         "--chunk-size",
         "32",
         "--vocab",
@@ -280,7 +282,7 @@ def test_spellings_of_the_ascend_forks_and_abbreviations(golden, tmp_path):
         "BertWordPieceLowerCase",
     )
     same_files(tmp_path / "out_text_document", here / "sent_text_document")
-    assert "--chunk-size 32 has no effect" in done.stderr
+    assert "--chunk-size 32 has no effect" in done.stderr and "--vocab-extra-ids 7 has no" in done.stderr
 
 
 def test_hugging_face_directory_in_the_spelling_of_modellink(tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 from megatron.core.errors import DataError, MegatronError
 from megatron.training.preprocessing.blocks import Block
 from megatron.training.preprocessing.encoding import Encoder, TokenizerFacts
-from megatron.training.preprocessing.flags import notices, parse_arguments
+from megatron.training.preprocessing.flags import parse_arguments
 from megatron.training.preprocessing.inputs import InputFile, find_inputs
 from megatron.training.preprocessing.output import OutputFiles
 from megatron.training.preprocessing.pool import Failure, Outcomes, WorkerPool, map_here
@@ -41,8 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         MegatronError: whatever went wrong; no output file has then been made or changed.
     """
-    args = parse_arguments(argv)
-    for line in notices(args):
+    args, notices = parse_arguments(argv)
+    for line in notices:
         print(f"note: {line}", file=sys.stderr)
     with _signals_as_errors():
         files = find_inputs(args.input)

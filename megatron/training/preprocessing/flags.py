@@ -16,8 +16,11 @@ _FIXED = {
 _DEFAULT_HANDLER = "GeneralPretrainHandler"
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """Read and check the command line (abbreviated flags are allowed, as in Megatron's tool).
+
+    Returns:
+        The arguments, and a line for each flag that changes nothing here or looks forgotten.
 
     Raises:
         ConfigError: flags that do not go together; all problems in one message.
@@ -27,15 +30,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     problems = _problems(args)
     if problems:
         raise ConfigError("\n       ".join(problems))
+    notices = _notices(args)
     args.json_keys = list(dict.fromkeys(args.json_keys))
     args.workers = args.workers or _default_workers(args.partitions)
     for name, value in _FIXED.items():
         setattr(args, name, value)
-    return args
+    return args, notices
 
 
-def notices(args: argparse.Namespace) -> list[str]:
-    """One line for each flag that is accepted and changes nothing here, or that looks forgotten."""
+def _notices(args: argparse.Namespace) -> list[str]:
     lines = []
     if args.chunk_size is not None:
         lines.append(
@@ -43,6 +46,8 @@ def notices(args: argparse.Namespace) -> list[str]:
         )
     if (args.tokenizer_type or "").startswith("Bert") and not args.split_sentences:
         lines.append("a Bert tokenizer without --split-sentences: BERT samples are made of sentences")
+    if args.vocab_extra_ids:
+        lines.append(f"--vocab-extra-ids {args.vocab_extra_ids} has no effect: data hold no sentinel ids")
     if args.keep_newlines and not args.split_sentences:
         lines.append("--keep-newlines has no effect without --split-sentences")
     return lines

@@ -133,7 +133,8 @@ class WorkerPool:
                 yield tuple(waiting.pop(first))
                 first += 1
             for worker in self._ready() if busy else ():
-                waiting[worker.number_given].append(worker.result())
+                result = worker.result()  # raises if it is dead, be it busy or idle
+                waiting[worker.number_given].append(result)
                 busy.remove(worker)
                 idle.append(worker)
         if supply.error is not None:

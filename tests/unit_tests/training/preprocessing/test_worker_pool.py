@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 
 import numpy as np
@@ -106,6 +107,22 @@ def test_death_of_a_worker_is_an_error():
     message = r"worker 0 .* ended by itself with exit status 7"
     with pytest.raises(WorkerError, match=message), WorkerPool(Echo, 1) as pool:
         results(pool, iter([1, "die", 2]))
+
+
+def test_death_of_an_idle_worker_is_noticed_too():
+    with pytest.raises(WorkerError, match="SIGKILL"), WorkerPool(Echo, 2) as pool:
+        assert results(pool, iter([1, 2, 3])) == [1, 2, 3]
+        first = pool._workers[0].process
+        first.kill()
+        first.join()
+        results(pool, iter([30.0]))  # the other one is asleep for longer than a test may take
+
+
+def test_workers_that_do_not_begin_as_forks(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with WorkerPool(Echo, 2) as pool:
+        assert pool._workers[0].process.__class__.__name__ == "SpawnProcess"
+        assert results(pool, iter([3, 1, 2])) == [3, 1, 2]
 
 
 def fails_to_build():
