@@ -1,15 +1,12 @@
 """Per-token cross entropy that never holds a second copy of the logits in forward."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron.core.fusions.blocks import row_blocks
 from megatron.core.overrides import overridable
-
-# Logits are widened to fp32 a block of rows at a time; a block (4 MiB) stays in a core's cache.
-_BLOCK_ELEMENTS = 1 << 20
 
 
 @overridable
@@ -24,11 +21,6 @@ def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float) -> Ten
     gradient.
     """
     return _CrossEntropy.apply(logits, target, label_smoothing)
-
-
-def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, _BLOCK_ELEMENTS // max(columns, 1))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def _smoothing(label_smoothing: float, columns: int) -> float:
@@ -46,7 +38,7 @@ class _CrossEntropy(torch.autograd.Function):
         log_sum = torch.empty(rows, dtype=torch.float32, device=logits.device)
         picked = torch.empty_like(log_sum)
         mean = torch.empty_like(log_sum) if label_smoothing else None
-        for block in _row_blocks(rows, columns):
+        for block in row_blocks(rows, columns, logits.device):
             wide = logits_2d[block].float()
             torch.logsumexp(wide, dim=-1, out=log_sum[block])
             picked[block] = wide.gather(1, target_1d[block]).squeeze(1)
@@ -66,13 +58,13 @@ class _CrossEntropy(torch.autograd.Function):
         rows, columns = logits.shape
         scale = grad_loss.reshape(-1, 1).float().masked_fill(ignored, 0.0)
         grad = torch.empty_like(logits)
-        for block in _row_blocks(rows, columns):
+        for block in row_blocks(rows, columns, logits.device):
             # d loss / d logit = softmax - (1 - e') onehot - e'/v
-            wide = torch.sub(logits[block], log_sum[block].unsqueeze(1)).exp_()
+            wide = logits[block].to(torch.float32, copy=True)
+            wide.sub_(log_sum[block].unsqueeze(1)).exp_()
             if ctx.smoothing:
                 wide.sub_(ctx.smoothing / columns)
             one_hot = torch.full_like(target[block], ctx.smoothing - 1.0, dtype=torch.float32)
             wide.scatter_add_(1, target[block], one_hot)
-            torch.mul(wide, scale[block], out=wide)
-            grad[block] = wide
+            torch.mul(wide, scale[block], out=grad[block])
         return grad.view(ctx.shape), None, None

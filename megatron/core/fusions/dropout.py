@@ -21,36 +21,38 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
     Draws from the current stream of the device's default generator.
     """
-    dropped_lanes = round(p * _LANES)
-    if accelerator.draws_in_parallel(x.device) or not 0 < dropped_lanes < _LANES:
+    if accelerator.draws_in_parallel(x.device) or not drops_by_lanes(p):
         return F.dropout(x, p)
-    return _LaneDropout.apply(x, dropped_lanes)
+    # One number from torch's generator: saving and restoring its state replays the mask.
+    return _LaneDropout.apply(x, p, int(torch.randint(1 << 62, ())))
 
 
-def keep_mask(shape: torch.Size, dropped_lanes: int) -> Tensor:
-    """CPU bool mask of ``shape``, False with probability ``dropped_lanes / 2^16``.
+def drops_by_lanes(p: float) -> bool:
+    """True if ``p`` is neither 0 nor 1 after rounding to a lane."""
+    return 0 < round(p * _LANES) < _LANES
 
-    One number from torch's generator, so that saving and restoring its state replays the mask, seeds a
-    generator that yields four lanes per nanosecond; torch's own Bernoulli sampler takes 6 ns an element.
+
+def keep_mask(shape: torch.Size, p: float, seed: int) -> tuple[Tensor, float]:
+    """CPU bool mask of ``shape``, False with probability ``p``, and the factor for what is kept.
+
+    Four lanes cost a nanosecond; torch's own Bernoulli sampler takes 6 ns an element.
     """
-    seed = int(torch.randint(1 << 62, ()))
-    numel = shape.numel()
+    numel, dropped_lanes = shape.numel(), round(p * _LANES)
     words = np.random.SFC64(seed).random_raw(-(-numel // 4))
     lanes = torch.from_numpy(words.view(np.int16))[:numel]
-    return (lanes >= _LOWEST_LANE + dropped_lanes).view(shape)
+    return (lanes >= _LOWEST_LANE + dropped_lanes).view(shape), _LANES / (_LANES - dropped_lanes)
 
 
 class _LaneDropout(torch.autograd.Function):
     """Dropout with a mask made of 16-bit random lanes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropped_lanes: int) -> Tensor:
-        mask = keep_mask(x.shape, dropped_lanes)
-        ctx.scale = _LANES / (_LANES - dropped_lanes)
+    def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
+        mask, ctx.scale = keep_mask(x.shape, p, seed)
         ctx.save_for_backward(mask)
         return torch.ops.aten.native_dropout_backward(x, mask, ctx.scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (mask,) = ctx.saved_tensors
-        return torch.ops.aten.native_dropout_backward(grad, mask, ctx.scale), None
+        return torch.ops.aten.native_dropout_backward(grad, mask, ctx.scale), None, None

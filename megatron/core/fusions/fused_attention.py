@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.core import accelerator
+from megatron.core.fusions.attention_dropout import AttentionShape, attention_with_dropout
 from megatron.core.fusions.attention_masks import band_mask, covers
+from megatron.core.fusions.dropout import drops_by_lanes
 from megatron.core.overrides import overridable
 
 Window = tuple[int, int]
@@ -49,11 +51,17 @@ def fused_attention(
         for t, heads in ((query, num_heads), (key, num_query_groups), (value, num_query_groups))
     )
     compute = accelerator.matmul_compute_dtype(query.dtype, query.device)
-    mask = visible_keys(q.shape[2], k.shape[2], causal, window, attention_mask, q.device)
+    q, k, v = q.to(compute), k.to(compute), v.to(compute)
+    sizes = (q.shape[2], k.shape[2])
+    if drops_by_lanes(dropout_p) and not accelerator.draws_in_parallel(q.device):
+        hidden = hidden_keys(*sizes, causal, window, attention_mask, q.device)
+        shape = AttentionShape(hidden, causal, softmax_scale, dropout_p)
+        return join_heads(attention_with_dropout(q, k, v, shape).to(query.dtype), layout)
+    mask = visible_keys(*sizes, causal, window, attention_mask, q.device)
     out = F.scaled_dot_product_attention(
-        q.to(compute),
-        k.to(compute),
-        v.to(compute),
+        q,
+        k,
+        v,
         attn_mask=mask,
         dropout_p=dropout_p,
         is_causal=causal and mask is None,
@@ -91,7 +99,22 @@ def visible_keys(
         window = None
     if attention_mask is None and window is None and (not causal or sq == sk):
         return None
-    hidden = band_mask(sq, sk, window, causal, device) if causal or window is not None else None
-    if attention_mask is not None:
-        hidden = attention_mask if hidden is None else hidden | attention_mask
-    return ~hidden
+    return ~hidden_keys(sq, sk, causal, window, attention_mask, device)
+
+
+def hidden_keys(
+    sq: int,
+    sk: int,
+    causal: bool,
+    window: Window | None,
+    attention_mask: Tensor | None,
+    device: torch.device,
+) -> Tensor | None:
+    """Bool mask [b or 1, 1, sq, sk], True where a key is hidden; None if nothing is."""
+    if window is not None and covers(window, sq, sk, causal):
+        window = None
+    if not causal and window is None:
+        return attention_mask
+    # [sq, sk] -> [1, 1, sq, sk]
+    band = band_mask(sq, sk, window, causal, device)[None, None]
+    return band if attention_mask is None else band | attention_mask

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from megatron.core import accelerator
 from megatron.core.errors import NotBuiltYetError
-from megatron.core.fusions.attention_masks import band_mask, covers
 from megatron.core.fusions.dropout import dropout
-from megatron.core.fusions.fused_attention import fused_attention
+from megatron.core.fusions.fused_attention import fused_attention, hidden_keys
 from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -157,25 +156,14 @@ class DotProductAttention(MegatronModule):
         scores = torch.bmm(grouped_q * scale, grouped_k.transpose(1, 2))
         # [b*g, (n/g)*sq, sk] -> [b, n, sq, sk]
         probs = self.scale_mask_softmax(
-            scores.view(b, n, sq, sk), self._hidden(sq, sk, mask, causal, q.device)
+            scores.view(b, n, sq, sk),
+            hidden_keys(sq, sk, causal, self.config.window_size, mask, q.device),
         )
         if dropout_p > 0.0:
             probs = dropout(probs, dropout_p)
         # [b*g, (n/g)*sq, sk] x [b*g, sk, dv] -> [b, n, sq, dv] -> [sq, b, n*dv]
         out = torch.bmm(probs.view(b * g, -1, sk), grouped_v).view(b, n, sq, -1)
         return out.permute(2, 0, 1, 3).flatten(2).to(dtype)
-
-    def _hidden(
-        self, sq: int, sk: int, mask: Tensor | None, causal: bool, device: torch.device
-    ) -> Tensor | None:
-        """Everything a query must not see, as one mask broadcastable to [b, n, sq, sk]."""
-        window = self.config.window_size
-        if window is not None and covers(window, sq, sk, causal):
-            window = None
-        if not causal and window is None:
-            return mask
-        band = band_mask(sq, sk, window, causal, device)
-        return band if mask is None else band | mask
 
 
 def _flatten_heads(t: Tensor, layout: str) -> Tensor:

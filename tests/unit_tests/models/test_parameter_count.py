@@ -1,0 +1,67 @@
+"""The closed form of the parameter count against the modules, over the combinations of features."""
+
+import itertools
+
+import pytest
+import torch.nn.functional as F
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.gpt.parameter_count import gpt_parameter_count
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+VOCABULARY, MAX_SEQUENCE = 40, 12
+
+SWITCHES = {
+    "normalization": ["LayerNorm", "RMSNorm"],
+    "gated_linear_unit": [False, True],
+    "add_bias_linear": [False, True],
+    "add_qkv_bias": [False, True],
+    "qk_layernorm": [False, True],
+    "num_query_groups": [None, 1, 2],
+    "kv_channels": [None, 6],
+}
+MODELS = list(itertools.product(["learned_absolute", "rope", "none"], [False, True], [False, True]))
+
+
+@pytest.mark.parametrize(("positions", "tied", "te_names"), MODELS)
+def test_formula_equals_modules(positions, tied, te_names):
+    for values in itertools.product(*SWITCHES.values()):
+        fields = dict(zip(SWITCHES, values, strict=True))
+        config = TransformerConfig(
+            num_layers=2,
+            hidden_size=16,
+            num_attention_heads=4,
+            ffn_hidden_size=20,
+            activation_func=F.silu,
+            perform_initialization=False,
+            init_model_with_meta_device=True,
+            **fields,
+        )
+        spec = get_gpt_decoder_block_spec(config, te_names)
+        model = GPTModel(
+            config,
+            spec,
+            VOCABULARY,
+            MAX_SEQUENCE,
+            position_embedding_type=positions,
+            share_embeddings_and_output_weights=tied,
+        )
+        built = sum(parameter.numel() for parameter in model.parameters())
+        assert gpt_parameter_count(config, VOCABULARY, MAX_SEQUENCE, positions, tied) == built, fields
+
+
+def test_published_sizes():
+    gpt2 = TransformerConfig(num_layers=12, hidden_size=768, num_attention_heads=12)
+    assert gpt_parameter_count(gpt2, 50257, 1024, "learned_absolute", True) == 124_439_808
+    llama2_7b = TransformerConfig(
+        num_layers=32,
+        hidden_size=4096,
+        num_attention_heads=32,
+        ffn_hidden_size=11008,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+    )
+    assert gpt_parameter_count(llama2_7b, 32000, 4096, "rope", False) == 6_738_415_616
