@@ -6,8 +6,9 @@ read the command line, ``derive`` completes it, ``rules/`` checks it, ``model_co
 model's config.
 """
 
+from typing import Any
+
 from megatron.training.arguments.dump import print_args
-from megatron.training.arguments.model_config import core_transformer_config_from_args
 from megatron.training.arguments.parsing import _add_tokenizer_args, add_megatron_arguments, parse_args
 from megatron.training.arguments.problem import ArgumentsError, Problem
 from megatron.training.arguments.unsupported import (
@@ -17,3 +18,12 @@ from megatron.training.arguments.unsupported import (
 )
 from megatron.training.arguments.validation import validate_args
 from megatron.training.arguments.values import moe_freq_type
+
+
+def __getattr__(name: str) -> Any:
+    """``core_transformer_config_from_args`` on first use: tools that only read flags need no torch."""
+    if name != "core_transformer_config_from_args":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from megatron.training.arguments.model_config import core_transformer_config_from_args
+
+    return core_transformer_config_from_args
