@@ -35,7 +35,7 @@ class AttentionShape:
 def attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
     """``dropout(softmax(hide(scale * Q K^T))) V``.
 
-    q: [b, n, sq, d], k: [b, g, sk, d], v: [b, g, sk, dv] -> [b, n, sq, dv]. Backward computes the weights again.
+    q: [b, n, sq, d], k: [b, g, sk, d], v: [b, g, sk, dv] -> [b, n, sq, dv]. Backward recomputes the weights.
     """
     seed = int(torch.randint(1 << 62, ()))
     return _AttentionWithDropout.apply(q, k, v, shape, seed)

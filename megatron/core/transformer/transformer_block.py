@@ -149,7 +149,7 @@ class TransformerBlock(MegatronModule):
         return min(config.recompute_num_layers, len(self.layers))
 
     def _recompute_units(self) -> list[tuple[int, int]]:
-        """(first, last + 1) of layers recomputed together: groups for ``uniform``, one by one for ``block``."""
+        """(first, last + 1) of layers recomputed together: groups (uniform) or single ones (block)."""
         total = self._num_recomputed()
         step = self.config.recompute_num_layers if self.config.recompute_method == "uniform" else 1
         return [(first, min(first + step, total)) for first in range(0, total, step or 1)]

@@ -1,0 +1,183 @@
+"""Both attention paths against dense masked float64: windows, masks, groups, layouts, precisions."""
+
+import pytest
+import torch
+
+from megatron.core.errors import NotBuiltYetError
+from megatron.core.fusions import attention_masks
+from megatron.core.fusions.fused_attention import fused_attention
+from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import attention_mask_func
+
+S, B, HEADS, WIDTH = 13, 2, 4, 8
+BACKENDS = [AttnBackend.fused, AttnBackend.unfused]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+
+
+def attention(backend, mask_type=AttnMaskType.causal, groups=HEADS, layer_number=1, **fields):
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HEADS * WIDTH,
+        num_attention_heads=HEADS,
+        num_query_groups=groups,
+        attention_dropout=0.0,
+        attention_backend=backend,
+        **fields,
+    )
+    return DotProductAttention(config, layer_number, mask_type, "self")
+
+
+def operands(groups=HEADS, dtype=torch.float32, length=S):
+    torch.manual_seed(2)
+    return tuple(
+        (2 * torch.randn(length, B, heads, WIDTH)).to(dtype).requires_grad_()
+        for heads in (HEADS, groups, groups)
+    )
+
+
+def dense(q, k, v, hidden):
+    """[s, b, n, d] -> [s, b, n*d], by the definition."""
+    repeat = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
+    scores = torch.einsum("qbnd,kbnd->bnqk", q, k) * q.shape[-1] ** -0.5
+    weights = torch.softmax(scores.masked_fill(hidden, -1e30), -1)
+    return torch.einsum("bnqk,kbnd->qbnd", weights, v).flatten(2)
+
+
+def hidden_by_rule(left=None, right=0, length=S):
+    """True unless i - left <= j <= i + right, written as two loops."""
+    return torch.tensor(
+        [[j > i + right or (left is not None and j < i - left) for j in range(length)] for i in range(length)]
+    )
+
+
+def check(layer, hidden, mask=None, groups=HEADS, dtype=torch.float32):
+    narrow = operands(groups, dtype)
+    wide = [t.detach().double().requires_grad_() for t in narrow]
+    out, expected = layer(*narrow, mask), dense(*wide, hidden)
+    assert out.dtype == dtype
+    assert out.shape == (S, B, HEADS * WIDTH)
+    scale = float(expected.detach().abs().max())
+    torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype] * scale, rtol=0)
+    gradient = torch.randn_like(out)
+    found = torch.autograd.grad(out, narrow, gradient)
+    wanted = torch.autograd.grad(expected, wide, gradient.double())
+    for f, w in zip(found, wanted, strict=True):
+        size = max(1.0, float(w.abs().max()))
+        torch.testing.assert_close(f.double(), w, atol=3 * TOLERANCE[dtype] * size, rtol=0)
+
+
+@pytest.mark.parametrize("layout", ["SBH", "BSH"])
+@pytest.mark.parametrize("groups", [HEADS, 2, 1])
+@pytest.mark.parametrize("window", [None, (3, 0), (0, 0), (4, 4), (S - 2, 0), (S - 1, 0), (-1, 5), (2, -1)])
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+def test_window(backend, window, groups, layout):
+    layer = attention(backend, groups=groups, window_size=window, attention_layout=layout)
+    left = None if window is None or window[0] < 0 else window[0]
+    check(layer, hidden_by_rule(left), groups=groups)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+def test_window_that_looks_ahead_without_causality(backend):
+    layer = attention(backend, AttnMaskType.no_mask, window_size=(2, 3))
+    check(layer, hidden_by_rule(2, 3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+@pytest.mark.parametrize("window", [None, (4, 0)])
+def test_explicit_mask_hides_on_top_of_causality(backend, window):
+    # Two documents of 6 and 7 tokens that must not see each other, in the second sequence only.
+    document = torch.tensor([[0] * S, [0] * 6 + [1] * 7])
+    mask = document[:, None, :, None] != document[:, None, None, :]
+    left = None if window is None else window[0]
+    check(attention(backend, window_size=window), mask | hidden_by_rule(left), mask)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+def test_padding_mask(backend):
+    mask = (torch.arange(S) >= torch.tensor([[S], [5]]))[:, None, None, :].expand(B, 1, S, S)
+    check(attention(backend, AttnMaskType.padding), mask, mask)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scaling", [False, True], ids=["plain", "layer scaling"])
+def test_half_precision(backend, dtype, scaling):
+    fields = {"bf16": dtype is torch.bfloat16, "fp16": dtype is torch.float16, "params_dtype": dtype}
+    layer = attention(backend, layer_number=7, apply_query_key_layer_scaling=scaling, **fields)
+    check(layer, hidden_by_rule(), dtype=dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+def test_softmax_scale(backend):
+    q, k, v = operands()
+    half = attention(backend, softmax_scale=0.5 * WIDTH**-0.5)
+    torch.testing.assert_close(half(q, k, v, None), attention(backend)(q * 0.5, k, v, None))
+
+
+def test_query_block_at_the_end_of_the_keys():
+    """Fewer queries than keys: the last query sees all keys."""
+    q, k, v = operands()
+    for backend in BACKENDS:
+        layer = attention(backend)
+        torch.testing.assert_close(layer(q[-3:], k, v, None), layer(q, k, v, None)[-3:])
+
+
+def test_value_heads_of_another_width():
+    q, k, v = operands()
+    narrow = v[..., :5]
+    outs = [attention(backend)(q, k, narrow, None) for backend in BACKENDS]
+    assert outs[0].shape == (S, B, HEADS * 5)
+    torch.testing.assert_close(outs[0], outs[1])
+    whole = attention(BACKENDS[0])(q, k, v, None).unflatten(-1, (HEADS, WIDTH))[..., :5].flatten(2)
+    torch.testing.assert_close(outs[0], whole)
+
+
+def test_hidden_rows_stay_numbers():
+    mask = torch.ones(1, 1, S, S, dtype=torch.bool)
+    for backend in BACKENDS:
+        assert attention(backend)(*operands(), mask).isfinite().all()
+
+
+def test_masks_are_built_once_per_shape():
+    attention_masks.band_mask.cache_clear()
+    for _ in range(3):
+        for backend in BACKENDS:
+            attention(backend, window_size=(3, 0))(*operands(), None)
+    info = attention_masks.band_mask.cache_info()
+    assert info.misses == 1
+    assert info.hits >= 5
+
+
+def test_layout_of_the_fused_operation():
+    q, k, v = (t.flatten(2) for t in operands(2))
+    sizes = {"num_heads": HEADS, "num_query_groups": 2, "softmax_scale": 0.3}
+    sbh = fused_attention(q, k, v, layout="SBH", **sizes)
+    bsh = fused_attention(*(t.transpose(0, 1).contiguous() for t in (q, k, v)), layout="BSH", **sizes)
+    torch.testing.assert_close(bsh.transpose(0, 1), sbh)
+
+
+def test_what_is_not_built_says_so():
+    layer = attention(AttnBackend.fused)
+    with pytest.raises(NotBuiltYetError, match="packed"):
+        layer(*operands(), None, packed_seq_params=PackedSeqParams())
+    with pytest.raises(NotBuiltYetError, match="bias"):
+        layer(*operands(), None, attention_bias=torch.zeros(1))
+
+
+@pytest.mark.parametrize("fusion", [False, True])
+def test_softmax_module(fusion):
+    module = FusedScaleMaskSoftmax(
+        False, True, AttnMaskType.causal, fusion, attention_mask_func, softmax_in_fp32=True, scale=0.5
+    )
+    scores = torch.randn(2, 2, 20, 20).bfloat16()
+    assert module.is_kernel_available(None, *scores.shape) == fusion
+    hidden = hidden_by_rule(length=20)
+    expected = torch.softmax((scores.double() * 0.5).masked_fill(hidden, -1e30), -1)
+    probs = module(scores, None)
+    assert probs.dtype == torch.bfloat16
+    torch.testing.assert_close(probs.double(), expected, atol=4e-3, rtol=0)

@@ -1,0 +1,103 @@
+"""Derived values and rules of the config."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron.core.config_logger import log_config_to_disk
+from megatron.core.errors import ConfigError
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+BASE = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+MOE = {"num_moe_experts": 4, "add_bias_linear": False}
+
+
+def test_derived_values():
+    config = TransformerConfig(**BASE)
+    assert (config.ffn_hidden_size, config.kv_channels, config.num_query_groups) == (128, 8, 4)
+    assert config.recompute_modules == ["core_attn"]
+    assert config.expert_tensor_parallel_size == 1
+    assert config.microbatch_group_size_per_vp_stage == 1
+    assert config.autocast_dtype is torch.float32
+    assert repr(config.init_method) == "normal(std=0.02)"
+    assert repr(config.output_layer_init_method) == "normal(std=0.01)"
+    scaled = TransformerConfig(**BASE, apply_query_key_layer_scaling=True, attention_softmax_in_fp32=False)
+    assert scaled.attention_softmax_in_fp32
+    moe = TransformerConfig(**BASE, **MOE, moe_layer_recompute=True, moe_expert_capacity_factor=-1.0)
+    assert moe.recompute_granularity == "selective"
+    assert moe.recompute_modules == ["core_attn", "moe"]
+    assert moe.moe_expert_capacity_factor is None
+    assert moe.moe_ffn_hidden_size == 128
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"fp16": True, "bf16": True}, "fp16 and bf16"),
+        ({"normalization": "BatchNorm"}, "LayerNorm, RMSNorm"),
+        ({"num_attention_heads": 5}, "hidden_size 32"),
+        ({"num_query_groups": 3}, "one of 1, 2, 4"),
+        ({"tensor_model_parallel_size": 3}, "num_attention_heads 4"),
+        ({"sequence_parallel": True}, "sequence_parallel"),
+        ({"pipeline_model_parallel_size": 2}, "pipeline_dtype"),
+        ({"expert_model_parallel_size": 2}, "num_moe_experts"),
+        ({"attention_layout": "BNSD"}, "SBH, BSH"),
+        ({"window_size": (1, 2, 3)}, "window_size"),
+        ({"window_size": (-2, 0)}, "window_size"),
+        ({"glu_gate_last": True}, "gated_linear_unit=True"),
+        ({"bias_activation_fusion": True, "activation_func": F.relu}, "relu"),
+        ({"bias_activation_fusion": True, "add_bias_linear": False}, "--no-bias-gelu-fusion"),
+        ({"recompute_granularity": "some"}, "full or selective"),
+        ({"recompute_granularity": "full", "recompute_num_layers": 1}, "uniform or block"),
+        ({"recompute_granularity": "full", "recompute_method": "block"}, "recompute_num_layers"),
+        ({"recompute_granularity": "selective", "recompute_num_layers": 1}, "leave it unset"),
+        ({"recompute_modules": ["mpl"]}, "mpl not among"),
+        ({"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}, "moe_grouped_gemm"),
+        ({"defer_embedding_wgrad_compute": True}, "gradient_accumulation_fusion=True"),
+        ({"overlap_p2p_comm_warmup_flush": True}, "batch_p2p_comm=False"),
+        ({"num_moe_experts": 4}, "add_bias_linear=False"),
+        ({**MOE, "moe_router_topk": 1}, "moe_router_pre_softmax"),
+        ({**MOE, "moe_router_enable_expert_bias": True}, "sigmoid"),
+        ({**MOE, "moe_pad_expert_input_to_capacity": True}, "moe_expert_capacity_factor"),
+        ({**MOE, "moe_router_num_groups": 3}, "moe_router_num_groups 3"),
+        ({**MOE, "moe_shared_expert_overlap": True}, "alltoall"),
+    ],
+)
+def test_rules(fields, names):
+    with pytest.raises(ConfigError) as caught:
+        TransformerConfig(**BASE | fields)
+    assert names in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_all_problems_at_once():
+    with pytest.raises(ConfigError) as caught:
+        TransformerConfig(**BASE, fp16=True, bf16=True, num_query_groups=3, attention_layout="X")
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_latent_attention_defaults():
+    config = MLATransformerConfig(**BASE)
+    assert (config.q_lora_rank, config.normalization, config.rope_type) == (512, "RMSNorm", "yarn")
+    with pytest.raises(ConfigError, match="rotary_interleaved"):
+        MLATransformerConfig(**BASE, rotary_interleaved=True)
+
+
+def test_fields_can_be_copied_by_name():
+    """The command line fills a config from its own namespace by field names."""
+    config = TransformerConfig(**BASE)
+    names = {field.name for field in dataclasses.fields(config)}
+    assert {"window_size", "attention_layout", "glu_gate_last", "params_dtype", "moe_router_dtype"} <= names
+    again = TransformerConfig(**{name: getattr(config, name) for name in names})
+    assert again == config
+
+
+def test_config_log(tmp_path):
+    config = TransformerConfig(**BASE, config_logger_dir=str(tmp_path))
+    for _ in range(2):
+        log_config_to_disk(config, {"self": config, "config": config, "size": 3})
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == [f"TransformerConfig.rank_0.iter{i}.json" for i in range(2)]
+    assert '"hidden_size": 32' in (tmp_path / files[0]).read_text()
