@@ -49,7 +49,7 @@ class RotaryEmbedding(nn.Module):
         width = kv_channels if rotary_percent >= 1.0 else int(kv_channels * rotary_percent)
         self.rotary_interleaved = rotary_interleaved
         self.seq_len_interpolation_factor = seq_len_interpolation_factor
-        device = torch.device("cpu") if use_cpu_initialization else accelerator.current_device()
+        device = torch.device(accelerator.CPU) if use_cpu_initialization else accelerator.current_device()
         exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
         self.inv_freq = 1.0 / (rotary_base**exponents)
         if rope_scaling:
