@@ -12,7 +12,7 @@ recipe_flags() {
         small_model
     else
         published_model
-        published_schedule
+        if [[ $EMBEDDED == 1 ]]; then first_try_schedule; else published_schedule; fi
     fi
     case $1 in
         plain) RECIPE_FLAGS+=(--fp16 --recompute-granularity full --recompute-method uniform) ;;
@@ -32,8 +32,18 @@ published_model() {
 
 published_schedule() {
     RECIPE_FLAGS+=(
-        --train-iters 500000 --lr-decay-iters 320000 --lr 0.375e-5 --min-lr 0.375e-6
-        --lr-warmup-fraction .01 --split 949,50,1 --log-interval 1 --save-interval 10000 --eval-interval 1000 --eval-iters 10
+        --train-iters 500000 --lr-decay-iters 320000 --lr 0.375e-5 --min-lr 0.375e-6 --lr-warmup-fraction .01
+        --split 949,50,1 --log-interval 1 --save-interval 10000 --eval-interval 1000 --eval-iters 10
+    )
+}
+
+# The default corpus has 3 million tokens, 180 steps of the published model: a first try must end, learn
+# something at a rate for so few steps, and not leave 30 GB of optimizer state behind.
+first_try_schedule() {
+    RECIPE_FLAGS+=(
+        --train-iters 200 --lr-decay-iters 200 --lr 1.5e-4 --min-lr 1.5e-5 --lr-warmup-fraction .1
+        --split 949,50,1 --log-interval 1 --save-interval 10000 --eval-interval 100 --eval-iters 4
+        --no-save-optim
     )
 }
 

@@ -201,6 +201,9 @@ def test_an_accelerator_gets_the_published_model_and_one_process(launch) -> None
     }
     assert {flag: run.value(flag) for flag in shape} == shape
     assert "8 cuda devices found, one is used" in run.output
+    first_try = launch(FP16, MEGATRON_DEVICE="cuda", FAKE_DEVICE="cuda 1")
+    assert first_try.value("--hidden-size") == "5120"
+    assert first_try.value("--train-iters") == "200"
     assert run.trainer[0] == str(ROOT / "pretrain_gpt.py")
 
 
