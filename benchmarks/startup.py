@@ -14,9 +14,33 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 5
 
-TINY_RUN = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64
---max-position-embeddings 64 --micro-batch-size 2 --train-iters 2 --lr 1e-3 --mock-data --eval-iters 0
---tokenizer-type NullTokenizer --vocab-size 4999 --log-interval 1""".split()
+TINY_RUN = [
+    "--num-layers",
+    "2",
+    "--hidden-size",
+    "64",
+    "--num-attention-heads",
+    "4",
+    "--seq-length",
+    "64",
+    "--max-position-embeddings",
+    "64",
+    "--micro-batch-size",
+    "2",
+    "--train-iters",
+    "2",
+    "--lr",
+    "1e-3",
+    "--mock-data",
+    "--eval-iters",
+    "0",
+    "--tokenizer-type",
+    "NullTokenizer",
+    "--vocab-size",
+    "4999",
+    "--log-interval",
+    "1",
+]
 
 
 def python(*words: str) -> list[str]:

@@ -31,7 +31,7 @@ R = TypeVar("R")
 
 DISABLE_VARIABLE = "MEGATRON_DISABLE_OVERRIDES"
 # Packages whose modules declare the replaceable functions of the library.
-_POINT_PACKAGES = ("megatron.core.fusions",)
+_POINT_PACKAGES = ("megatron.core.fusions", "megatron.core.optimizer")
 
 
 class OverrideError(MegatronError):

@@ -227,6 +227,8 @@ def small_habits(args: Namespace, given: Collection[str]) -> list[str]:
     args.cross_entropy_fusion_impl = "native"
     if args.npu_deterministic:
         args.deterministic_mode = True
+    if args.cross_entropy_loss_fusion:
+        return ["--cross-entropy-loss-fusion: the loss is always computed in its fused form"]
     return []
 
 

@@ -4,10 +4,9 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from megatron.core import parallel_state
 from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.training.data.samplers import build_pretraining_data_loader
-
-from megatron.core import parallel_state
 from megatron.training.global_vars import get_args
 from megatron.training.utils import print_rank_0
 
