@@ -8,25 +8,9 @@ import pytest
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from megatron.core.datasets.megatron_tokenizer import MegatronTokenizer
+from megatron.training.tokenizer.tokenizer import _NullTokenizer
 
 SPLITS = ("train", "valid", "test")
-
-
-class _NullTokenizer(MegatronTokenizer):
-    """Text is decimal ids; the id after the last one ends a document. The class name is part of hashes."""
-
-    def __init__(self, vocab_size: int) -> None:
-        super().__init__(None, vocab_size=vocab_size)
-        self._eod = vocab_size
-
-    def tokenize(self, text: str) -> list[int]:
-        return [int(word) for word in text.split()]
-
-    vocab = property(lambda self: {})
-    inv_vocab = property(lambda self: {})
-    vocab_size = property(lambda self: self._eod + 1)
-    eod = property(lambda self: self._eod)
 
 
 @pytest.fixture(scope="session")
