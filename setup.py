@@ -27,7 +27,7 @@ EXTRAS = {
     "npu": ["torch_npu>=2.6,<=2.13.0"],
 }
 EXTRAS["all"] = sorted({name for extra in ("tokenizers", "data", "tensorboard") for name in EXTRAS[extra]})
-EXTRAS["test"] = [*EXTRAS["all"], "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "safetensors>=0.4"]
+EXTRAS["test"] = [*EXTRAS["all"], "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.17,<0.18", "safetensors>=0.4"]
 
 setup(
     name="megatron-npu",

@@ -55,7 +55,7 @@ small_model() {
         --seq-length 256 --max-position-embeddings 256
         --micro-batch-size 4 --global-batch-size 4 --init-method-std 0.02
         --attention-dropout 0 --hidden-dropout 0 --initial-loss-scale 65536
-        --train-iters 250 --lr-decay-iters 250 --lr 1e-3 --min-lr 1e-4 --lr-warmup-fraction .1
-        --split 949,50,1 --log-interval 10 --save-interval 1000 --eval-interval 125 --eval-iters 10
+        --train-iters 200 --lr-decay-iters 200 --lr 1e-3 --min-lr 1e-4 --lr-warmup-fraction .1
+        --split 949,50,1 --log-interval 10 --save-interval 1000 --eval-interval 100 --eval-iters 10
     )
 }
