@@ -121,8 +121,6 @@ find_device() {
         # Threads that wait in a loop made steps 5 to 15 times slower whenever anything else wanted a core;
         # sleeping ones cost nothing measurable on an idle machine.
         export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-        # Threads that wait by spinning stand still when another program has a core: a step took 13 x longer.
-        default_env OMP_WAIT_POLICY PASSIVE
         return
     fi
     if [[ $DEVICE == npu* ]] || device_files davinci0; then
