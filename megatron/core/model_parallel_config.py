@@ -79,6 +79,8 @@ class ModelParallelConfig:
     overlap_p2p_comm_warmup_flush: bool = False  # overlap sends in warmup and flush too
     # microbatches issued back to back per virtual stage
     microbatch_group_size_per_vp_stage: int | None = None
+    # 1f1b, interleaved or zb-h1; None chooses by the number of virtual stages
+    pipeline_schedule: str | None = None
     cpu_offloading: bool = False  # TE activation offloading to host
     cpu_offloading_num_layers: int = 0  # how many layers to offload
     _cpu_offloading_context: contextlib.AbstractContextManager | None = None  # internal context manager

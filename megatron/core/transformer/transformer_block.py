@@ -7,22 +7,14 @@ import torch
 from torch import Tensor
 
 from megatron.core import tensor_parallel
-from megatron.core.errors import NotBuiltYetError
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.pipeline_layout import get_num_layers_to_build
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module, get_module
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from megatron.core.utils import WrappedTensor
-
-
-def get_num_layers_to_build(config: TransformerConfig) -> int:
-    """Number of layers of this stage: all of them with one stage."""
-    size = config.pipeline_model_parallel_size
-    if size > 1:
-        raise NotBuiltYetError("pipeline parallelism", f"--pipeline-model-parallel-size {size}", "Use 1.")
-    return config.num_layers
 
 
 @dataclass

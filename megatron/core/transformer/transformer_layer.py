@@ -15,18 +15,11 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.pipeline_layout import get_transformer_layer_offset
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 Spec = ModuleSpec | type
-
-
-def get_transformer_layer_offset(config: TransformerConfig) -> int:
-    """Number of layers in the stages before this one: 0 with one stage."""
-    size = config.pipeline_model_parallel_size
-    if size > 1:
-        raise NotBuiltYetError("pipeline parallelism", f"--pipeline-model-parallel-size {size}", "Use 1.")
-    return 0
 
 
 @dataclass
