@@ -4,6 +4,7 @@ Run on an idle machine: python benchmarks/startup.py
 """
 
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -14,33 +15,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 5
 
-TINY_RUN = [
-    "--num-layers",
-    "2",
-    "--hidden-size",
-    "64",
-    "--num-attention-heads",
-    "4",
-    "--seq-length",
-    "64",
-    "--max-position-embeddings",
-    "64",
-    "--micro-batch-size",
-    "2",
-    "--train-iters",
-    "2",
-    "--lr",
-    "1e-3",
-    "--mock-data",
-    "--eval-iters",
-    "0",
-    "--tokenizer-type",
-    "NullTokenizer",
-    "--vocab-size",
-    "4999",
-    "--log-interval",
-    "1",
-]
+TINY_RUN = shlex.split("""
+    --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64
+    --micro-batch-size 2 --train-iters 2 --lr 1e-3 --mock-data --eval-iters 0 --log-interval 1
+    --tokenizer-type NullTokenizer --vocab-size 4999
+""")
 
 
 def python(*words: str) -> list[str]:
@@ -51,13 +30,15 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 
 
-def import_seconds(module: str) -> float:
-    """Time of ``import module`` in a fresh interpreter, interpreter start excluded."""
-    code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
-    output = subprocess.run(
-        python("-c", code), env=environment(), check=True, capture_output=True, text=True
-    ).stdout
-    return float(output)
+def import_seconds(*modules: str) -> list[float]:
+    """Time of each import in turn, in one fresh interpreter whose own start is excluded."""
+    code = "import importlib, sys, time\nfor name in sys.argv[1:]:\n"
+    code += (
+        "    start = time.perf_counter(); importlib.import_module(name); print(time.perf_counter() - start)"
+    )
+    command = python("-c", code, *modules)
+    output = subprocess.run(command, env=environment(), check=True, capture_output=True, text=True).stdout
+    return [float(line) for line in output.split()]
 
 
 def first_iteration_seconds() -> tuple[float, float]:
@@ -83,10 +64,11 @@ def first_iteration_seconds() -> tuple[float, float]:
 
 
 def main() -> None:
-    pairs = [(import_seconds("torch"), import_seconds("megatron.core")) for _ in range(ROUNDS)]
-    torch_s, core_s = (statistics.median(column) for column in zip(*pairs, strict=True))
-    print(f"import torch          {torch_s:6.2f} s")
-    print(f"import megatron.core  {core_s:6.2f} s, {core_s - torch_s:.2f} s over torch (limit 0.3 s)")
+    imports = [import_seconds("torch", "megatron.core", "megatron.core.models.gpt") for _ in range(ROUNDS)]
+    torch_s, core_s, gpt_s = (statistics.median(column) for column in zip(*imports, strict=True))
+    print(f"import torch            {torch_s:5.2f} s")
+    print(f"import megatron.core    {core_s:5.2f} s over torch (limit 0.3 s)")
+    print(f"  and its GPT           {gpt_s:5.2f} s more")
     runs = [first_iteration_seconds() for _ in range(3)]
     first, whole = (statistics.median(column) for column in zip(*runs, strict=True))
     print(f"first iteration starts {first:5.2f} s after the command (limit 8 s)")
