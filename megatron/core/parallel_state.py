@@ -97,7 +97,6 @@ def initialize_model_parallel(
     if is_initialized():
         raise ConfigError("model parallel groups exist already: call destroy_model_parallel() first")
     not_built = {
-        "virtual pipeline stages": virtual_pipeline_model_parallel_size is not None,
         "hierarchical context parallelism": bool(hierarchical_context_parallel_sizes),
         "separate encoder ranks": bool(encoder_pipeline_model_parallel_size),
         "an encoder and decoder split": pipeline_model_parallel_split_rank is not None,
@@ -131,6 +130,9 @@ def initialize_model_parallel(
         gloo = GroupFactory(timedelta(minutes=distributed_timeout_minutes), backend="gloo")
         for name in ("_DATA_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP_WITH_CP", "_EXPERT_DATA_PARALLEL_GROUP"):
             _add_group(f"{name}_GLOO", gloo, [_RANKS[name]])
+    if virtual_pipeline_model_parallel_size is not None:
+        set_virtual_pipeline_model_parallel_world_size(virtual_pipeline_model_parallel_size)
+        set_virtual_pipeline_model_parallel_rank(0)
     _MEMORY_BUFFER[:] = [GlobalMemoryBuffer()]
 
 

@@ -8,6 +8,8 @@ them.  Running all steps twice changes nothing.
 from argparse import Namespace
 from collections.abc import Callable, Collection
 
+from megatron.training.arguments import derive_parallel
+
 Step = Callable[[Namespace, Collection[str]], list[str]]
 
 
@@ -19,36 +21,6 @@ def checkpoint_format(args: Namespace, given: Collection[str]) -> list[str]:
         if args.save or args.load or args.pretrained_checkpoint:
             notes.append("notice: --ckpt-format is not given; checkpoints are read and written as torch")
     args.use_dist_ckpt = args.ckpt_format != "torch"
-    return notes
-
-
-def parallel_layout(args: Namespace, given: Collection[str]) -> list[str]:
-    """Sizes of the groups, and what a single stage or a single tensor rank switches off."""
-    tp, pp, cp = (
-        args.tensor_model_parallel_size,
-        args.pipeline_model_parallel_size,
-        args.context_parallel_size,
-    )
-    args.transformer_pipeline_model_parallel_size = pp
-    args.data_parallel_size = max(1, args.world_size // max(1, tp * pp * cp))
-    if args.expert_tensor_parallel_size is None:
-        args.expert_tensor_parallel_size = tp
-    args.virtual_pipeline_model_parallel_size = None
-    args.overlap_p2p_comm = False
-    args.align_param_gather = False
-    args.variable_seq_lengths = False
-    notes = [
-        f"using world size: {args.world_size}, data-parallel size: {args.data_parallel_size}, "
-        f"context-parallel size: {cp}, "
-        f"hierarchical context-parallel sizes: {args.hierarchical_context_parallel_sizes}"
-        f"tensor-model-parallel size: {tp}, "
-        f"encoder-tensor-model-parallel size: {args.encoder_tensor_model_parallel_size}, "
-        f"pipeline-model-parallel size: {pp}, "
-        f"encoder-pipeline-model-parallel size: {args.encoder_pipeline_model_parallel_size}"
-    ]
-    if tp == 1 and args.sequence_parallel:
-        args.sequence_parallel = False
-        notes.append("WARNING: --sequence-parallel is switched off: the tensor parallel size is 1")
     return notes
 
 
@@ -233,7 +205,7 @@ def small_habits(args: Namespace, given: Collection[str]) -> list[str]:
 
 
 STEPS: tuple[Step, ...] = (
-    parallel_layout,
+    *derive_parallel.STEPS,
     batch_size,
     depth_and_length,
     widths,

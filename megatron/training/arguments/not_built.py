@@ -1,7 +1,6 @@
 """Flags whose feature does not exist yet.  Building a feature means deleting its rows here.
 
-A row stops the run, so that no flag is ever ignored in silence.  Flags that only matter between several
-processes and are harmless in one (``--use-tp-pp-dp-mapping``, ``--no-align-grad-reduce`` ...) have no row.
+A row stops the run, so that no flag is ever ignored in silence.
 """
 
 from argparse import Namespace
@@ -51,36 +50,19 @@ def _rows(feature: str, flags: str, remedy: str = "leave it out") -> tuple[NotBu
     return tuple(NotBuilt(f"--{name}", feature, remedy) for name in flags.split())
 
 
-ONE_PROCESS = "this version trains in one process: leave it out or set it to 1"
-
 NOT_BUILT: tuple[NotBuilt, ...] = (
-    NotBuilt("--tensor-model-parallel-size", "tensor parallelism", ONE_PROCESS, _above(1)),
-    NotBuilt("--pipeline-model-parallel-size", "pipeline parallelism", ONE_PROCESS, _above(1)),
-    NotBuilt("--context-parallel-size", "context parallelism", ONE_PROCESS, _above(1)),
-    NotBuilt("--expert-model-parallel-size", "expert parallelism", ONE_PROCESS, _above(1)),
-    NotBuilt("--expert-tensor-parallel-size", "tensor parallelism of experts", ONE_PROCESS, _above(1)),
+    NotBuilt("--expert-model-parallel-size", "expert parallelism", "leave it out or set it to 1", _above(1)),
     *_rows(
-        "pipeline parallelism",
-        "pipeline-model-parallel-split-rank decoder-first-pipeline-num-layers "
-        "decoder-last-pipeline-num-layers defer-embedding-wgrad-compute wgrad-deferral-limit",
-    ),
-    *_rows(
-        "the interleaved pipeline schedule",
-        "num-layers-per-virtual-pipeline-stage num-virtual-stages-per-pipeline-rank "
-        "microbatch-group-size-per-virtual-pipeline-stage overlap-p2p-communication-warmup-flush",
+        "a late weight gradient of the output layer", "defer-embedding-wgrad-compute wgrad-deferral-limit"
     ),
     *_rows(
         "an encoder on ranks of its own",
-        "encoder-tensor-model-parallel-size encoder-pipeline-model-parallel-size",
+        "pipeline-model-parallel-split-rank encoder-tensor-model-parallel-size "
+        "encoder-pipeline-model-parallel-size",
     ),
-    *_rows("tensor parallelism", "distribute-saved-activations"),
-    *_rows("context parallelism in two levels", "hierarchical-context-parallel-sizes ulysses-degree-in-cp"),
-    *_rows(
-        "the distributed optimizer",
-        "use-distributed-optimizer overlap-param-gather overlap-param-gather-with-optimizer-step "
-        "num-distributed-optimizer-instances",
-    ),
-    *_rows("gradient reduction during backward", "overlap-grad-reduce"),
+    *_rows("overlapping the warm-up and the end of a pipeline", "overlap-p2p-communication-warmup-flush"),
+    *_rows("gathering parameters during the optimizer's step", "overlap-param-gather-with-optimizer-step"),
+    *_rows("several copies of the sharded optimizer", "num-distributed-optimizer-instances"),
     *_rows(
         "fully sharded data parallelism",
         "use-custom-fsdp use-torch-fsdp2 init-model-with-meta-device data-parallel-sharding-strategy",
@@ -164,7 +146,7 @@ def flags_by_name() -> dict[str, Flag]:
 
 
 def not_built_problems(args: Namespace) -> list[Problem]:
-    """A problem for every row that ``args`` asks for, and for a world of several processes."""
+    """A problem for every row that ``args`` asks for."""
     problems = []
     for row in NOT_BUILT:
         flag = flags_by_name()[row.flag]
@@ -173,9 +155,4 @@ def not_built_problems(args: Namespace) -> list[Problem]:
         if asked:
             shown = None if isinstance(value, bool) else value
             problems.append(Problem(row.flag, shown, f"{row.feature} is not built yet", row.remedy))
-    if args.world_size > 1:
-        rule = "training in several processes is not built yet"
-        problems.append(
-            Problem("WORLD_SIZE", args.world_size, rule, "start one process (--nproc_per_node 1 --nnodes 1)")
-        )
     return problems
