@@ -5,7 +5,6 @@ its own arguments, working directory, environment and output file.
 """
 
 import contextlib
-import multiprocessing
 import os
 import re
 import sys
@@ -13,7 +12,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.distributed import fork_server
+
 TIMEOUT_S = 300
 
 _LOSS = re.compile(r"iteration +(\d+)/.*?lm loss: ([0-9.E+-]+)")
@@ -41,14 +41,6 @@ class Run:
         """Fail the test with the output unless the run ended well."""
         assert self.status == 0, self.output
         return self
-
-
-def _context() -> multiprocessing.context.ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    # The fork server is a new interpreter: it finds the entry point through its environment.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    context.set_forkserver_preload(["torch", "pretrain_gpt"])
-    return context
 
 
 def _child(argv: list[str], cwd: str, env: dict[str, str], output: str, trace: str | None) -> None:
@@ -128,7 +120,7 @@ def start_pretrain_gpt(
     number = sum(1 for _ in tmp_path.glob("run*.log"))
     output = tmp_path / f"run{number}.log"
     environment = {"MEGATRON_DEVICE": "cpu", **(env or {})}
-    process = _context().Process(
+    process = fork_server.context().Process(
         target=_child,
         args=([str(w) for w in argv], str(tmp_path), environment, str(output), trace and str(trace)),
     )
