@@ -7,7 +7,15 @@ import torch
 
 from megatron.core.errors import CheckpointError
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.training.checkpointing import names, optimizer_order, replaceable, tracker
+from megatron.training.agreement import any_rank, extremes, failing_together
+from megatron.training.checkpointing import (
+    names,
+    optimizer_order,
+    parallel_layout,
+    replaceable,
+    sharded_optimizer,
+    tracker,
+)
 from megatron.training.checkpointing.locate import _load_base_checkpoint
 from megatron.training.checkpointing.rng import set_rng_state
 from megatron.training.checkpointing.save import describe_place
@@ -51,38 +59,70 @@ def load_checkpoint(
     if state_dict is None:
         return 0, 0
 
-    set_checkpoint_version(state_dict.get("checkpoint_version", 0))
     starts_anew = release or args.finetune
-    iteration = 0 if starts_anew else _stored_iteration(state_dict, name)
-    _restore_counters(args, state_dict)
-    print_rank_0(f" checkpoint version {get_checkpoint_version()}")
-
     with_optimizer = not starts_anew and not args.no_load_optim
+    shards = None
+    with failing_together():
+        set_checkpoint_version(state_dict.get("checkpoint_version", 0))
+        iteration = 0 if starts_anew else _stored_iteration(state_dict, name)
+        _restore_counters(args, state_dict)
+        if not skip_load_to_model_and_opt:
+            own_optimizer = optimizer if with_optimizer else None
+            _check_optimizer_kind(args, own_optimizer, state_dict, name)
+            shards = sharded_optimizer.read_state(own_optimizer, name) if own_optimizer is not None else None
+            _load_model_and_optimizer(args, model, own_optimizer, state_dict, strict, name)
+    _check_same_iteration(iteration, name)
+    print_rank_0(f" checkpoint version {get_checkpoint_version()}")
     if not skip_load_to_model_and_opt:
-        _load_model_and_optimizer(
-            args, model, optimizer if with_optimizer else None, state_dict, strict, name
-        )
-        if with_optimizer:
-            _load_scheduler(opt_param_scheduler, state_dict, name)
-        elif optimizer is not None and (args.fp16 or args.bf16):
+        if with_optimizer and optimizer is not None:
+            sharded_optimizer.distribute_state(optimizer, shards)
+        elif optimizer is not None and (args.fp16 or args.bf16 or sharded_optimizer.is_sharded(optimizer)):
             optimizer.reload_model_params()
-    if not starts_anew and isinstance(state_dict.get("rerun_state_machine"), dict):
-        get_rerun_state_machine().load_state_dict(state_dict["rerun_state_machine"])
-    if not starts_anew and not args.no_load_rng:
-        set_rng_state(state_dict, args.data_parallel_random_init)
+    with failing_together():
+        if not skip_load_to_model_and_opt and with_optimizer:
+            _load_scheduler(opt_param_scheduler, state_dict, name)
+        if not starts_anew and isinstance(state_dict.get("rerun_state_machine"), dict):
+            get_rerun_state_machine().load_state_dict(state_dict["rerun_state_machine"])
+        if not starts_anew and not args.no_load_rng:
+            set_rng_state(state_dict, args.data_parallel_random_init)
     print_rank_0(
         f"  successfully loaded checkpoint from {load_dir} {describe_place()} at iteration {iteration}"
     )
     return iteration, state_dict.get("num_floating_point_operations_so_far", 0)
 
 
+def _check_same_iteration(iteration: int, name: str) -> None:
+    """Files of different saves in one directory would train on as a model that never was."""
+    lowest, highest = extremes(iteration)
+    if lowest != highest:
+        raise CheckpointError(
+            f"the ranks' files beside {name} are of iterations {lowest} to {highest}: the directory mixes "
+            "checkpoints; load another with --ckpt-step"
+        )
+
+
+def _check_optimizer_kind(
+    args: argparse.Namespace, optimizer: Any, state_dict: dict[str, Any], name: str
+) -> None:
+    """Refuse optimizer state that was kept in another way, by flags instead of by missing keys."""
+    stored = state_dict.get("args")
+    if optimizer is None or stored is None:
+        return
+    problems = parallel_layout.optimizer_differences(stored, args)
+    if problems:
+        raise CheckpointError(
+            f"the optimizer state of {name} does not fit: {'; '.join(problems)}. Start with the saved "
+            "run's flags, or load the weights alone with --no-load-optim"
+        )
+
+
 def _directory_to_load(args: argparse.Namespace, load_arg: str) -> str:
     """The load directory, or that of ``--pretrained-checkpoint`` while the former is still empty."""
     load_dir = getattr(args, load_arg)
     pretrained = getattr(args, "pretrained_checkpoint", None)
-    if pretrained is None or tracker.checkpoint_exists(load_dir):
+    if pretrained is None or any_rank(tracker.checkpoint_exists(load_dir)):
         return load_dir
-    if not tracker.checkpoint_exists(pretrained):
+    if not any_rank(tracker.checkpoint_exists(pretrained)):
         raise CheckpointError(
             f"--pretrained-checkpoint {pretrained}: the directory has no {tracker.TRACKER_FILE}; give the "
             "directory that holds it"
@@ -183,6 +223,12 @@ def _fitted_optimizer_state(
     state = _modern_names(state_dict["optimizer"])
     if not any(renamed):
         return state
+    if getattr(args, "use_distributed_optimizer", False):
+        raise CheckpointError(
+            "the distributed optimizer's state lies in the order of another implementation of the layers: "
+            f"load with --transformer-impl {getattr(state_dict.get('args'), 'transformer_impl', '?')} as it "
+            "was saved, or the weights alone with --no-load-optim"
+        )
     decoupled = getattr(args, "decoupled_lr", None) is not None
     stored, wanted = [], []
     for index, (key, chunk) in enumerate(zip(model_keys(len(model)), model, strict=True)):

@@ -5,9 +5,9 @@ import enum
 import os
 from typing import Any
 
-from megatron.core import parallel_state
 from megatron.core.errors import CheckpointError, NotBuiltYetError
-from megatron.training.checkpointing import layout, safe_load, tracker
+from megatron.training.agreement import failing_together
+from megatron.training.checkpointing import layout, parallel_layout, safe_load, tracker
 from megatron.training.utils import print_rank_0
 
 
@@ -36,7 +36,8 @@ def _load_base_checkpoint(
         load_dir: directory with the tracker file.
         args: ``ckpt_step`` overrides the tracker; with ``exit_on_missing_checkpoint`` a missing one is an
             error.
-        rank0: read the file of rank 0, whatever layout it was saved with.
+        rank0: read the file of rank 0, whatever layout it was saved with. Without this, all ranks call
+            together, and an error of one is an error of all.
         sharded_state_dict: request of sharded formats.
         checkpointing_context: caches of sharded formats.
 
@@ -47,9 +48,23 @@ def _load_base_checkpoint(
         CheckpointError: the tracker, the directory or the file is not what it should be.
         NotBuiltYetError: the checkpoint is in a sharded format.
     """
-    iteration, release = _choose_iteration(load_dir, args, quiet=rank0)
+    iteration, release = _choose_iteration(load_dir, args, alone=rank0)
     if iteration is None:
         return None, "", False, None
+    if rank0:
+        return (*_read(load_dir, iteration, release, rank0), release, CheckpointType.LEGACY)
+    print_rank_0(
+        f" loading release checkpoint from {load_dir}"
+        if release
+        else f" loading checkpoint from {load_dir} at iteration {iteration}"
+    )
+    with failing_together():
+        state_dict, name = _read(load_dir, iteration, release, rank0)
+    return state_dict, name, release, CheckpointType.LEGACY
+
+
+def _read(load_dir: str, iteration: int, release: bool, rank0: bool) -> tuple[dict[str, Any], str]:
+    """The checkpoint file of rank 0 or of this rank, and its name."""
     base = layout.iteration_directory(load_dir, iteration, release)
     found = layout.disk_format(base)
     if found in ("torch_dist", "torch_dcp"):
@@ -59,15 +74,8 @@ def _load_base_checkpoint(
         )
     if found is None:
         raise _no_such_checkpoint(load_dir, base, None if release else iteration)
-    if rank0:
-        name = layout.find_checkpoint_rank_0(load_dir, iteration, release)
-    else:
-        name = layout.get_checkpoint_name(load_dir, iteration, release)
-        print_rank_0(
-            f" loading release checkpoint from {load_dir}"
-            if release
-            else f" loading checkpoint from {load_dir} at iteration {iteration}"
-        )
+    find = layout.find_checkpoint_rank_0 if rank0 else layout.get_checkpoint_name
+    name = find(load_dir, iteration, release)
     if name is None or not os.path.isfile(name):
         raise _other_layout(load_dir, iteration, release, name)
     state_dict = safe_load.load_file(name)
@@ -75,22 +83,27 @@ def _load_base_checkpoint(
         raise CheckpointError(
             f"{name} is not a checkpoint of this program: it holds {sorted(map(str, state_dict))}"
         )
-    return state_dict, name, release, CheckpointType.LEGACY
+    return state_dict, name
 
 
-def _choose_iteration(load_dir: str, args: argparse.Namespace, quiet: bool) -> tuple[int | None, bool]:
+def _choose_iteration(load_dir: str, args: argparse.Namespace, alone: bool) -> tuple[int | None, bool]:
+    """Iteration and release flag; (None, False) where there is no checkpoint."""
     ckpt_step = getattr(args, "ckpt_step", None)
     if ckpt_step is not None:
         return ckpt_step, False
     tracker_file = tracker.get_checkpoint_tracker_filename(load_dir)
-    if os.path.isfile(tracker_file):
-        return tracker.read_metadata(tracker_file)
+    if not alone:
+        chosen = tracker.read_together(tracker_file)
+    else:
+        chosen = tracker.read_tracker(tracker_file) if os.path.isfile(tracker_file) else None
+    if chosen is not None:
+        return chosen
     if getattr(args, "exit_on_missing_checkpoint", False):
         raise CheckpointError(
             f"--exit-on-missing-checkpoint: {tracker_file} does not exist. "
             + layout.advice_on_other_iterations(load_dir)
         )
-    if not quiet:
+    if not alone:
         print_rank_0(f"WARNING: could not find the metadata file {tracker_file}")
         print_rank_0("    will not load any checkpoints and will start from random")
     return None, False
@@ -112,20 +125,9 @@ def _other_layout(load_dir: str, iteration: int, release: bool, name: str | None
             f"{base} is incomplete: rank 0's {layout.MODEL_FILE} is missing. "
             + layout.advice_on_other_iterations(load_dir, None if release else iteration)
         )
-    stored = safe_load.load_file(rank_0_file).get("args")
-    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
-    here = (
-        layout.own_place(parallel_state.get_tensor_model_parallel_world_size, 1),
-        layout.own_place(parallel_state.get_pipeline_model_parallel_world_size, 1),
-        max(1, layout.own_place(parallel_state.get_expert_model_parallel_world_size, 1)),
-    )
-    compared = [
-        f"--{size.replace('_', '-')} {getattr(stored, size, '?')} in the checkpoint, {own} in this run"
-        for size, own in zip(sizes, here, strict=True)
-        if getattr(stored, size, None) != own
-    ]
-    explanation = "; ".join(compared) or "a rank's file is missing"
+    stored = safe_load.load_file(rank_0_file).get("args", argparse.Namespace())
+    explanation = "; ".join(parallel_layout.differences(stored)) or "a rank's file is missing"
     return CheckpointError(
-        f"{name} does not exist; {base} holds {', '.join(sorted(os.listdir(base)))}: {explanation}. A "
-        "checkpoint of format torch must be loaded with the parallel sizes it was saved with."
+        f"{name} does not exist; {base} holds {', '.join(sorted(os.listdir(base)))}: {explanation}. "
+        + parallel_layout.REMEDY
     )

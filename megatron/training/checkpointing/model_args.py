@@ -1,9 +1,13 @@
 """Arguments stored in a checkpoint: taken over with ``--use-checkpoint-args``, compared on any other load."""
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from megatron.core.errors import CheckpointError, ConfigError
+from megatron.training.agreement import failing_together, world_size
 from megatron.training.checkpointing import replaceable
 from megatron.training.checkpointing.locate import _load_base_checkpoint
 from megatron.training.checkpointing.version import get_checkpoint_version
@@ -34,7 +38,7 @@ FORCE = (
 
 # Also part of the model, although the original leaves them to the command line.
 FORCE_EXTENSION = (
-    "norm_epsilon", "qk_layernorm", "openai_gelu",
+    "norm_epsilon", "qk_layernorm", "openai_gelu", "is_x_model", "glu_gate_last",
     "use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor",
     "multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim",
     "v_head_dim", "rotary_scaling_factor", "mscale", "mscale_all_dim", "mtp_num_layers",
@@ -79,18 +83,11 @@ def load_args_from_checkpoint(
         raise ConfigError(
             "--use-checkpoint-args does not work with --non-persistent-ckpt-type local: leave one of them out"
         )
-    state_dict, name, release, _ = _load_base_checkpoint(
-        load_dir, args, rank0=True, checkpointing_context=checkpointing_context
-    )
-    if state_dict is None:
+    found = _from_rank_0(lambda: _stored_args(load_dir, args, checkpointing_context))
+    if found is None:
         print_rank_0("Checkpoint not found to provide arguments, using provided arguments.")
         return args, None
-    if "args" not in state_dict:
-        raise CheckpointError(
-            f"{name} stores no arguments: give the model's flags instead of --use-checkpoint-args"
-        )
-    stored = state_dict["args"]
-    args.iteration = 0 if release else state_dict.get("iteration", 0)
+    stored, args.iteration, version = found
     if hasattr(stored, "disable_bias_linear"):
         stored.add_bias_linear = not stored.disable_bias_linear
     for field in FILL:
@@ -100,8 +97,37 @@ def load_args_from_checkpoint(
         if not (field == "tokenizer_model" and keep_tokenizer) and _in_use(field, stored):
             _take(args, stored, field, force=True)
     if getattr(args, "use_mp_args_from_checkpoint_args", False):
-        _take_parallel_sizes(args, stored, state_dict.get("checkpoint_version", 0))
+        _take_parallel_sizes(args, stored, version)
     return args, stored
+
+
+def _stored_args(
+    load_dir: str, args: argparse.Namespace, checkpointing_context: dict[str, Any] | None
+) -> tuple[argparse.Namespace, int, float] | None:
+    """Arguments, iteration and version of the checkpoint; None where there is none."""
+    state_dict, name, release, _ = _load_base_checkpoint(
+        load_dir, args, rank0=True, checkpointing_context=checkpointing_context
+    )
+    if state_dict is None:
+        return None
+    if "args" not in state_dict:
+        raise CheckpointError(
+            f"{name} stores no arguments: give the model's flags instead of --use-checkpoint-args"
+        )
+    iteration = 0 if release else state_dict.get("iteration", 0)
+    return state_dict["args"], iteration, state_dict.get("checkpoint_version", 0)
+
+
+def _from_rank_0(read: Callable[[], Any]) -> Any:
+    """What ``read`` returns on rank 0, on all ranks: another host may lack the file, or have an older one."""
+    if world_size() == 1:
+        return read()
+    answer: list[Any] = [None]
+    with failing_together():
+        if torch.distributed.get_rank() == 0:
+            answer = [read()]
+    torch.distributed.broadcast_object_list(answer, src=0)
+    return answer[0]
 
 
 def _in_use(field: str, stored: argparse.Namespace) -> bool:
@@ -157,7 +183,12 @@ def check_checkpoint_args(checkpoint_args: argparse.Namespace) -> None:
         stored = getattr(checkpoint_args, stored_as, _DEFAULTS.get(field))
         here = getattr(args, field)
         if stored != here:
-            problems.append(f"  --{field.replace('_', '-')}: {stored} in the checkpoint, {here} in this run")
+            problems.append(_difference(field, stored, here))
+    if args.ckpt_format == "torch":
+        for field in ("virtual_pipeline_model_parallel_size", "expert_model_parallel_size"):
+            stored, here = (getattr(a, field, None) or 1 for a in (checkpoint_args, args))
+            if stored != here:
+                problems.append(_difference(field, stored, here))
     if problems:
         raise CheckpointError(
             "the checkpoint does not fit this run:\n"
@@ -165,6 +196,10 @@ def check_checkpoint_args(checkpoint_args: argparse.Namespace) -> None:
             + "\nStart with the checkpoint's values (--use-checkpoint-args takes the model's from it, "
             "--use-mp-args-from-checkpoint-args the parallel sizes), or give another --load."
         )
+
+
+def _difference(field: str, stored: Any, here: Any) -> str:
+    return f"  --{field.replace('_', '-')}: {stored} in the checkpoint, {here} in this run"
 
 
 def _fields_to_compare(args: argparse.Namespace) -> list[str]:

@@ -10,10 +10,15 @@ import torch
 from megatron.core import accelerator, parallel_state
 from megatron.core.errors import CheckpointError, NotBuiltYetError
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.training.checkpointing import replaceable
 
 
 def get_rng_state(ckpt_format: str) -> list[dict[str, Any]]:
     """Random states of this process, as a list with one entry.
+
+    Data-parallel ranks share their states, unless each drew weights of its own
+    (``data_parallel_random_init``): then the list has an entry per data-parallel rank, and all of them must
+    call this together.
 
     Raises:
         NotBuiltYetError: for a sharded checkpoint format.
@@ -24,15 +29,19 @@ def get_rng_state(ckpt_format: str) -> list[dict[str, Any]]:
             f"--ckpt-format {ckpt_format}",
             "Use --ckpt-format torch.",
         )
-    return [
-        {
-            "random_rng_state": random.getstate(),
-            "np_rng_state": np.random.get_state(),
-            "torch_rng_state": torch.get_rng_state(),
-            "cuda_rng_state": accelerator.get_rng_state(),
-            "rng_tracker_states": get_cuda_rng_tracker().get_states(),
-        }
-    ]
+    own = {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": accelerator.get_rng_state(),
+        "rng_tracker_states": get_cuda_rng_tracker().get_states(),
+    }
+    if not replaceable.get_args().data_parallel_random_init:
+        return [own]
+    group = parallel_state.get_data_parallel_group()
+    entries: list[dict[str, Any]] = [{}] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(entries, own, group=group)
+    return entries
 
 
 def set_rng_state(state_dict: dict[str, Any], data_parallel_random_init: bool) -> None:

@@ -1,9 +1,6 @@
 """Saving a checkpoint: put together, write aside, publish, and only then move the tracker."""
 
-import contextlib
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +8,12 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.errors import CheckpointError, NotBuiltYetError
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.training.checkpointing import durable, layout, replaceable, tracker
+from megatron.training.agreement import failing_together
+from megatron.training.checkpointing import durable, layout, replaceable, sharded_optimizer
+from megatron.training.checkpointing.publishing import write_together
 from megatron.training.checkpointing.rng import get_rng_state
-from megatron.training.checkpointing.state import generate_state_dict, to_host
-from megatron.training.utils import is_rank0, print_rank_0, unwrap_model
+from megatron.training.checkpointing.state import generate_state_dict
+from megatron.training.utils import print_rank_0, unwrap_model
 
 
 def save_checkpoint(
@@ -62,7 +61,8 @@ def save_checkpoint(
     _refuse_what_is_not_built(args, non_persistent_ckpt)
     save_dir = args.save
     print_rank_0(f"saving checkpoint at iteration {iteration:7d} to {save_dir} in {args.ckpt_format} format")
-    maybe_save_dataloader_state(train_data_iterator, iteration, getattr(args, "dataloader_save", None))
+    with failing_together():
+        maybe_save_dataloader_state(train_data_iterator, iteration, getattr(args, "dataloader_save", None))
     state = generate_state_dict(
         args,
         unwrap_model(model),
@@ -83,30 +83,12 @@ def save_checkpoint(
         expert_parallel=expert_parallel,
         expert_rank=expert_rank,
     )
-    _write(state, save_dir, iteration, name)
+    # Gathering the shards takes all ranks; only the first of each data-parallel group has the whole then.
+    shards = None if args.no_save_optim else sharded_optimizer.gathered_state(optimizer)
+    write_together(state, shards, save_dir, iteration, name)
     print_rank_0(
         f"  successfully saved checkpoint from iteration {iteration:7d} to {save_dir} {describe_place()}"
     )
-
-
-def _write(state: dict[str, Any], save_dir: str, iteration: int, name: str) -> None:
-    """Write this rank's file ``name`` aside; when all ranks have, rank 0 publishes and moves the tracker."""
-    final = layout.iteration_directory(save_dir, iteration)
-    staging = durable.staging_directory(final)
-    with _removed_on_error(staging):
-        if is_rank0():
-            durable.remove_leftovers(save_dir)
-        _wait_for_all_ranks()
-        # Ranks that differ only in their data or context hold the same state; one of them writes it.
-        if parallel_state.get_expert_data_parallel_rank() == 0:
-            host_state = to_host(state)
-            target = os.path.join(staging, os.path.relpath(name, final))
-            durable.write_file(target, lambda file: torch.save(host_state, file))
-        _wait_for_all_ranks()
-        if is_rank0():
-            durable.publish(staging, final)
-            tracker.write_tracker(save_dir, iteration)
-        _wait_for_all_ranks()
 
 
 def describe_place() -> str:
@@ -126,7 +108,10 @@ def maybe_save_dataloader_state(
     Raises:
         CheckpointError: a path is given, but the loader has no state to save.
     """
-    if not dataloader_save_path or train_iterator is None:
+    if isinstance(train_iterator, list):  # one per virtual stage; those that read have read alike
+        train_iterator = next((iterator for iterator in train_iterator if iterator is not None), None)
+    # Context-parallel ranks read the same samples.
+    if not dataloader_save_path or train_iterator is None or parallel_state.get_context_parallel_rank() > 0:
         return
     loader = getattr(train_iterator, "iterable", train_iterator)
     if not hasattr(loader, "save_state"):
@@ -153,17 +138,3 @@ def _refuse_what_is_not_built(args: Any, non_persistent_ckpt: bool) -> None:
         raise NotBuiltYetError(
             "saving in this format", f"--ckpt-format {args.ckpt_format}", "Use --ckpt-format torch."
         )
-
-
-@contextlib.contextmanager
-def _removed_on_error(staging: str) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
-def _wait_for_all_ranks() -> None:
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        torch.distributed.barrier()

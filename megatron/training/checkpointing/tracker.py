@@ -1,11 +1,12 @@
 """The tracker file: the one line that says which checkpoint of a directory is the latest."""
 
 import os
+import socket
 
 import torch
 
-from megatron.core import accelerator
 from megatron.core.errors import CheckpointError
+from megatron.training.agreement import extremes, failing_together
 from megatron.training.checkpointing import durable, layout
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -33,9 +34,36 @@ def read_metadata(tracker_filename: str) -> tuple[int, bool]:
         ``(iteration, release)``; the iteration of a release is 0.
 
     Raises:
-        CheckpointError: the file holds neither a positive integer nor ``release``.
+        CheckpointError: the file holds neither a positive integer nor ``release``, or is missing everywhere.
     """
-    directory = os.path.dirname(tracker_filename)
+    agreed = read_together(tracker_filename)
+    if agreed is None:
+        raise CheckpointError(f"cannot read {tracker_filename}: it does not exist")
+    return agreed
+
+
+def read_together(tracker_filename: str) -> tuple[int, bool] | None:
+    """What :func:`read_metadata` returns, or None where no rank finds the file. Takes all ranks.
+
+    A rank may see an older tracker, or none, over a file system that lags, or on a disk of its own; the
+    highest iteration holds, and a rank that sees another says so.
+    """
+    with failing_together():
+        own = read_tracker(tracker_filename) if os.path.isfile(tracker_filename) else None
+    number = -1 if own is None else own[0]
+    _, highest = extremes(number)
+    if number != highest:
+        seen = "is missing" if number < 0 else f"says iteration {number}"
+        print(
+            f"WARNING: on rank {torch.distributed.get_rank()} ({socket.gethostname()}) {tracker_filename} "
+            f"{seen}, another rank's says {highest or layout.RELEASE}, which is used",
+            flush=True,
+        )
+    return None if highest < 0 else (highest, highest == 0)
+
+
+def read_tracker(tracker_filename: str) -> tuple[int, bool]:
+    """Iteration and release flag that this rank's tracker file says; the iteration of a release is 0."""
     try:
         with open(tracker_filename, encoding="utf-8", errors="replace") as file:
             text = file.read().strip()
@@ -45,22 +73,6 @@ def read_metadata(tracker_filename: str) -> tuple[int, bool]:
     if not release and not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise CheckpointError(
             f"{tracker_filename} must hold a positive iteration number or the word release, found "
-            f"{text[:40]!r}. " + layout.advice_on_other_iterations(directory)
+            f"{text[:40]!r}. " + layout.advice_on_other_iterations(os.path.dirname(tracker_filename))
         )
-    iteration = 0 if release else int(text)
-    return _highest_of_all_ranks(iteration, tracker_filename), release
-
-
-def _highest_of_all_ranks(iteration: int, tracker_filename: str) -> int:
-    """Ranks may read the tracker over a file system that lags on some machines."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return iteration
-    highest = torch.tensor([iteration], dtype=torch.long, device=accelerator.current_device())
-    torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
-    if int(highest) != iteration:
-        print(
-            f"WARNING: on rank {torch.distributed.get_rank()} {tracker_filename} says iteration {iteration}, "
-            f"other ranks say {int(highest)}, which is used",
-            flush=True,
-        )
-    return int(highest)
+    return (0 if release else int(text)), release

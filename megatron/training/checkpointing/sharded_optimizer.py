@@ -1,0 +1,62 @@
+"""``distrib_optim.pt``: state that the distributed optimizer keeps in shards, as one file per model part."""
+
+import os
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.errors import CheckpointError
+from megatron.training.checkpointing import layout, safe_load
+
+
+def _members(optimizer: Any) -> list[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def is_sharded(optimizer: Any) -> bool:
+    """True for an optimizer whose state is spread over data-parallel ranks."""
+    return any(hasattr(member, "get_parameter_state_dp_zero") for member in _members(optimizer))
+
+
+def _holds_whole_state() -> bool:
+    """The rank that gathers the shards of its data-parallel group, and hands them out again."""
+    return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+
+
+def gathered_state(optimizer: Any) -> Any | None:
+    """The whole state on the first rank of each data-parallel group, None elsewhere. Takes all ranks.
+
+    One member's state is a dict; that of several is a list, as the file has it.
+    """
+    if not is_sharded(optimizer):
+        return None
+    states = [member.get_parameter_state_dp_zero() for member in _members(optimizer)]
+    if not _holds_whole_state():
+        return None
+    return states[0] if len(states) == 1 else states
+
+
+def read_state(optimizer: Any, model_file: str) -> Any | None:
+    """Content of the file beside ``model_file`` on the ranks that hand it out, None elsewhere.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    if not is_sharded(optimizer) or not _holds_whole_state():
+        return None
+    path = layout.get_distributed_optimizer_checkpoint_name(model_file)
+    if not os.path.isfile(path):
+        raise CheckpointError(
+            f"{path} does not exist, and this run has --use-distributed-optimizer: leave the flag out if the "
+            "checkpoint was saved without it, or load the weights alone with --no-load-optim"
+        )
+    return safe_load.load_file(path)
+
+
+def distribute_state(optimizer: Any, state: Any | None) -> None:
+    """Hand the content of the file out to the shards. Takes all ranks."""
+    if not is_sharded(optimizer):
+        return
+    members = _members(optimizer)
+    states = state if isinstance(state, list) else [state] * len(members)
+    for member, own in zip(members, states, strict=True):
+        member.load_parameter_state_from_dp_zero(own)

@@ -1,0 +1,139 @@
+"""One micro-batch from the rank that read it to the ranks of its tensor-parallel group.
+
+A pipeline stage gets what it computes with and nothing else: the first tokens and positions, the last labels
+and loss mask, each of them the attention mask where documents are kept apart. All tensors travel in one
+message, whose size every rank knows from the arguments.
+"""
+
+import math
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from megatron.core import accelerator, parallel_state
+from megatron.core.errors import DataError
+from megatron.training.global_vars import get_args
+
+KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+_FIRST_STAGE = ("tokens", "position_ids")
+_LAST_STAGE = ("labels", "loss_mask")
+# Long elements first: each tensor then starts at a multiple of its own element size in the message.
+_DTYPES = {
+    "tokens": torch.int64,
+    "position_ids": torch.int64,
+    "labels": torch.int64,
+    "loss_mask": torch.float32,
+    "attention_mask": torch.bool,
+}
+
+Batch = dict[str, torch.Tensor | None]
+
+
+def sends_attention_mask(args: Namespace) -> bool:
+    """True where samples carry a mask of their own; a plain causal one is made by the attention."""
+    return bool(args.reset_attention_mask and args.create_attention_mask_in_dataloader)
+
+
+def stage_needs_data(args: Namespace) -> bool:
+    """Whether the pipeline stage (virtual one, if there are several) reads samples."""
+    on_edge = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
+    return on_edge or sends_attention_mask(args)
+
+
+def stage_tensors(args: Namespace) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Types and shapes of the tensors that this stage needs, in the order in which they travel."""
+    b, s = args.micro_batch_size, args.seq_length
+    wanted: tuple[str, ...] = ()
+    if parallel_state.is_pipeline_first_stage():
+        wanted += _FIRST_STAGE
+    if parallel_state.is_pipeline_last_stage():
+        wanted += _LAST_STAGE
+    if sends_attention_mask(args):
+        wanted += ("attention_mask",)
+    return {
+        key: (dtype, (b, 1, s, s) if key == "attention_mask" else (b, s))
+        for key, dtype in _DTYPES.items()
+        if key in wanted
+    }
+
+
+def get_batch_on_this_tp_rank(data_iterator: Iterator | None) -> Batch:
+    """Next micro-batch on the device of every tensor-parallel rank; only the first of them reads.
+
+    Args:
+        data_iterator: samples, on tensor-parallel rank 0 of a stage that needs them.
+
+    Returns:
+        tokens, labels, position_ids [b, s] int64, loss_mask [b, s] float32, attention_mask [b, 1, s, s]
+        bool; None where this stage needs none.
+
+    Raises:
+        DataError: a sample is not what the arguments announce.
+    """
+    args = get_args()
+    layout = stage_tensors(args)
+    batch: Batch = dict.fromkeys(KEYS)
+    if not layout:
+        return batch
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        sample, device = next(data_iterator), accelerator.current_device()
+        # A mask that nobody announced is used all the same: here it costs no message.
+        wanted = [key for key in KEYS if key in layout or key == "attention_mask"]
+        batch |= {
+            key: sample[key].to(device, non_blocking=True) for key in wanted if sample.get(key) is not None
+        }
+        return batch
+    sample = None
+    if parallel_state.get_tensor_model_parallel_rank() == 0:
+        sample = next(data_iterator)
+        _check_sample(sample, layout)
+    return batch | _broadcast(sample, layout)
+
+
+def _broadcast(
+    sample: dict[str, Any] | None, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+) -> dict[str, torch.Tensor]:
+    """The tensors of ``layout`` from tensor-parallel rank 0, as windows into one message of bytes."""
+    sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in layout.values()]
+    device = accelerator.current_device()
+    if sample is None:
+        message = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+    else:
+        parts = [sample[key].contiguous().view(-1).view(torch.uint8) for key in layout]
+        message = torch.cat(parts).to(device, non_blocking=True)
+    torch.distributed.broadcast(
+        message,
+        src=parallel_state.get_tensor_model_parallel_src_rank(),
+        group=parallel_state.get_tensor_model_parallel_group(),
+    )
+    windows = message.split(sizes)
+    return {
+        key: window.view(dtype).view(shape)
+        for window, (key, (dtype, shape)) in zip(windows, layout.items(), strict=True)
+    }
+
+
+def _check_sample(sample: dict[str, Any], layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    for key, (dtype, shape) in layout.items():
+        found = sample.get(key)
+        if found is None:
+            raise DataError(f"the data set gives no {key!r}; it gives {', '.join(map(str, sample))}")
+        if found.dtype != dtype or tuple(found.shape) != shape:
+            raise DataError(
+                f"the data set gives {key!r} as {found.dtype} of shape {list(found.shape)}; the arguments "
+                f"announce {dtype} of shape {list(shape)} (--micro-batch-size, --seq-length)"
+            )
+    mask = sample.get("attention_mask")
+    if mask is not None and "attention_mask" not in layout and not _is_causal(mask):
+        raise DataError(
+            "the data set makes attention masks of its own, which tensor-parallel ranks expect only with "
+            "--reset-attention-mask: add it, or let the data set leave the mask out"
+        )
+
+
+def _is_causal(mask: torch.Tensor) -> bool:
+    """True for a [b, 1, s, s] mask that hides exactly what follows."""
+    s = mask.shape[-1]
+    return bool((mask == torch.ones(s, s, dtype=torch.bool, device=mask.device).triu(1)).all())
