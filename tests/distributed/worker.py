@@ -59,8 +59,8 @@ def serve(pipe: Connection) -> None:
                 answer = _run(place, call)
                 pipe.send(answer)
                 if answer.result is not None:
-                    # Nobody leaves while another may still be connecting to it or waiting for its last message.
-                    # A rank that failed leaves at once: that wakes those who wait for it.
+                    # Nobody leaves while another may still be connecting to it or waiting for its last
+                    # message. A rank that failed leaves at once: that wakes those who wait for it.
                     pipe.recv()
                 faulthandler.unregister(signal.SIGUSR1)
             worker_state.reset(home)

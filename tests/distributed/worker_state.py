@@ -1,6 +1,6 @@
 """The state of a process that a job can change, and how it comes back.
 
-Everything the library keeps per process is named here; a test of the pool fails when a job leaves some behind.
+Everything the library keeps per process is named here; a test of the pool looks for leftovers.
 """
 
 import gc
