@@ -5,6 +5,10 @@ from the fastest-moving to the slowest: with ``tp-cp-ep-dp-pp`` neighbouring ran
 tensor-parallel coordinate first.
 """
 
+from itertools import accumulate
+from math import prod
+from operator import mul
+
 from megatron.core.errors import ConfigError
 
 AXES = ("tp", "cp", "ep", "dp", "pp")
@@ -94,6 +98,47 @@ class RankGenerator:
         )
         return [[rank + self.rank_offset for rank in group] for group in groups]
 
+    def get_group(self, token: str, rank: int) -> list[int]:
+        """The one group of ``get_ranks(token)`` that holds ``rank``, without listing the others."""
+        place = rank - self.rank_offset
+        axes = [
+            (size, stride)
+            for size, stride, named in zip(
+                self.ordered_size, self._strides(), self.get_mask(self.order, token), strict=True
+            )
+            if named
+        ]
+        first = place - sum(place // stride % size * stride for size, stride in axes)
+        return [self.rank_offset + first + offset for offset in _offsets(axes)]
+
+    def stride(self, axis: str) -> int:
+        """Distance between neighbouring ranks along ``axis``."""
+        return self._strides()[self.order.split("-").index(axis)]
+
+    def _strides(self) -> list[int]:
+        return list(accumulate(self.ordered_size[:-1], mul, initial=1))
+
+
+def levels_of(ranks: list[int], sizes: list[int], rank: int) -> list[list[int]]:
+    """The groups of ``rank`` when ``ranks`` is divided into levels, the first of them between neighbours.
+
+    With sizes (2, 3), ranks 0..5 divide into pairs [0 1] [2 3] [4 5] and triples [0 2 4] [1 3 5].
+
+    Raises:
+        ConfigError: the sizes do not multiply to the number of ranks.
+    """
+    if prod(sizes) != len(ranks) or min(sizes) < 1:
+        raise ConfigError(
+            f"hierarchical context parallel sizes {' '.join(map(str, sizes))} multiply to {prod(sizes)}, not "
+            f"to the context parallel size {len(ranks)}"
+        )
+    place = ranks.index(rank)
+    strides = accumulate(sizes[:-1], mul, initial=1)
+    return [
+        [ranks[place + (other - place // stride % size) * stride] for other in range(size)]
+        for size, stride in zip(sizes, strides, strict=True)
+    ]
+
 
 def make_grids(
     world_size: int, tp: int, pp: int, cp: int, ep: int, expert_tp: int, order: str
@@ -103,12 +148,17 @@ def make_grids(
     Raises:
         ConfigError: a grid does not fill the world, or the two disagree on the pipelines.
     """
+    sizes = {"tensor": tp, "pipeline": pp, "context": cp, "expert": ep, "expert tensor": expert_tp}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"{name} parallel size {size}: it must be at least 1")
     for label, model_size in (
         (f"tensor {tp} x pipeline {pp} x context {cp}", tp * pp * cp),
         (f"expert tensor {expert_tp} x expert {ep} x pipeline {pp}", expert_tp * ep * pp),
     ):
         if world_size % model_size:
-            fitting = list(range(model_size, world_size + model_size, model_size))[-2:]
+            below = world_size // model_size * model_size
+            fitting = [world for world in (below, below + model_size) if world]
             raise ConfigError(
                 f"a world of {world_size} ranks does not divide into {label} = {model_size} ranks: "
                 f"start {' or '.join(map(str, fitting))} ranks, or choose smaller sizes"
@@ -116,7 +166,7 @@ def make_grids(
     dense = RankGenerator(tp=tp, ep=1, dp=world_size // (tp * pp * cp), pp=pp, cp=cp, order=order)
     expert_dp = world_size // (expert_tp * ep * pp)
     expert = RankGenerator(tp=expert_tp, ep=ep, dp=expert_dp, pp=pp, cp=1, order=order)
-    if dense.get_ranks("pp") != expert.get_ranks("pp"):
+    if pp > 1 and dense.stride("pp") != expert.stride("pp"):
         raise ConfigError(
             f"rank order {order!r} gives dense and expert layers different pipelines: end it with pp, "
             "or choose sizes with equal data-parallel sizes"

@@ -54,9 +54,67 @@ def test_values_set_by_hand_win(world_of_one):
     assert parallel_state.get_tensor_model_parallel_world_size() == 1
 
 
-def test_layouts_without_code_are_refused(world_of_one):
-    with pytest.raises(NotBuiltYetError, match="virtual pipeline"):
+def test_layouts_that_cannot_work_are_refused(world_of_one):
+    with pytest.raises(NotBuiltYetError, match="encoder on ranks of its own"):
+        parallel_state.initialize_model_parallel(encoder_pipeline_model_parallel_size=1)
+    with pytest.raises(ConfigError, match="with one pipeline stage"):
         parallel_state.initialize_model_parallel(virtual_pipeline_model_parallel_size=2)
+    with pytest.raises(ConfigError, match="'ucc': use one of"):
+        parallel_state.initialize_model_parallel(pipeline_model_parallel_comm_backend="ucc")
+    with pytest.raises(ConfigError, match="tensor parallel size 0"):
+        parallel_state.initialize_model_parallel(0)
+    with pytest.raises(ConfigError, match=r"2 2 multiply to 4, not to the context parallel size 1"):
+        parallel_state.initialize_model_parallel(hierarchical_context_parallel_sizes=[2, 2])
+    parallel_state.destroy_model_parallel()
+    with pytest.raises(ConfigError, match="instances 2 does not divide the 1 ranks"):
+        parallel_state.initialize_model_parallel(num_distributed_optimizer_instances=2)
+
+
+def test_groups_are_readable_and_swappable_variables(world_of_one, monkeypatch):
+    assert parallel_state._TENSOR_MODEL_PARALLEL_GROUP is None
+    parallel_state.initialize_model_parallel()
+    assert parallel_state._PIPELINE_GLOBAL_RANKS == [0]
+    other = dist.new_group([0])
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel_state, "_TENSOR_MODEL_PARALLEL_GROUP", other)
+        assert parallel_state.get_tensor_model_parallel_group() is other
+        assert parallel_state.get_amax_reduction_group(tp_only_amax_red=True) is other
+    assert parallel_state.get_tensor_model_parallel_group() is not other
+    with pytest.raises(AttributeError, match="_NO_SUCH_GROUP"):
+        parallel_state._NO_SUCH_GROUP  # noqa: B018
+
+
+def test_composed_getters_see_replacements(monkeypatch):
+    monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_rank", lambda: 2)
+    monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_world_size", lambda: 4)
+    assert not parallel_state.is_pipeline_first_stage() and not parallel_state.is_pipeline_last_stage()
+    assert parallel_state.is_inside_encoder() and parallel_state.is_inside_decoder()
+    parallel_state.set_pipeline_model_parallel_split_rank(3)
+    assert parallel_state.is_pipeline_stage_before_split() and parallel_state.is_pipeline_stage_at_split()
+    assert not parallel_state.is_pipeline_stage_after_split()
+    assert parallel_state.is_pipeline_stage_after_split(3)
+    parallel_state.destroy_model_parallel()
+    assert parallel_state.get_pipeline_model_parallel_split_rank() is None
+
+
+def test_expert_tensor_axis_follows_the_dense_one_before_initialisation():
+    parallel_state.set_tensor_model_parallel_world_size(4)
+    parallel_state.set_tensor_model_parallel_rank(1)
+    assert parallel_state.get_expert_tensor_parallel_world_size() == 4
+    assert parallel_state.get_expert_tensor_parallel_rank() == 1
+    parallel_state.set_expert_tensor_parallel_world_size(2)
+    assert parallel_state.get_expert_tensor_parallel_world_size() == 2
+    parallel_state.destroy_model_parallel()
+
+
+def test_shard_groups_need_the_context_axis(world_of_one):
+    parallel_state.initialize_model_parallel()
+    whole = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    assert parallel_state.get_data_parallel_group(True, partial_data_parallel=True) is whole
+    with pytest.raises(AssertionError, match="with_context_parallel=True"):
+        parallel_state.get_data_parallel_group(partial_data_parallel=True)
+    with pytest.raises(AssertionError, match="inter partial"):
+        parallel_state.get_inter_partial_data_parallel_group()
 
 
 def test_world_that_does_not_divide_names_sizes_that_would():

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron.core.errors import ConfigError
-from megatron.core.rank_grid import RankGenerator, generate_masked_orthogonal_rank_groups
+from megatron.core.rank_grid import RankGenerator, generate_masked_orthogonal_rank_groups, levels_of
 
 
 def starts(groups, *expected):
@@ -65,3 +65,22 @@ def test_masked_groups_repeat_over_a_larger_world():
         [4, 5],
         [6, 7],
     ]
+
+
+@pytest.mark.parametrize("order", ["tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp", "pp-dp-ep-cp-tp"])
+@pytest.mark.parametrize("sizes", [dict(tp=2, cp=3, dp=2, pp=2), dict(tp=3, ep=2, dp=2, pp=4)])
+@pytest.mark.parametrize("token", ["tp", "pp", "dp-cp", "tp-pp", "tp-dp-cp", "ep", "tp-ep-pp"])
+def test_one_group_is_found_without_the_others(order, sizes, token):
+    generator = RankGenerator(**(dict(tp=1, ep=1, dp=1, pp=1, cp=1) | sizes), order=order, rank_offset=5)
+    for group in generator.get_ranks(token):
+        for rank in group:
+            assert generator.get_group(token, rank) == group
+
+
+def test_levels_start_with_neighbours():
+    ranks = [10, 12, 14, 16, 18, 20]
+    assert levels_of(ranks, [2, 3], 16) == [[14, 16], [12, 16, 20]]
+    assert levels_of(ranks, [3, 2], 16) == [[16, 18, 20], [10, 16]]
+    assert levels_of(list(range(8)), [2, 2, 2], 6) == [[6, 7], [4, 6], [2, 6]]
+    with pytest.raises(ConfigError, match="multiply to 4"):
+        levels_of(ranks, [2, 2], 10)

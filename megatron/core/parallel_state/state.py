@@ -1,0 +1,76 @@
+"""What ``initialize_model_parallel`` found out: the tables that the getters read."""
+
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron.core.utils import GlobalMemoryBuffer
+
+
+@dataclass
+class State:
+    """Groups of this rank, by the names that the public module shows them under.
+
+    Attributes:
+        groups: process groups.
+        ranks: global ranks of each group, in group order.
+        hierarchical: nested context-parallel groups, the innermost first; None without levels.
+        by_hand: values set through ``set_*``, which win over the groups (checkpoint tools have no groups).
+        memory_buffer: scratch space of the layers; None before initialisation.
+        moe_log: auxiliary losses by name.
+    """
+
+    groups: dict[str, ProcessGroup] = field(default_factory=dict)
+    ranks: dict[str, list[int]] = field(default_factory=dict)
+    hierarchical: list[ProcessGroup] | None = None
+    by_hand: dict[str, int | None] = field(default_factory=dict)
+    memory_buffer: GlobalMemoryBuffer | None = None
+    moe_log: dict = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Back to the state before initialisation."""
+        for table in (self.groups, self.ranks, self.by_hand, self.moe_log):
+            table.clear()
+        self.hierarchical = self.memory_buffer = None
+
+
+STATE = State()
+
+
+def group(name: str, check_initialized: bool = True) -> ProcessGroup | None:
+    """The group called ``name``; None where there is none and ``check_initialized`` is off."""
+    if check_initialized and STATE.groups.get(name) is None:
+        label = name.strip("_").lower().replace("_", " ")
+        raise AssertionError(f"{label} is not initialized: call initialize_model_parallel() first")
+    return STATE.groups.get(name)
+
+
+def ranks(name: str) -> list[int]:
+    """Global ranks of the group called ``name``."""
+    group(name)
+    return STATE.ranks[name]
+
+
+def size(name: str, by_hand: str | None = None) -> int:
+    """Number of ranks in a group, unless set by hand."""
+    if STATE.by_hand.get(by_hand) is not None:
+        return STATE.by_hand[by_hand]
+    return dist.get_world_size(group(name))
+
+
+def rank(name: str, by_hand: str | None = None) -> int:
+    """Place of this rank in a group, unless set by hand."""
+    if STATE.by_hand.get(by_hand) is not None:
+        return STATE.by_hand[by_hand]
+    return dist.get_rank(group(name))
+
+
+def size_or_zero(name: str, by_hand: str | None = None) -> int:
+    """As ``size``; 0 without torch.distributed."""
+    return size(name, by_hand) if STATE.by_hand.get(by_hand) is not None or dist.is_initialized() else 0
+
+
+def rank_or_zero(name: str, by_hand: str | None = None) -> int:
+    """As ``rank``; 0 without torch.distributed."""
+    return rank(name, by_hand) if STATE.by_hand.get(by_hand) is not None or dist.is_initialized() else 0
