@@ -1,19 +1,28 @@
-"""The wrapper that collects a model's gradients for the optimizer."""
+"""The wrapper that collects a model's gradients, and reduces them over data-parallel ranks."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from megatron.core import parallel_state
 from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
+from megatron.core.distributed.bucket_group import _ParamAndGradBucketGroup, partition_buckets
+from megatron.core.distributed.buffer_building import (
+    ReductionGroups,
+    build_buffers,
+    choose_bucket_size,
+    gradient_scaling_factors,
+    group_size,
+)
 from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
-from megatron.core.errors import NotBuiltYetError
+from megatron.core.errors import ConfigError, NotBuiltYetError
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import log_single_rank
 
@@ -21,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 # Field of the configuration -> (feature, flag) of what has no code yet.
 _NOT_BUILT = {
-    "use_distributed_optimizer": ("the distributed optimizer", "--use-distributed-optimizer"),
-    "overlap_param_gather": ("gathering parameters during forward", "--overlap-param-gather"),
     "fp8_param_gather": ("gathering parameters in fp8", "--fp8-param-gather"),
     "use_custom_fsdp": ("fully sharded data parallelism", "--use-custom-fsdp"),
 }
@@ -32,25 +39,35 @@ _ADDITION_PIECE = 1 << 20
 
 
 class DistributedDataParallel(_BaseDataParallel):
-    """Adds the gradients of all micro-batches of a step up in contiguous buffers.
+    """Adds gradients of all micro-batches of a step up in contiguous buffers and reduces them over ranks.
 
     After backward a parameter's gradient is in ``param.main_grad`` and ``param.grad`` is None. A layer that
     adds its weight gradient into ``main_grad`` itself says so by ``param.grad_added_to_main_grad = True``;
     what autograd delivers for that parameter is ignored then, unless the layer also set
-    ``param.zero_out_wgrad``.
+    ``param.zero_out_wgrad``. A layer that does so after backward calls ``param.gradient_ready()``.
+
+    After :meth:`finish_grad_sync` gradients are means over all data x context ranks (sums with
+    ``config.calculate_per_token_loss``): everywhere in the buffers, or, with the distributed optimizer, in
+    this rank's shard of each bucket, and meaningless elsewhere.
+
+    With ``overlap_grad_reduce`` a bucket is reduced as soon as the last of its gradients arrives in the
+    micro-batch that runs outside :meth:`no_sync`. With ``overlap_param_gather`` the parameters that the
+    optimizer changed are gathered while forward runs: each module waits for its own, and starts the gathering
+    of the next ones.
 
     Args:
         config: of the model.
         ddp_config: settings of this wrapper.
         module: the model, on its device, with its final types.
-        disable_bucketing: reduce all gradients at once (with one data-parallel rank there is nothing to
-            reduce).
+        disable_bucketing: reduce all gradients at once.
 
     Attributes:
-        buffers: gradients, one buffer per (parameter type, gradient type).
+        buffers, bucket_groups: of dense parameters; one buffer per (parameter type, gradient type).
+        expert_parallel_buffers, expert_parallel_bucket_groups: of parameters with ``allreduce = False``.
 
     Raises:
-        NotBuiltYetError: several data-parallel ranks, or a setting whose code does not exist yet.
+        NotBuiltYetError: a setting whose code does not exist yet.
+        ConfigError: settings that contradict each other.
     """
 
     def __init__(
@@ -61,97 +78,199 @@ class DistributedDataParallel(_BaseDataParallel):
         disable_bucketing: bool = False,
     ):
         super().__init__(config=config, module=module)
-        _refuse_what_is_not_built(ddp_config)
+        _check(ddp_config)
         if has_config_logger_enabled(config):
             log_config_to_disk(config, {"ddp_config": ddp_config}, prefix="DistributedDataParallel")
         log_single_rank(logger, logging.INFO, "data parallelism: %s", ddp_config)
         self.ddp_config = ddp_config
         self.disable_bucketing = disable_bucketing
+        self.overlap_param_gather_with_optimizer_step = False
         self.is_last_microbatch = True
-        self._grads_checked = False
         self._params = [param for param in module.parameters() if param.requires_grad]
-        self.buffers = _build_buffers(self._params, ddp_config.grad_reduce_in_fp32)
-        self._hooks = [param.register_post_accumulate_grad_hook(_add_to_main_grad) for param in self._params]
+        self._build_buffers()
+        self._group_of = {param: group for group in self._groups() for param in group.params}
+        hook = _add_and_announce if ddp_config.overlap_grad_reduce else _add_to_main_grad
+        for param in self._params:
+            param.gradient_ready = functools.partial(self._group_of[param].register_grad_ready, param)
+            param.register_post_accumulate_grad_hook(hook)
         self._reset_flags()
+        self._forward_hooks: list[torch.utils.hooks.RemovableHandle] = []
+        if ddp_config.overlap_param_gather:
+            self.enable_forward_pre_hook()
+
+    def _build_buffers(self) -> None:
+        groups = ReductionGroups.of_this_run()
+        ranks = group_size(groups.dense)
+        dense_factor, expert_factor = gradient_scaling_factors(
+            self.ddp_config, self.config.calculate_per_token_loss, groups
+        )
+        bucket_size = choose_bucket_size(self.ddp_config, self.disable_bucketing, ranks)
+        named = [
+            (index, name, param)
+            for index, (name, param) in enumerate(self.module.named_parameters())
+            if param.requires_grad
+        ]
+        dense = [entry for entry in named if getattr(entry[2], "allreduce", True)]
+        expert = [entry for entry in named if not getattr(entry[2], "allreduce", True)]
+        self.buffers = build_buffers(dense, self.ddp_config, groups.dense, bucket_size, dense_factor)
+        self.expert_parallel_buffers = build_buffers(
+            expert, self.ddp_config, groups.expert, bucket_size, expert_factor
+        )
+        self.bucket_groups = partition_buckets(self.buffers, self.disable_bucketing)
+        self.expert_parallel_bucket_groups = partition_buckets(
+            self.expert_parallel_buffers, self.disable_bucketing
+        )
+
+    def _groups(self) -> list[_ParamAndGradBucketGroup]:
+        return self.bucket_groups + self.expert_parallel_bucket_groups
+
+    def _all_buffers(self) -> list[_ParamAndGradBuffer]:
+        return self.buffers + self.expert_parallel_buffers
+
+    # --- gradients ------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Context of all micro-batches but the last."""
-        self.is_last_microbatch = False
+        self._set_last_microbatch(False)
         try:
             yield
         finally:
-            self.is_last_microbatch = True
+            self._set_last_microbatch(True)
+
+    def _set_last_microbatch(self, is_last: bool) -> None:
+        self.is_last_microbatch = is_last
+        for group in self._groups():
+            group.is_last_microbatch = is_last
 
     def start_grad_sync(self, *unused: Any) -> None:
-        """Checks the gradients as configured; a single data-parallel rank has nothing to reduce.
+        """Starts to reduce all gradients that are not being reduced yet; checks them first, as configured.
 
         Raises:
             TrainingError: NaN or Inf among them.
         """
-        check_nan, check_large = self.ddp_config.check_for_nan_in_grad, self.ddp_config.check_for_large_grads
-        if check_nan or check_large:
-            for buffer in self.buffers:
-                buffer.check_grads(check_nan, check_large)
-        self._grads_checked = True
+        for group in self._groups():
+            group.start_grad_sync()
 
     def finish_grad_sync(self) -> None:
-        """Makes sure that :meth:`start_grad_sync` has been done for this step."""
-        if not self._grads_checked:
-            self.start_grad_sync()
-        self._grads_checked = False
+        """Waits until all gradients are reduced; starts what has not been started in this step."""
+        for group in self._groups():
+            group.start_grad_sync()
+        for group in self._groups():
+            group.finish_grad_sync()
 
     def scale_gradients(self, scaling_factor: float | Tensor) -> None:
         """Multiplies all gradients by a number or a 0-dim tensor."""
-        for buffer in self.buffers:
+        for buffer in self._all_buffers():
             buffer.scale_gradients(scaling_factor)
 
     def zero_grad_buffer(self) -> None:
         """Sets all gradients to zero, for a new step."""
-        for buffer in self.buffers:
+        for group in self._groups():
+            group.reset()
+        for buffer in self._all_buffers():
             buffer.reset()
-        self._grads_checked = False
         self._reset_flags()
-
-    def broadcast_params(self) -> None:
-        """Nothing to do: the only data-parallel rank is the first."""
 
     def _reset_flags(self) -> None:
         for param in self._params:
             param.grad_added_to_main_grad = False
 
+    # --- parameters -----------------------------------------------------------------------------------------
 
-def _refuse_what_is_not_built(ddp_config: DistributedDataParallelConfig) -> None:
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Calls the wrapped module with the parameters after the last step."""
+        if self.ddp_config.overlap_param_gather and not self._forward_hooks:
+            self._finish_params()
+        return self.module(*inputs, **kwargs)
+
+    def enable_forward_pre_hook(self) -> None:
+        """Makes every module wait for its parameters, and start the gathering of the next ones.
+
+        Raises:
+            ConfigError: without ``overlap_param_gather`` there is nothing to wait for.
+        """
+        if not self.ddp_config.overlap_param_gather:
+            raise ConfigError("parameters are gathered in the optimizer's step: set overlap_param_gather")
+        if self._forward_hooks:
+            return
+        for module in self.module.modules():
+            params = [param for param in module.parameters(recurse=False) if param.requires_grad]
+            groups = list(dict.fromkeys(self._group_of[param] for param in params))
+            if groups:
+                hook = functools.partial(_wait_for_params, groups)
+                self._forward_hooks.append(module.register_forward_pre_hook(hook))
+
+    def disable_forward_pre_hook(self, param_sync: bool = True) -> None:
+        """Removes the hooks; with ``param_sync`` all parameters are those after the last step on return."""
+        for handle in self._forward_hooks:
+            handle.remove()
+        self._forward_hooks.clear()
+        if param_sync:
+            self._finish_params()
+
+    def _finish_params(self) -> None:
+        for group in reversed(self._groups()):
+            if group.awaits_params:
+                group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+    def start_param_sync(self, *unused: Any, force_sync: bool = False, force_dispatch: bool = False) -> None:
+        """Gathers parameters from the shards of all ranks.
+
+        With ``overlap_param_gather`` this starts the gathering of what the optimizer has changed, and forward
+        waits for it; without, or with ``force_sync``, all parameters are gathered on return.
+
+        Args:
+            force_sync: gather everything, changed or not, and wait.
+            force_dispatch: start with everything, changed or not.
+        """
+        only_changed = self.ddp_config.overlap_param_gather and not (force_sync or force_dispatch)
+        for group in reversed(self._groups()):
+            if group.awaits_params or not only_changed:
+                group.start_param_sync(force_sync)
+
+    def broadcast_params(self) -> None:
+        """Gives all data-parallel ranks the parameters of the first one."""
+        for buffer in self._all_buffers():
+            group = buffer.data_parallel_group
+            if group_size(group) == 1:
+                continue
+            source = dist.get_global_rank(group, 0)
+            whole = (
+                [param.data for param in buffer.params] if buffer.param_data is None else [buffer.param_data]
+            )
+            for values in whole:
+                dist.broadcast(values, src=source, group=group)
+
+
+def _check(ddp_config: DistributedDataParallelConfig) -> None:
     for field, (feature, flag) in _NOT_BUILT.items():
         if getattr(ddp_config, field):
             raise NotBuiltYetError(feature, flag, f"Leave {flag} out.")
-    if parallel_state.is_initialized():
-        ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-        if ranks > 1:
-            raise NotBuiltYetError(
-                f"reducing gradients over {ranks} data-parallel ranks", None, "Start one process."
-            )
-
-
-def _build_buffers(params: list[torch.nn.Parameter], grads_in_fp32: bool) -> list[_ParamAndGradBuffer]:
-    """One buffer per pair of types, in order of first appearance."""
-    by_types: dict[tuple[torch.dtype, torch.dtype], list[torch.nn.Parameter]] = {}
-    for param in params:
-        grad_dtype = torch.float32 if grads_in_fp32 else param.dtype
-        by_types.setdefault((param.dtype, grad_dtype), []).append(param)
-    buffers = []
-    for (param_dtype, grad_dtype), members in by_types.items():
-        buffers.append(_ParamAndGradBuffer(param_dtype, grad_dtype, members))
-        log_single_rank(
-            logger,
-            logging.INFO,
-            "gradient buffer: %d elements of %s for %d parameters of %s",
-            buffers[-1].numel,
-            grad_dtype,
-            len(members),
-            param_dtype,
+    if ddp_config.num_distributed_optimizer_instances > 1:
+        raise NotBuiltYetError(
+            "several copies of the sharded optimizer state",
+            "--num-distributed-optimizer-instances",
+            "Leave it at 1.",
         )
-    return buffers
+    if ddp_config.overlap_param_gather and not ddp_config.use_distributed_optimizer:
+        raise ConfigError(
+            "overlap_param_gather gathers what the distributed optimizer has sharded: add "
+            "--use-distributed-optimizer, or leave --overlap-param-gather out"
+        )
+
+
+def _wait_for_params(groups: list[_ParamAndGradBucketGroup], *unused: Any) -> None:
+    """Hook that runs before a module's forward."""
+    for group in groups:
+        if group.awaits_params:
+            group.finish_param_sync()
+
+
+def _add_and_announce(param: torch.nn.Parameter) -> None:
+    """The same hook for gradients that are reduced behind backward."""
+    _add_to_main_grad(param)
+    param.gradient_ready()
 
 
 @torch.no_grad()

@@ -1,30 +1,138 @@
 """The last word on gradients, between backward and the optimizer's step."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from megatron.core import accelerator, parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_model_config
+
+# Norms of single heads: replicated, but every tensor-parallel rank applies them to heads of its own.
+_HEAD_NORMS = ("q_layernorm", "k_layernorm")
 
 
 def finalize_model_grads(model: list[torch.nn.Module], num_tokens: Tensor | None = None) -> None:
     """Finishes the reduction of every chunk's gradients and, with ``num_tokens``, makes them a mean per
     token.
 
+    In order: data-parallel reduction; sums over tensor-parallel ranks of what each of them computed from a
+    part of the sequence, or from its heads; sums over the copies of tied embeddings; division by tokens.
+
     Args:
-        model: DDP-wrapped chunks.
-        num_tokens: tokens that count in the loss of this step (one integer), or None if gradients are
-            averaged already.
+        model: DDP-wrapped chunks of this rank.
+        num_tokens: tokens that count in the loss of this rank's micro-batches (one integer, of all its
+            context-parallel ranks together, as the loss function reports them), right on the last pipeline
+            stage; or None if gradients are averaged already.
 
     Raises:
         TrainingError: NaN or Inf among the gradients, if the chunks check for that.
     """
-    timers = model[0].config.timers
-    if timers is not None:
-        timers("all-grads-sync", log_level=1).start(barrier=model[0].config.barrier_with_L1_time)
-    for chunk in model:
-        chunk.finish_grad_sync()
-    if timers is not None:
-        timers("all-grads-sync").stop()
+    config = get_model_config(model[0])
+    with _timed(config, "all-grads-sync"):
+        for chunk in model:
+            chunk.finish_grad_sync()
+    if parallel_state.model_parallel_is_initialized():
+        with _timed(config, "layernorm-grads-all-reduce"):
+            _allreduce_layernorm_grads(model, config)
+        with _timed(config, "embedding-grads-all-reduce"):
+            _allreduce_word_embedding_grads(model, config)
+            _allreduce_position_embedding_grads(model, config)
     if num_tokens is not None:
         # Without any token the gradients are zero, and stay so.
-        mean = 1.0 / num_tokens.clamp(min=1).float().squeeze()
+        mean = 1.0 / _sum_tokens(num_tokens).clamp(min=1).float()
         for chunk in model:
             chunk.scale_gradients(mean)
+
+
+def _allreduce_layernorm_grads(model: list[torch.nn.Module], config: TransformerConfig) -> None:
+    """Sums over tensor-parallel ranks, as one message, gradients that each computed from other activations.
+
+    Those of parameters marked ``sequence_parallel`` (norms and biases behind a split sequence), and of the
+    norms of single heads.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() == 1 or not (config.sequence_parallel or config.qk_layernorm):
+        return
+    grads = [
+        param.main_grad
+        for chunk in model
+        for name, param in chunk.named_parameters()
+        if param.requires_grad
+        and (
+            getattr(param, "sequence_parallel", False) or any(part in _HEAD_NORMS for part in name.split("."))
+        )
+    ]
+    for dtype in dict.fromkeys(grad.dtype for grad in grads):
+        members = [grad for grad in grads if grad.dtype == dtype]
+        # Flat, because a model has many of them and each is tiny.
+        flat = torch.cat([grad.view(-1) for grad in members])
+        dist.all_reduce(flat, group=group)
+        pieces = flat.split([grad.numel() for grad in members])
+        torch._foreach_copy_(members, [p.view_as(g) for p, g in zip(pieces, members, strict=True)])
+
+
+def _allreduce_word_embedding_grads(model: list[torch.nn.Module], config: TransformerConfig) -> None:
+    """Sums the gradients of a tied embedding's copies on the first and the last stage."""
+    if not parallel_state.is_rank_in_embedding_group(ignore_virtual=True):
+        return
+    group = parallel_state.get_embedding_group()
+    if group.size() == 1:
+        return
+    is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+    is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    chunk = model[-1] if is_last and not is_first else model[0]
+    model_itself = _innermost(chunk)
+    if getattr(model_itself, "share_embeddings_and_output_weights", False):
+        dist.all_reduce(model_itself.shared_embedding_or_output_weight().main_grad, group=group)
+
+
+def _allreduce_position_embedding_grads(model: list[torch.nn.Module], config: TransformerConfig) -> None:
+    """Sums the gradients of position embeddings that several stages hold."""
+    if not parallel_state.is_rank_in_position_embedding_group():
+        return
+    group = parallel_state.get_position_embedding_group()
+    if group.size() == 1:
+        return
+    table = getattr(getattr(_innermost(model[0]), "embedding", None), "position_embeddings", None)
+    if table is not None:
+        dist.all_reduce(table.weight.main_grad, group=group)
+
+
+def _innermost(chunk: torch.nn.Module) -> torch.nn.Module:
+    """The model inside all wrappers."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _sum_tokens(num_tokens: Tensor) -> Tensor:
+    """``num_tokens`` of all data-parallel ranks together, 0-dim on the device.
+
+    Not summed over context-parallel ranks: the loss function has done that.
+    """
+    total = num_tokens.detach().to(accelerator.current_device(), torch.int64, copy=True).reshape(())
+    if parallel_state.model_parallel_is_initialized():
+        pipeline = parallel_state.get_pipeline_model_parallel_group()
+        if pipeline.size() > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(total, src=last, group=pipeline)
+        data = parallel_state.get_data_parallel_group()
+        if data.size() > 1:
+            dist.all_reduce(total, group=data)
+    return total
+
+
+@contextlib.contextmanager
+def _timed(config: TransformerConfig, name: str) -> Iterator[None]:
+    """Times the block under ``name`` (level 1) if the configuration carries timers."""
+    if config.timers is None:
+        yield
+        return
+    timer = config.timers(name, log_level=1)
+    timer.start(barrier=config.barrier_with_L1_time)
+    yield
+    timer.stop()

@@ -2,6 +2,7 @@
 
 from megatron.core.optimizer.adamw import Adam
 from megatron.core.optimizer.builder import get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler
 from megatron.core.optimizer.optimizer import (
     ChainedOptimizer,

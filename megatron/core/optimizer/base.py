@@ -44,6 +44,8 @@ class MegatronOptimizer(ABC):
         self.config = config
         self.init_state_fn = init_state_fn
         self.is_stub_optimizer = False
+        # Ranks that hold the other parts of what this optimizer updates; None for all of the model.
+        self.grad_stats_parallel_group: dist.ProcessGroup | None = None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -80,11 +82,20 @@ class MegatronOptimizer(ABC):
 
     @abstractmethod
     def prepare_grads(self) -> bool:
-        """Brings the model's gradients, unscaled, to the parameters of the torch optimizer.
+        """Brings the model's gradients, unscaled, to the parameters of the torch optimizer, and updates the
+        loss scale.
 
         Returns:
             True if they overflowed and the step must be skipped.
         """
+
+    @abstractmethod
+    def unscale_grads(self) -> bool:
+        """The first half of :meth:`prepare_grads`: all of it but the loss scale's update."""
+
+    @abstractmethod
+    def update_loss_scale(self, found_inf: bool) -> None:
+        """The second half: tells the loss scale whether gradients overflowed."""
 
     @abstractmethod
     def step_with_ready_grads(self) -> bool:
@@ -104,6 +115,8 @@ class MegatronOptimizer(ABC):
 
     def get_grad_stats_parallel_group(self) -> dist.ProcessGroup | None:
         """Ranks that hold the other parts of the model; None before process groups exist."""
+        if self.grad_stats_parallel_group is not None:
+            return self.grad_stats_parallel_group
         if not parallel_state.model_parallel_is_initialized():
             return None
         return parallel_state.get_model_parallel_group()

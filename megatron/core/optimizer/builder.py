@@ -2,15 +2,19 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from megatron.core import parallel_state
 from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
 from megatron.core.errors import ConfigError, NotBuiltYetError
 from megatron.core.optimizer.adamw import Adam, create_adam_state
 from megatron.core.optimizer.base import MegatronOptimizer
 from megatron.core.optimizer.chained import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.fp32 import FP32Optimizer
 from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler, MegatronGradScaler
 from megatron.core.optimizer.mixed_precision import Float16OptimizerWithFloat16Params
@@ -23,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 # Field of the configuration -> flag that sets it, of features whose code does not exist yet.
 _NOT_BUILT = {
-    "use_distributed_optimizer": ("the distributed optimizer", "--use-distributed-optimizer"),
     "use_precision_aware_optimizer": ("the precision-aware optimizer", "--use-precision-aware-optimizer"),
     "overlap_param_gather_with_optimizer_step": (
         "gathering parameters during the optimizer step",
@@ -48,11 +51,15 @@ def get_megatron_optimizer(
         model_chunks: the model, or its pipeline chunks.
         no_weight_decay_cond: (name, parameter) -> True for no weight decay; default biases and 1-D tensors.
         scale_lr_cond: (name, parameter) -> True for a rate multiplied by ``lr_mult``; default none.
-        use_gloo_process_groups: collect sharded state over host memory (there is none to collect yet).
+        use_gloo_process_groups: collect sharded state over host memory; on the device otherwise.
+
+    Returns:
+        A chain of one member for dense parameters and, with expert parallelism, one for expert parameters.
 
     Raises:
         NotBuiltYetError: a setting whose code does not exist yet.
-        ConfigError: no learning rate, or a model without trainable parameters.
+        ConfigError: no learning rate, a model without trainable parameters, or chunks that were wrapped
+            without what ``config`` wants of them.
     """
     for field, (feature, flag) in _NOT_BUILT.items():
         if getattr(config, field):
@@ -76,23 +83,94 @@ def get_megatron_optimizer(
         raise ConfigError(
             "the model has no parameter that requires a gradient: unfreeze some, or do not train it"
         )
-    if any(group["is_expert_parallel"] for group in groups):
-        raise NotBuiltYetError("an optimizer for expert-parallel parameters", "--expert-model-parallel-size")
-    return ChainedOptimizer([_build_member(config, groups)])
+    members = []
+    for is_expert in (False, True):
+        chosen = [group for group in groups if group["is_expert_parallel"] is is_expert]
+        if chosen:
+            collects_on_host = config.use_distributed_optimizer and use_gloo_process_groups
+            places = _Places.of(model_chunks, is_expert, collects_on_host)
+            members.append(_build_member(config, chosen, model_chunks, places))
+    return ChainedOptimizer(members)
 
 
-def _build_member(config: OptimizerConfig, groups: list[dict[str, Any]]) -> MegatronOptimizer:
+@dataclass(frozen=True)
+class _Places:
+    """Where the dense, or the expert, parameters and their gradients are."""
+
+    buffers: dict[int, list[Any]]
+    """DDP buffers by number of the chunk; empty lists for chunks that are not wrapped."""
+    data_group: dist.ProcessGroup | None
+    data_group_gloo: dist.ProcessGroup | None
+    model_group: dist.ProcessGroup | None
+
+    @classmethod
+    def of(cls, model_chunks: list[torch.nn.Module], is_expert: bool, use_gloo: bool) -> "_Places":
+        name = "expert_parallel_buffers" if is_expert else "buffers"
+        # Unwrapped modules have buffers() of torch's.
+        buffers = {
+            number: getattr(chunk, name) if hasattr(chunk, "ddp_config") else []
+            for number, chunk in enumerate(model_chunks)
+        }
+        if not parallel_state.model_parallel_is_initialized():
+            return cls(buffers, None, None, None)
+        if is_expert:
+            gloo = parallel_state.get_expert_data_parallel_group_gloo() if use_gloo else None
+            data_group = parallel_state.get_expert_data_parallel_group()
+            model_group = parallel_state.get_expert_tensor_model_pipeline_parallel_group()
+        else:
+            whole = {"with_context_parallel": True}
+            gloo = parallel_state.get_data_parallel_group_gloo(**whole) if use_gloo else None
+            data_group = parallel_state.get_data_parallel_group(**whole)
+            model_group = parallel_state.get_model_parallel_group()
+        return cls(buffers, data_group, gloo, model_group)
+
+
+def _build_member(
+    config: OptimizerConfig,
+    groups: list[dict[str, Any]],
+    model_chunks: list[torch.nn.Module],
+    places: _Places,
+) -> MegatronOptimizer:
     """The optimizer of one set of param groups."""
     torch_optimizer, create_state = _build_torch_optimizer(config, groups)
     for group in torch_optimizer.param_groups:
         # What a scheduler would write at once; without one the multipliers must count as well.
         group["lr"] = group["max_lr"] * group["lr_mult"]
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
-    if config.fp16 or config.bf16:
-        return Float16OptimizerWithFloat16Params(
-            torch_optimizer, config, _build_grad_scaler(config), create_state
+    is_half = config.fp16 or config.bf16
+    scaler = _build_grad_scaler(config) if is_half else None
+    if config.use_distributed_optimizer:
+        _check_buffers(model_chunks)
+        return DistributedOptimizer(
+            torch_optimizer,
+            config,
+            scaler,
+            create_state,
+            model_chunks,
+            places.buffers,
+            places.data_group,
+            places.data_group_gloo,
+            0 if places.model_group is None else places.model_group.rank(),
+            0,
         )
-    return FP32Optimizer(torch_optimizer, config, create_state)
+    member: MegatronOptimizer
+    if is_half:
+        member = Float16OptimizerWithFloat16Params(torch_optimizer, config, scaler, create_state)
+    else:
+        member = FP32Optimizer(torch_optimizer, config, create_state)
+    member.grad_stats_parallel_group = places.model_group
+    return member
+
+
+def _check_buffers(model_chunks: list[torch.nn.Module]) -> None:
+    """The distributed optimizer works on the buffers that the wrapper made for it."""
+    for number, chunk in enumerate(model_chunks):
+        ddp_config = getattr(chunk, "ddp_config", None)
+        if ddp_config is None or not ddp_config.use_distributed_optimizer:
+            raise ConfigError(
+                f"use_distributed_optimizer: model chunk {number} is not wrapped for it; wrap it by "
+                "DistributedDataParallel with DistributedDataParallelConfig(use_distributed_optimizer=True)"
+            )
 
 
 def _build_torch_optimizer(

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.core.errors import CheckpointError
+from megatron.core.errors import CheckpointError, ConfigError
 from megatron.core.optimizer.base import MegatronOptimizer
 
 
@@ -73,9 +73,19 @@ class ChainedOptimizer(MegatronOptimizer):
         return ProxyDict([member.state for member in self.chained_optimizers])
 
     def prepare_grads(self) -> bool:
-        # All members, also after an overflow: each has a loss scale to update.
-        overflows = [member.prepare_grads() for member in self.chained_optimizers]
+        found_inf = self.unscale_grads()
+        self.update_loss_scale(found_inf)
+        return found_inf
+
+    def unscale_grads(self) -> bool:
+        # All members, also after an overflow: each takes part in collectives of its own.
+        overflows = [member.unscale_grads() for member in self.chained_optimizers]
         return any(overflows)
+
+    def update_loss_scale(self, found_inf: bool) -> None:
+        # All alike: there is one loss, scaled by the first member's.
+        for member in self.chained_optimizers:
+            member.update_loss_scale(found_inf)
 
     def step_with_ready_grads(self) -> bool:
         successes = [member.step_with_ready_grads() for member in self.chained_optimizers]
@@ -134,3 +144,53 @@ class ChainedOptimizer(MegatronOptimizer):
             )
         for member, member_state in zip(self.chained_optimizers, saved, strict=True):
             member.load_state_dict(member_state)
+
+    # --- sharded state --------------------------------------------------------------------------------------
+
+    def get_parameter_state_dp_zero(self) -> Any:
+        """State of an only member as it is, of several as a list; see :class:`DistributedOptimizer`.
+
+        Parts are None on ranks that are not the first of their data-parallel group.
+        """
+        states = [member.get_parameter_state_dp_zero() for member in self._sharded_members()]
+        return states[0] if len(states) == 1 else states
+
+    def load_parameter_state_from_dp_zero(
+        self, state_dict: Any, *, update_legacy_format: bool = False
+    ) -> None:
+        """Takes what :meth:`get_parameter_state_dp_zero` gave; None on ranks that have nothing to hand out.
+
+        Raises:
+            CheckpointError: it was saved with other buffers, or another number of members.
+        """
+        members = self._sharded_members()
+        if len(members) == 1 and not isinstance(state_dict, list):
+            state_dict = [state_dict]
+        states = [None] * len(members) if state_dict is None else state_dict
+        if not isinstance(states, list) or len(states) != len(members):
+            raise CheckpointError(
+                f"the distributed optimizer's state is not of {len(members)} chained optimizers, as this run "
+                "has: resume with the expert-parallel flags of the saved run, or pass --no-load-optim"
+            )
+        for member, state in zip(members, states, strict=True):
+            member.load_parameter_state_from_dp_zero(state, update_legacy_format=update_legacy_format)
+
+    def save_parameter_state(self, filename: str) -> None:
+        """Writes ``distrib_optim.pt`` from the ranks that collect state; all ranks must call it."""
+        state = self.get_parameter_state_dp_zero()
+        if any(part is not None for part in (state if isinstance(state, list) else [state])):
+            torch.save(state, filename)
+
+    def load_parameter_state(self, filename: str, *, update_legacy_format: bool = False) -> None:
+        """Reads what :meth:`save_parameter_state` wrote and distributes it."""
+        is_first = [member.collects_state for member in self._sharded_members()]
+        state = torch.load(filename, map_location="cpu", weights_only=True) if any(is_first) else None
+        self.load_parameter_state_from_dp_zero(state, update_legacy_format=update_legacy_format)
+
+    def _sharded_members(self) -> list[MegatronOptimizer]:
+        if not self.config.use_distributed_optimizer:
+            raise ConfigError(
+                "only the distributed optimizer has sharded state to save or load: add "
+                "--use-distributed-optimizer"
+            )
+        return self.chained_optimizers

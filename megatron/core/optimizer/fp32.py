@@ -11,11 +11,17 @@ class FP32Optimizer(MegatronOptimizer):
     """No copies, no loss scale."""
 
     def prepare_grads(self) -> bool:
+        return self.unscale_grads()
+
+    def unscale_grads(self) -> bool:
         with timed(self.config, "optimizer-copy-to-main-grad"):
             for param in self.get_parameters():
                 if hasattr(param, "main_grad"):
                     param.grad = param.main_grad
         return False
+
+    def update_loss_scale(self, found_inf: bool) -> None:
+        """There is no loss scale."""
 
     def step_with_ready_grads(self) -> bool:
         with timed(self.config, "optimizer-inner-step"):

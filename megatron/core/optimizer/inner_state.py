@@ -35,7 +35,7 @@ def load_inner_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) ->
     for own_index, (param, index) in enumerate(zip(params, saved_indices, strict=True)):
         if index in saved["state"]:
             state[own_index] = _copy_entry(saved["state"][index], param, counts.get(index))
-    groups = [_merge_group(own, group) for own, group in zip(own_groups, saved["param_groups"], strict=True)]
+    groups = [merge_group(own, group) for own, group in zip(own_groups, saved["param_groups"], strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -84,8 +84,8 @@ def _copy_entry(entry: dict[str, Any], param: torch.Tensor, group_step: float | 
     return copied
 
 
-def _merge_group(own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """Saved hyper-parameters over this run's, under this run's parameter numbers."""
+def merge_group(own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """Saved hyper-parameters of a group over this run's, with this run's parameters."""
     kept = {key: value for key, value in saved.items() if key not in _FUSED_ADAM_KEYS}
     here = {key: own[key] for key in ("params", *_IMPLEMENTATION_KEYS) if key in own}
     return {**own, **kept, **here}

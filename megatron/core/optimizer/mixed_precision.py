@@ -49,14 +49,21 @@ class MixedPrecisionOptimizer(MegatronOptimizer):
         self._copy_model_params_to_main_params()
 
     def prepare_grads(self) -> bool:
+        found_inf = self.unscale_grads()
+        self.update_loss_scale(found_inf)
+        return found_inf
+
+    def unscale_grads(self) -> bool:
         with timed(self.config, "optimizer-copy-to-main-grad"):
             self._copy_model_grads_to_main_grads()
         if self.grad_scaler is None:
             return False
         with timed(self.config, "optimizer-unscale-and-check-inf"):
-            found_inf = self._unscale_main_grads_and_check_for_nan()
-        self.grad_scaler.update(found_inf)
-        return found_inf
+            return self._unscale_main_grads_and_check_for_nan()
+
+    def update_loss_scale(self, found_inf: bool) -> None:
+        if self.grad_scaler is not None:
+            self.grad_scaler.update(found_inf)
 
     def step_with_ready_grads(self) -> bool:
         with timed(self.config, "optimizer-inner-step"):
@@ -71,6 +78,16 @@ class MixedPrecisionOptimizer(MegatronOptimizer):
         found_inf = unscale_and_check(grads, self.grad_scaler.inv_scale)
         reduce_over(found_inf, dist.ReduceOp.MAX, self.get_grad_stats_parallel_group())
         return found_inf.item() > 0
+
+    def _load_scale(self, saved: dict[str, Any] | None) -> None:
+        if self.grad_scaler is None or not self.grad_scaler.state_dict():
+            return
+        if saved:
+            self.grad_scaler.load_state_dict(saved)
+        else:
+            logger.warning(
+                "the checkpoint has no loss scale: starting from %s", self.grad_scaler.scale.item()
+            )
 
     @abstractmethod
     def _copy_model_grads_to_main_grads(self) -> None:
@@ -196,22 +213,17 @@ class Float16OptimizerWithFloat16Params(MixedPrecisionOptimizer):
                     main_param.copy_(saved)
         self._load_scale(state_dict.get("grad_scaler"))
 
-    def _load_scale(self, saved: dict[str, Any] | None) -> None:
-        if self.grad_scaler is None or not self.grad_scaler.state_dict():
-            return
-        if saved:
-            self.grad_scaler.load_state_dict(saved)
-        else:
-            logger.warning(
-                "the checkpoint has no loss scale: starting from %s", self.grad_scaler.scale.item()
-            )
-
 
 def _make_main_param(param: torch.nn.Parameter) -> Tensor:
     """The fp32 copy of ``param``, with the attributes that statistics look at."""
     main_param = param.detach().clone().float()
+    copy_attributes(main_param, param)
+    param.main_param = main_param
+    return main_param
+
+
+def copy_attributes(main_param: Tensor, param: torch.nn.Parameter) -> None:
+    """Gives a main parameter what statistics ask of the model's."""
     for name in _COPIED_ATTRIBUTES:
         if hasattr(param, name):
             setattr(main_param, name, getattr(param, name))
-    param.main_param = main_param
-    return main_param

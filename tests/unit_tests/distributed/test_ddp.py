@@ -1,17 +1,18 @@
 """The gradient wrapper on one process."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     distributed_data_parallel,
     finalize_model_grads,
 )
-from megatron.core.errors import NotBuiltYetError, TrainingError
+from megatron.core.errors import ConfigError, NotBuiltYetError, TrainingError
 from megatron.core.rerun_state_machine import destroy_rerun_state_machine
 from megatron.core.timers import Timers
 from megatron.core.transformer.module import MegatronModule
@@ -100,7 +101,7 @@ def test_gradients_are_contiguous_in_reverse_order() -> None:
     assert buffer.grad_data.shape == (sum(param.numel() for param in trainable),)
     offset = 0
     for param in reversed(trainable):
-        assert buffer.param_index_map[param] == (offset, offset + param.numel())
+        assert buffer.param_index_map[param] == (offset, offset + param.numel(), 0)
         assert param.main_grad.data_ptr() == buffer.grad_data[offset:].data_ptr()
         assert param.main_grad.shape == param.shape
         offset += param.numel()
@@ -202,7 +203,7 @@ def test_bad_gradients_stop_the_run(bad: float, word: str, start_early: bool) ->
 def test_gradients_are_checked_once_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(check_for_nan_in_grad=True)
     checks = []
-    monkeypatch.setattr(model.buffers[0], "check_grads", lambda *which: checks.append(which))
+    monkeypatch.setattr(model.bucket_groups[0], "check_grads", lambda *which: checks.append(which))
     for _ in range(2):
         model.zero_grad_buffer()
         model.start_grad_sync()
@@ -235,20 +236,23 @@ def test_finalize_averages_over_tokens(tokens: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "flag"),
+    ("settings", "error", "word"),
     [
-        ({"use_distributed_optimizer": True}, "--use-distributed-optimizer"),
-        ({"overlap_param_gather": True}, "--overlap-param-gather"),
-        ({"use_custom_fsdp": True}, "--use-custom-fsdp"),
+        ({"fp8_param_gather": True}, NotBuiltYetError, "--fp8-param-gather"),
+        ({"use_custom_fsdp": True}, NotBuiltYetError, "--use-custom-fsdp"),
+        ({"num_distributed_optimizer_instances": 2}, NotBuiltYetError, "--num-distributed-optimizer-inst"),
+        ({"overlap_param_gather": True}, ConfigError, "--use-distributed-optimizer"),
     ],
 )
-def test_what_is_not_built_says_so(settings: dict[str, bool], flag: str) -> None:
-    with pytest.raises(NotBuiltYetError, match=flag):
+def test_what_cannot_be_says_so(settings: dict[str, Any], error: type[Exception], word: str) -> None:
+    with pytest.raises(error, match=word):
         make(**settings)
 
 
-def test_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel_state, "is_initialized", lambda: True)
-    monkeypatch.setattr(parallel_state, "get_data_parallel_world_size", lambda **kwargs: 2)
-    with pytest.raises(NotBuiltYetError, match="2 data-parallel ranks"):
-        make()
+def test_means_over_ranks_and_sums_of_tokens_exclude_each_other() -> None:
+    config = make_config()
+    config.calculate_per_token_loss = True
+    with pytest.raises(ConfigError, match="--calculate-per-token-loss"):
+        DistributedDataParallel(
+            config, DistributedDataParallelConfig(average_in_collective=True), Toy(config, torch.float32)
+        )

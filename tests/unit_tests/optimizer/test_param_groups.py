@@ -110,10 +110,9 @@ def test_settings_that_cannot_work(settings: dict, words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("settings", "flag"),
     [
-        ({"use_distributed_optimizer": True}, "--use-distributed-optimizer"),
         (
             {"use_distributed_optimizer": True, "use_precision_aware_optimizer": True},
-            "--use-distributed-optimizer",
+            "--use-precision-aware-optimizer",
         ),
         ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload"),
         (

@@ -1,0 +1,259 @@
+"""ZeRO-1 (Rajbhandari et al., arXiv:1910.02054): optimizer state and update sharded over data-parallel ranks.
+
+Every rank owns an equal slice of every bucket of the DDP buffers. Gradients arrive summed in that slice, the
+update is made on an fp32 copy of the slice's parameters, and all ranks gather the result.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.core.errors import CheckpointError
+from megatron.core.optimizer import param_state
+from megatron.core.optimizer.base import _create_nothing
+from megatron.core.optimizer.bucket_shard import BucketShard, Range
+from megatron.core.optimizer.grad_scaler import MegatronGradScaler
+from megatron.core.optimizer.inner_state import merge_group
+from megatron.core.optimizer.mixed_precision import MixedPrecisionOptimizer, copy_attributes
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
+from megatron.core.optimizer.timing import timed
+
+if TYPE_CHECKING:
+    from megatron.core.distributed.bucket_group import _ParamAndGradBucketGroup
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+
+__all__ = ["DistributedOptimizer", "Range"]
+
+
+class DistributedOptimizer(MixedPrecisionOptimizer):
+    """Updates this rank's slice of every bucket.
+
+    The torch ``optimizer`` comes with the model's parameters in its groups and gets in their place what of
+    them falls into this rank's slices, flat and in fp32. A model parameter points at its part by the
+    attribute ``main_param`` (None if nothing of it is here) and has ``main_param_sharded = True``.
+
+    Args:
+        grad_scaler: keeper of the loss scale; None for no scaling and no overflow check.
+        init_state_fn: creates the state of ``optimizer`` before its first step.
+        model_chunks: DDP-wrapped chunks whose parameters these are.
+        per_model_buffers: the buffers to update, by number of the chunk.
+        data_parallel_group: ranks that share them; None for this one alone.
+        data_parallel_group_gloo: the same ranks, for collecting state over host memory; None to collect it
+            on the device.
+        data_parallel_group_idx: number of the group among all of its kind.
+        distributed_optimizer_instance_id: number of this copy of the state; always 0.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        config: OptimizerConfig,
+        grad_scaler: MegatronGradScaler | None,
+        init_state_fn: Callable[[torch.optim.Optimizer], None] | None,
+        model_chunks: list[torch.nn.Module],
+        per_model_buffers: dict[int, list["_ParamAndGradBuffer"]],
+        data_parallel_group: dist.ProcessGroup | None,
+        data_parallel_group_gloo: dist.ProcessGroup | None,
+        data_parallel_group_idx: int,
+        distributed_optimizer_instance_id: int,
+    ):
+        super().__init__(optimizer, config, grad_scaler, init_state_fn or _create_nothing)
+        self.model_chunks = model_chunks
+        self.ddp_config = model_chunks[0].ddp_config
+        self.per_model_buffers = per_model_buffers
+        self.buffers = [buffer for buffers in per_model_buffers.values() for buffer in buffers]
+        self.data_parallel_group = data_parallel_group
+        self.data_parallel_group_gloo = data_parallel_group_gloo
+        self.data_parallel_group_idx = data_parallel_group_idx
+        self.distributed_optimizer_instance_id = distributed_optimizer_instance_id
+        rank, ranks = (
+            (0, 1)
+            if data_parallel_group is None
+            else (data_parallel_group.rank(), data_parallel_group.size())
+        )
+        self.shards = [
+            [BucketShard(buffer, bucket, rank, ranks) for bucket in buffer.buckets] for buffer in self.buffers
+        ]
+        self._shard_of = {param: shard for shard in self._all_shards() for param in shard.ranges}
+        self._main_params: dict[torch.nn.Parameter, Tensor] = {}
+        self._model_params: list[torch.nn.Parameter] = []
+        for group in optimizer.param_groups:
+            group["params"] = self._adopt(group["params"])
+        self._bucket_groups = self._find_bucket_groups()
+
+    def _all_shards(self) -> Iterator[BucketShard]:
+        return (shard for shards in self.shards for shard in shards)
+
+    def _adopt(self, params: list[torch.nn.Parameter]) -> list[Tensor]:
+        """The parts of ``params`` in this rank's slices, in fp32, with the attributes statistics look at."""
+        parts = []
+        for param in params:
+            self._model_params.append(param)
+            param.main_param, param.main_param_sharded = None, True
+            shard = self._shard_of.get(param)
+            if shard is not None:
+                main = shard.part(shard.main_data, param)
+                copy_attributes(main, param)
+                self._main_params[param] = param.main_param = main
+                parts.append(main)
+        return parts
+
+    def _find_bucket_groups(self) -> list["_ParamAndGradBucketGroup"]:
+        """Groups of this optimizer's buckets in the order of forward, the chunks' chains joined."""
+        own = {id(bucket) for buffer in self.buffers for bucket in buffer.buckets}
+        found: list[_ParamAndGradBucketGroup] = []
+        for chunk in self.model_chunks:
+            for chain in (chunk.bucket_groups, chunk.expert_parallel_bucket_groups):
+                groups = [group for group in reversed(chain) if id(group.buckets[0]) in own]
+                if found and groups:
+                    found[-1].next_param_gather_bucket_group = groups[0]
+                found += groups
+        return found
+
+    # --- the step -------------------------------------------------------------------------------------------
+
+    def get_grad_stats_parallel_group(self) -> dist.ProcessGroup | None:
+        """All ranks: each holds another slice of another part of the model."""
+        return dist.group.WORLD if dist.is_initialized() else None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for main in self._main_params.values():
+            main.grad = None
+        for param in self._model_params:
+            if set_to_none:
+                param.grad = None
+            elif param.grad is not None:
+                param.grad.detach_().zero_()
+
+    def step_with_ready_grads(self) -> bool:
+        for group in self._bucket_groups:
+            group.settle_params()
+        success = super().step_with_ready_grads()
+        with timed(self.config, "params-all-gather"):
+            self._distribute_params()
+        return success
+
+    def _distribute_params(self) -> None:
+        """Gathers the parameters, or leaves that to forward and starts with those it needs first."""
+        for group in self._bucket_groups:
+            group.mark_params_changed()
+        if not self.ddp_config.overlap_param_gather:
+            for group in self._bucket_groups:
+                group.start_param_sync()
+        elif not self.ddp_config.align_param_gather and self._bucket_groups:
+            self._bucket_groups[0].start_param_sync()
+
+    def _copy_model_grads_to_main_grads(self) -> None:
+        for shard in self._all_shards():
+            # A gradient that is fp32 already is not copied: unscaling and clipping then change the buffer.
+            grads = shard.grad_data.float()
+            for param in shard.ranges:
+                self._main_params[param].grad = shard.part(grads, param)
+
+    @torch.no_grad()
+    def _copy_main_params_to_model_params(self) -> None:
+        for shard in self._all_shards():
+            if shard.is_copy:
+                shard.model_data.copy_(shard.main_data)
+
+    @torch.no_grad()
+    def _copy_model_params_to_main_params(self) -> None:
+        for shard in self._all_shards():
+            if shard.is_copy:
+                shard.main_data.copy_(shard.model_data)
+
+    # --- state ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Hyper-parameters and the loss scale, equal on all ranks; the sharded tensors are
+        :meth:`get_parameter_state_dp_zero`'s business."""
+        steps = [float(entry["step"]) for entry in self.optimizer.state.values() if "step" in entry]
+        counted = {"step": max(steps, default=0.0)} if self.config.optimizer == "adam" else {}
+        groups = [
+            {**{key: value for key, value in group.items() if key != "params"}, **counted}
+            for group in self.param_groups
+        ]
+        state: dict[str, Any] = {"optimizer": {"param_groups": groups}}
+        if self.grad_scaler is not None:
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        inner = state_dict.get("optimizer")
+        problem = _find_mismatch(state_dict, len(self.param_groups))
+        if problem is not None:
+            raise CheckpointError(
+                f"{problem}: resume with the optimizer flags of the saved run, or pass --no-load-optim to "
+                "start with fresh state"
+            )
+        self.init_state_fn(self.optimizer)
+        for group, saved in zip(self.param_groups, inner["param_groups"], strict=True):
+            group.update(merge_group(group, saved))
+            for main in group["params"]:
+                entry = self.optimizer.state[main]
+                if "step" in entry:
+                    entry["step"] = torch.tensor(float(saved["step"]), dtype=torch.float32)
+        self._load_scale(state_dict.get("grad_scaler"))
+
+    @property
+    def collects_state(self) -> bool:
+        """True on the first rank of the group."""
+        return self.data_parallel_group is None or self.data_parallel_group.rank() == 0
+
+    def get_parameter_state_dp_zero(self) -> dict[Any, Any] | None:
+        """Main parameters and moments of all ranks on the first one, as ``distrib_optim.pt`` holds them.
+
+        All ranks of the group must call it.
+
+        Returns:
+            ``{"buckets_coalesced": True, number of the buffer: {(parameter type, gradient type): {"param",
+            "exp_avg", "exp_avg_sq": [numel_unpadded] fp32 on the host, "numel_unpadded": int}}}``; None on
+            other ranks.
+        """
+        self.init_state_fn(self.optimizer)
+        return param_state.gather(self)
+
+    def load_parameter_state_from_dp_zero(
+        self, state_dict: dict[Any, Any] | None, *, update_legacy_format: bool = False
+    ) -> None:
+        """Takes what :meth:`get_parameter_state_dp_zero` gave; the first rank's is distributed.
+
+        Raises:
+            CheckpointError: on all ranks, if it was saved with other buffers or another layout of them.
+                Nothing is changed then.
+            NotBuiltYetError: ``update_legacy_format``.
+        """
+        self.init_state_fn(self.optimizer)
+        param_state.scatter(self, state_dict, update_legacy_format)
+
+    def save_parameter_state(self, filename: str) -> None:
+        """Writes ``distrib_optim.pt`` from the first rank; all ranks of the group must call it."""
+        state = self.get_parameter_state_dp_zero()
+        if state is not None:
+            torch.save(state, filename)
+
+    def load_parameter_state(self, filename: str, *, update_legacy_format: bool = False) -> None:
+        """Reads what :meth:`save_parameter_state` wrote, on the first rank, and distributes it.
+
+        Raises:
+            CheckpointError: see :meth:`load_parameter_state_from_dp_zero`.
+        """
+        state = torch.load(filename, map_location="cpu", weights_only=True) if self.collects_state else None
+        self.load_parameter_state_from_dp_zero(state, update_legacy_format=update_legacy_format)
+
+
+def _find_mismatch(state_dict: dict[str, Any], groups: int) -> str | None:
+    """What keeps a saved state from fitting."""
+    inner = state_dict.get("optimizer")
+    if not isinstance(inner, dict) or "param_groups" not in inner or inner.get("state"):
+        return (
+            f"optimizer state with the entries {sorted(map(str, state_dict))} was not saved with the "
+            "distributed optimizer (--use-distributed-optimizer), as this run has it"
+        )
+    saved = inner["param_groups"]
+    if len(saved) != groups:
+        return f"the checkpoint has {len(saved)} groups of parameters, this run {groups}"
+    return None

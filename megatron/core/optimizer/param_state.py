@@ -1,0 +1,179 @@
+"""Collecting the sharded state of the distributed optimizer on one rank, and handing it out again.
+
+The layout on that rank is the layout of the buffers without the padding at the ends of buckets.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.core import accelerator
+from megatron.core.errors import CheckpointError, NotBuiltYetError
+
+if TYPE_CHECKING:
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+    from megatron.core.optimizer.bucket_shard import BucketShard
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+_PARAM = "param"
+# Optimizer -> what it keeps per element.
+_STATE_KEYS = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+_COALESCED = "buckets_coalesced"
+
+
+class _Exchange:
+    """Slices of all ranks to the first one and back, in host memory where a group for that exists."""
+
+    def __init__(self, optimizer: "DistributedOptimizer"):
+        device_group, host_group = optimizer.data_parallel_group, optimizer.data_parallel_group_gloo
+        self._group = device_group if host_group is None else host_group
+        on_host = self._group is None or host_group is not None
+        self._device = torch.device("cpu") if on_host else accelerator.current_device()
+        self.ranks = 1 if self._group is None else self._group.size()
+        self.is_first = self._group is None or self._group.rank() == 0
+        self._first = None if self._group is None else dist.get_global_rank(self._group, 0)
+
+    def gather(self, own: Tensor) -> Tensor | None:
+        """[size] of every rank -> [ranks * size] on the first, in host memory; None on the others."""
+        own = own.to(self._device)
+        if self.ranks == 1:
+            return own
+        pieces = [torch.empty_like(own) for _ in range(self.ranks)] if self.is_first else None
+        dist.gather(own, pieces, dst=self._first, group=self._group)
+        return torch.cat(pieces).cpu() if self.is_first else None
+
+    def scatter(self, whole: Tensor | None, size: int) -> Tensor:
+        """[ranks * size] of the first rank -> [size] of every rank."""
+        if self.ranks == 1:
+            return whole
+        own = torch.empty(size, dtype=torch.float32, device=self._device)
+        pieces = [piece.to(self._device) for piece in whole.split(size)] if self.is_first else None
+        dist.scatter(own, pieces, src=self._first, group=self._group)
+        return own
+
+    def raise_everywhere(self, error: Exception | None) -> None:
+        """Raises the first rank's error on all ranks."""
+        if self.ranks > 1:
+            shared = [error]
+            dist.broadcast_object_list(shared, src=self._first, group=self._group, device=self._device)
+            error = shared[0]
+        if error is not None:
+            raise error
+
+
+def gather(optimizer: "DistributedOptimizer") -> dict[Any, Any] | None:
+    """See ``DistributedOptimizer.get_parameter_state_dp_zero``."""
+    exchange = _Exchange(optimizer)
+    state: dict[Any, Any] = {_COALESCED: True}
+    for number, (buffer, shards) in enumerate(zip(optimizer.buffers, optimizer.shards, strict=True)):
+        whole: dict[str, Any] = {"numel_unpadded": buffer.numel_unpadded}
+        for key in _keys(optimizer):
+            pieces = []
+            for shard in shards:
+                flat = exchange.gather(_flatten(optimizer, shard, key))
+                if flat is not None:
+                    pieces.append(flat[: shard.bucket.numel_unpadded])
+            if exchange.is_first:
+                whole[key] = torch.cat(pieces)
+        state[number] = {_types(buffer): whole}
+    return state if exchange.is_first else None
+
+
+def scatter(optimizer: "DistributedOptimizer", state: dict[Any, Any] | None, update_legacy: bool) -> None:
+    """See ``DistributedOptimizer.load_parameter_state_from_dp_zero``."""
+    exchange = _Exchange(optimizer)
+    exchange.raise_everywhere(_find_error(optimizer, state, update_legacy) if exchange.is_first else None)
+    for number, (buffer, shards) in enumerate(zip(optimizer.buffers, optimizer.shards, strict=True)):
+        for key in _keys(optimizer):
+            whole = state[number][_types(buffer)][key] if exchange.is_first else None
+            offset = 0
+            for shard in shards:
+                used, padded = shard.bucket.numel_unpadded, shard.bucket.grad_data.numel()
+                flat = None
+                if whole is not None:
+                    flat = torch.nn.functional.pad(whole[offset : offset + used].float(), (0, padded - used))
+                _unflatten(optimizer, shard, key, exchange.scatter(flat, shard.main_data.numel()))
+                offset += used
+
+
+def _keys(optimizer: "DistributedOptimizer") -> tuple[str, ...]:
+    return (_PARAM, *_STATE_KEYS[optimizer.config.optimizer])
+
+
+def _types(buffer: "_ParamAndGradBuffer") -> tuple[torch.dtype, torch.dtype]:
+    return buffer.param_dtype, buffer.grad_dtype
+
+
+def _entries(
+    optimizer: "DistributedOptimizer", shard: "BucketShard", key: str
+) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
+    """Each parameter with a part in the slice, and that part of the wanted tensor."""
+    for param in shard.ranges:
+        main = param.main_param
+        yield param, main if key == _PARAM else optimizer.optimizer.state[main][key]
+
+
+@torch.no_grad()
+def _flatten(optimizer: "DistributedOptimizer", shard: "BucketShard", key: str) -> Tensor:
+    """[size of the slice] fp32, zeros between the parameters."""
+    flat = torch.zeros_like(shard.main_data)
+    for param, values in _entries(optimizer, shard, key):
+        shard.part(flat, param).copy_(values)
+    return flat
+
+
+@torch.no_grad()
+def _unflatten(optimizer: "DistributedOptimizer", shard: "BucketShard", key: str, flat: Tensor) -> None:
+    for param, values in _entries(optimizer, shard, key):
+        values.copy_(shard.part(flat, param))
+
+
+def _find_error(
+    optimizer: "DistributedOptimizer", state: dict[Any, Any] | None, update_legacy: bool
+) -> Exception | None:
+    """What keeps a saved state from fitting."""
+    if update_legacy or (isinstance(state, dict) and not state.get(_COALESCED)):
+        return NotBuiltYetError(
+            "reading distributed optimizer state of before Megatron core 0.8",
+            "--ckpt-convert-update-legacy-dist-opt-format",
+            "Pass --no-load-optim.",
+        )
+    problem = "there is none" if not isinstance(state, dict) else _find_mismatch(optimizer, state)
+    if problem is None:
+        return None
+    return CheckpointError(
+        f"the distributed optimizer's state does not fit this run: {problem}. Resume with the model, "
+        "precision and bucket flags of the saved run (--overlap-grad-reduce, --ddp-bucket-size), or pass "
+        "--no-load-optim"
+    )
+
+
+def _find_mismatch(optimizer: "DistributedOptimizer", state: dict[Any, Any]) -> str | None:
+    numbers = [key for key in state if isinstance(key, int)]
+    if len(numbers) != len(optimizer.buffers):
+        return f"it has {len(numbers)} buffers, this run {len(optimizer.buffers)}"
+    for number, buffer in enumerate(optimizer.buffers):
+        saved = state.get(number, {})
+        if _types(buffer) not in saved:
+            return f"buffer {number} holds {sorted(map(str, saved))}, here it is {_types(buffer)}"
+        entry = saved[_types(buffer)]
+        missing = [key for key in _keys(optimizer) if key not in entry]
+        if missing:
+            return f"buffer {number} has no {', '.join(missing)}"
+        sizes = {entry[key].numel() for key in _keys(optimizer)} | {entry["numel_unpadded"]}
+        if sizes != {buffer.numel_unpadded}:
+            return f"buffer {number} has {sorted(sizes)} elements, here {buffer.numel_unpadded}"
+        if any(entry[key][_gaps(buffer)].any() for key in _keys(optimizer)):
+            return f"buffer {number} was cut into other buckets, so that its parameters lie elsewhere"
+    return None
+
+
+def _gaps(buffer: "_ParamAndGradBuffer") -> Tensor:
+    """Positions of the state without a parameter: [numel_unpadded] bool. What is stored there is zero."""
+    gaps = torch.ones(buffer.numel, dtype=torch.bool)
+    for start, end, _ in buffer.param_index_map.values():
+        gaps[start:end] = False
+    return torch.cat([gaps[b.offset : b.offset + b.numel_unpadded] for b in buffer.buckets])
