@@ -94,7 +94,7 @@ class DistributedDataParallel(_BaseDataParallel):
             param.gradient_ready = functools.partial(self._group_of[param].register_grad_ready, param)
             param.register_post_accumulate_grad_hook(hook)
         self._reset_flags()
-        self._forward_hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._gather_hooks: list[torch.utils.hooks.RemovableHandle] = []
         if ddp_config.overlap_param_gather:
             self.enable_forward_pre_hook()
 
@@ -180,7 +180,7 @@ class DistributedDataParallel(_BaseDataParallel):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Calls the wrapped module with the parameters after the last step."""
-        if self.ddp_config.overlap_param_gather and not self._forward_hooks:
+        if self.ddp_config.overlap_param_gather and not self._gather_hooks:
             self._finish_params()
         return self.module(*inputs, **kwargs)
 
@@ -192,20 +192,20 @@ class DistributedDataParallel(_BaseDataParallel):
         """
         if not self.ddp_config.overlap_param_gather:
             raise ConfigError("parameters are gathered in the optimizer's step: set overlap_param_gather")
-        if self._forward_hooks:
+        if self._gather_hooks:
             return
         for module in self.module.modules():
             params = [param for param in module.parameters(recurse=False) if param.requires_grad]
             groups = list(dict.fromkeys(self._group_of[param] for param in params))
             if groups:
                 hook = functools.partial(_wait_for_params, groups)
-                self._forward_hooks.append(module.register_forward_pre_hook(hook))
+                self._gather_hooks.append(module.register_forward_pre_hook(hook))
 
     def disable_forward_pre_hook(self, param_sync: bool = True) -> None:
         """Removes the hooks; with ``param_sync`` all parameters are those after the last step on return."""
-        for handle in self._forward_hooks:
+        for handle in self._gather_hooks:
             handle.remove()
-        self._forward_hooks.clear()
+        self._gather_hooks.clear()
         if param_sync:
             self._finish_params()
 
