@@ -1,89 +1,68 @@
-"""Order in which the micro-batches of one step run forward and backward.
+"""The public functions that run the micro-batches of one step through the pipeline.
 
-On a single stage every micro-batch runs forward, then backward, and the gradients are complete with the
-last one.
+Each makes the schedule of this rank (:mod:`planning`) and runs it (:mod:`executor`).
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron.core import parallel_state
-from megatron.core.errors import NotBuiltYetError
+from megatron.core.enums import ModelType
+from megatron.core.errors import ConfigError, NotBuiltYetError
+from megatron.core.pipeline_parallel import p2p_communication as p2p
+from megatron.core.pipeline_parallel.executor import Step, run_schedule
+from megatron.core.pipeline_parallel.microbatch import (
+    backward_step,
+    check_first_val_step,
+    custom_backward,
+    deallocate_output_tensor,
+    forward_step,
+    set_current_microbatch,
+)
+from megatron.core.pipeline_parallel.orders import num_warmup, schedule_table
+from megatron.core.pipeline_parallel.planning import make_schedule
 from megatron.core.utils import get_model_config
 
+__all__ = [
+    "backward_step",
+    "check_first_val_step",
+    "convert_schedule_table_to_order",
+    "custom_backward",
+    "deallocate_output_tensor",
+    "forward_backward_no_pipelining",
+    "forward_backward_pipelining_with_interleaving",
+    "forward_backward_pipelining_without_interleaving",
+    "forward_step",
+    "get_forward_backward_func",
+    "get_pp_rank_microbatches",
+    "get_schedule_table",
+    "get_tensor_shapes",
+    "recv_backward",
+    "recv_forward",
+    "send_backward",
+    "send_backward_recv_forward",
+    "send_forward",
+    "send_forward_recv_backward",
+    "set_current_microbatch",
+]
+
 Report = dict[str, Any]
+Shapes = list[tuple[int, ...]]
 
 
-def get_forward_backward_func() -> Callable:
-    """The schedule for the pipeline layout in use."""
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        raise NotBuiltYetError("pipeline parallelism", remedy="Use --pipeline-model-parallel-size 1.")
-    return forward_backward_no_pipelining
+def get_forward_backward_func() -> Callable[..., list[Report]]:
+    """The function that runs a step in the pipeline layout in use.
 
-
-def forward_step(
-    forward_step_func: Callable,
-    data_iterator: Iterator,
-    model: torch.nn.Module,
-    num_microbatches: int,
-    forward_data_store: list[Report],
-    config: Any,
-    collect_non_loss_data: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run one micro-batch forward and turn its loss into the value to differentiate.
-
-    Returns:
-        The scalar (or, with ``collect_non_loss_data``, the raw output) to run backward from, and the
-        number of tokens its loss counted, an int64 scalar, 0 where the loss function does not tell.
+    All take the keyword arguments of :func:`forward_backward_no_pipelining`.
     """
-    timer = config.timers("forward-compute", log_level=2) if config.timers is not None else None
-    if timer is not None:
-        timer.start()
-    # Autocast only when it is asked for: entering it costs time on every micro-batch.
-    device_type = next(model.parameters()).device.type
-    with torch.autocast(device_type, config.autocast_dtype) if config.enable_autocast else nullcontext():
-        output, loss_func = forward_step_func(data_iterator, model)
-
-    num_tokens = torch.zeros((), dtype=torch.int64)
-    if collect_non_loss_data:
-        forward_data_store.append(loss_func(output, non_loss_data=True))
-    else:
-        output, num_tokens, report = _loss_and_report(loss_func(output), num_microbatches, config)
-        forward_data_store.append(report)
-    if timer is not None:
-        timer.stop()
-    return output, num_tokens
-
-
-def _loss_and_report(result: tuple, num_microbatches: int, config: Any) -> tuple[torch.Tensor, Any, Report]:
-    """Scale what a loss function returned.
-
-    A pair is (loss, report): the loss is averaged over micro-batches. A triple is (sum of losses, number
-    of tokens, report): the sum is divided by the tokens too, unless gradients are divided by the token
-    count of the whole step at its end (``calculate_per_token_loss``).
-    """
-    if len(result) == 2:
-        loss, report = result
-        num_tokens = torch.zeros((), dtype=torch.int64)
-        return loss / num_microbatches, num_tokens, report
-    loss, num_tokens, report = result
-    if not config.calculate_per_token_loss:
-        loss = loss / num_tokens.clamp(min=1) / num_microbatches
-    return loss, num_tokens.detach(), report
-
-
-def backward_step(output: torch.Tensor, config: Any) -> None:
-    """Run one micro-batch backward from its scalar, scaled by ``config.grad_scale_func``."""
-    timer = config.timers("backward-compute", log_level=2) if config.timers is not None else None
-    if timer is not None:
-        timer.start()
-    scaled = config.grad_scale_func(output) if config.grad_scale_func is not None else output
-    scaled.backward()
-    if timer is not None:
-        timer.stop()
+    if not parallel_state.is_initialized() or parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return forward_backward_no_pipelining
+    if parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None:
+        return forward_backward_pipelining_with_interleaving
+    return forward_backward_pipelining_without_interleaving
 
 
 def forward_backward_no_pipelining(
@@ -105,49 +84,269 @@ def forward_backward_no_pipelining(
 
     Args:
         forward_step_func: ``(data_iterator, model) -> (output, loss_func)``.
-        data_iterator: micro-batches, bare or in a one-element list.
-        model: the model, bare or in a one-element list; ``model.config`` holds the hooks used here.
+        data_iterator: micro-batches, bare or in a list with one per chunk.
+        model: the model, bare or in a list of chunks; ``config`` of the first holds the hooks used here.
         num_microbatches: micro-batches per step.
-        seq_length, micro_batch_size, decoder_seq_length, first_val_step: for schedules that exchange
-            tensors; not needed here.
+        seq_length, micro_batch_size: of every micro-batch, before it is split over ranks.
+        decoder_seq_length: of models with an encoder.
         forward_only: no backward (evaluation).
         collect_non_loss_data: collect ``loss_func(output, non_loss_data=True)`` instead of losses.
+        first_val_step: in an evaluation, whether this is its first step.
 
     Returns:
-        One report per micro-batch.
+        One report per micro-batch on the last stage, [] on others.
+
+    Raises:
+        ConfigError: numbers of chunks or micro-batches that cannot work; shapes other than announced.
     """
-    model = _only_element(model)
-    data_iterator = _only_element(data_iterator)
-    config = get_model_config(model)
-    no_sync = config.no_sync_func or nullcontext
-
-    reports: list[Report] = []
-    total_tokens = torch.zeros((), dtype=torch.int64)
-    for index in range(num_microbatches):
-        is_last = index == num_microbatches - 1
-        reduction: AbstractContextManager = nullcontext() if is_last else no_sync()
-        with reduction:
-            output, num_tokens = forward_step(
-                forward_step_func,
-                data_iterator,
-                model,
-                num_microbatches,
-                reports,
-                config,
-                collect_non_loss_data,
-            )
-            total_tokens = total_tokens.to(num_tokens.device) + num_tokens
-            if not forward_only:
-                backward_step(output, config)
-
-    if config.finalize_model_grads_func is not None and not forward_only:
-        config.finalize_model_grads_func([model], total_tokens if config.calculate_per_token_loss else None)
-    return reports
+    models, iterators = _per_chunk(model, data_iterator, 1)
+    return run_schedule(
+        make_schedule("1f1b", 1, 0, num_microbatches, forward_only=forward_only),
+        Step(
+            forward_step_func,
+            iterators,
+            models,
+            num_microbatches,
+            (),
+            get_model_config(models[0]),
+            forward_only,
+            collect_non_loss_data,
+            first_val_step,
+        ),
+    )
 
 
-def _only_element(value: Any) -> Any:
-    if not isinstance(value, list):
-        return value
-    if len(value) != 1:
-        raise AssertionError(f"one stage without virtual stages has one model chunk, got {len(value)}")
-    return value[0]
+def forward_backward_pipelining_without_interleaving(
+    *,
+    forward_step_func: Callable,
+    data_iterator: Iterator | list[Iterator],
+    model: torch.nn.Module | list[torch.nn.Module],
+    num_microbatches: int,
+    seq_length: int,
+    micro_batch_size: int,
+    decoder_seq_length: int | None = None,
+    forward_only: bool = False,
+    collect_non_loss_data: bool = False,
+    first_val_step: bool | None = None,
+) -> list[Report]:
+    """1F1B, or ZB-H1 where ``config.pipeline_schedule`` says ``zb-h1``: one model chunk per rank.
+
+    Arguments, result and errors as of :func:`forward_backward_no_pipelining`.
+    """
+    models, iterators = _per_chunk(model, data_iterator, 1)
+    config = get_model_config(models[0])
+    name = config.pipeline_schedule or "1f1b"
+    return _run_pipelined(
+        name,
+        forward_step_func,
+        iterators,
+        models,
+        num_microbatches,
+        _shapes(models[0], seq_length, micro_batch_size, decoder_seq_length),
+        forward_only,
+        collect_non_loss_data,
+        first_val_step,
+    )
+
+
+def forward_backward_pipelining_with_interleaving(
+    *,
+    forward_step_func: Callable,
+    data_iterator: Iterator | list[Iterator],
+    model: torch.nn.Module | list[torch.nn.Module],
+    num_microbatches: int,
+    seq_length: int,
+    micro_batch_size: int,
+    decoder_seq_length: int | None = None,
+    forward_only: bool = False,
+    collect_non_loss_data: bool = False,
+    first_val_step: bool | None = None,
+) -> list[Report]:
+    """Interleaved 1F1B: several model chunks per rank, each with a data iterator of its own.
+
+    ``config.microbatch_group_size_per_vp_stage`` micro-batches pass a chunk back to back. Arguments, result
+    and errors as of :func:`forward_backward_no_pipelining`.
+    """
+    num_chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or len(model)
+    models, iterators = _per_chunk(model, data_iterator, num_chunks)
+    name = get_model_config(models[0]).pipeline_schedule or "interleaved"
+    return _run_pipelined(
+        name,
+        forward_step_func,
+        iterators,
+        models,
+        num_microbatches,
+        _shapes(models[0], seq_length, micro_batch_size, decoder_seq_length),
+        forward_only,
+        collect_non_loss_data,
+        first_val_step,
+    )
+
+
+def _run_pipelined(
+    name: str,
+    forward_step_func: Callable,
+    iterators: list[Iterator],
+    models: list[torch.nn.Module],
+    num_microbatches: int,
+    tensor_shapes: Shapes,
+    *flags: Any,
+) -> list[Report]:
+    config = get_model_config(models[0])
+    actions = make_schedule(
+        name,
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        num_microbatches,
+        len(models),
+        config.microbatch_group_size_per_vp_stage if name == "interleaved" else None,
+        forward_only=flags[0],
+    )
+    step = Step(forward_step_func, iterators, models, num_microbatches, tensor_shapes, config, *flags)
+    return run_schedule(actions, step)
+
+
+def _per_chunk(model: Any, data_iterator: Any, num_chunks: int) -> tuple[list[torch.nn.Module], list[Any]]:
+    """Models and iterators as lists of the right length."""
+    models = list(model) if isinstance(model, list | tuple | torch.nn.ModuleList) else [model]
+    iterators = list(data_iterator) if isinstance(data_iterator, list | tuple) else [data_iterator]
+    if len(models) != num_chunks:
+        raise ConfigError(f"this schedule runs {num_chunks} model chunk(s) per rank, but got {len(models)}")
+    if len(iterators) != num_chunks:
+        raise ConfigError(
+            f"{num_chunks} model chunk(s) need as many data iterators, but got {len(iterators)}"
+        )
+    return models, iterators
+
+
+def _shapes(
+    model: torch.nn.Module, seq_length: int, micro_batch_size: int, decoder_seq_length: int | None
+) -> Shapes:
+    return get_tensor_shapes(
+        rank=parallel_state.get_pipeline_model_parallel_rank(),
+        model_type=getattr(model, "model_type", ModelType.encoder_or_decoder),
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        decoder_seq_length=decoder_seq_length,
+        config=get_model_config(model),
+        encoder_decoder_xattn=False,
+    )
+
+
+def get_tensor_shapes(
+    *,
+    rank: int,
+    model_type: ModelType,
+    seq_length: int,
+    micro_batch_size: int,
+    decoder_seq_length: int | None,
+    config: Any,
+    encoder_decoder_xattn: bool,
+) -> Shapes:
+    """Shapes of what a stage receives: [s / cp (/ tp under sequence parallelism), b, h].
+
+    Raises:
+        NotBuiltYetError: a model of encoder and decoder, whose stages exchange two tensors.
+    """
+    if model_type is ModelType.encoder_and_decoder or encoder_decoder_xattn:
+        raise NotBuiltYetError("a pipeline of encoder and decoder stages")
+    parts = config.context_parallel_size
+    if config.sequence_parallel:
+        parts *= config.tensor_model_parallel_size
+    if seq_length % parts and not config.variable_seq_lengths:
+        raise ConfigError(
+            f"seq_length {seq_length} is not divisible by the {parts} ranks that share a sequence"
+        )
+    return [(seq_length // parts, micro_batch_size, config.hidden_size)]
+
+
+def get_pp_rank_microbatches(
+    num_microbatches: int,
+    num_model_chunks: int,
+    microbatch_group_size_per_vp_stage: int,
+    forward_only: bool = False,
+) -> tuple[int, bool, int, int]:
+    """How this rank's forward passes divide: (total, all of them warm-up?, warm-up, others)."""
+    total = num_microbatches * num_model_chunks
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    if stages == 1 and not forward_only:
+        warmup = min(1, total)
+    else:
+        interleaved = parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None
+        warmup = num_warmup(
+            stages,
+            parallel_state.get_pipeline_model_parallel_rank(),
+            num_microbatches,
+            num_model_chunks if interleaved or forward_only else None,
+            microbatch_group_size_per_vp_stage,
+            forward_only,
+        )
+    return total, warmup == total, warmup, total - warmup
+
+
+def get_schedule_table(
+    num_microbatches: int, num_model_chunks: int, microbatch_group_size_per_vp_stage: int
+) -> list[tuple[int, int]]:
+    """(micro-batch, chunk) of the forward passes of a rank, in order."""
+    return schedule_table(num_microbatches, num_model_chunks, microbatch_group_size_per_vp_stage)
+
+
+def convert_schedule_table_to_order(
+    num_warmup_microbatches: int, num_model_chunks: int, schedule_table: list[tuple[int, int]]
+) -> list[int]:
+    """Chunks in the order a rank computes them, counted from 1: forward positive, backward negative.
+
+    Backward passes go through the table with the chunks counted from the last.
+    """
+    forwards = [chunk + 1 for _, chunk in schedule_table]
+    backwards = [chunk - num_model_chunks for _, chunk in schedule_table]
+    order = forwards[:num_warmup_microbatches]
+    for pair in zip(forwards[num_warmup_microbatches:], backwards, strict=False):
+        order += pair
+    return order + backwards[len(forwards) - num_warmup_microbatches :]
+
+
+def recv_forward(tensor_shapes: Shapes, config: Any) -> list[Tensor | None]:
+    """Receive activations from the previous stage, one per shape."""
+    return [p2p.recv_forward(shape, config) for shape in tensor_shapes]
+
+
+def recv_backward(tensor_shapes: Shapes, config: Any) -> list[Tensor | None]:
+    """Receive gradients of the outputs from the next stage, one per shape."""
+    return [p2p.recv_backward(shape, config) for shape in tensor_shapes]
+
+
+def send_forward(output_tensors: Any, tensor_shapes: Shapes, config: Any) -> None:
+    """Send activations to the next stage."""
+    for tensor, _ in zip(_listed(output_tensors), tensor_shapes, strict=True):
+        p2p.send_forward(tensor, config)
+
+
+def send_backward(input_tensor_grads: Any, tensor_shapes: Shapes, config: Any) -> None:
+    """Send gradients of the inputs to the previous stage."""
+    for tensor, _ in zip(_listed(input_tensor_grads), tensor_shapes, strict=True):
+        p2p.send_backward(tensor, config)
+
+
+def send_forward_recv_backward(
+    output_tensors: Any, tensor_shapes: Shapes, config: Any
+) -> list[Tensor | None]:
+    """Exchange activations for gradients with the next stage."""
+    return [
+        p2p.send_forward_recv_backward(tensor, shape, config)
+        for tensor, shape in zip(_listed(output_tensors), tensor_shapes, strict=True)
+    ]
+
+
+def send_backward_recv_forward(
+    input_tensor_grads: Any, tensor_shapes: Shapes, config: Any
+) -> list[Tensor | None]:
+    """Exchange gradients for activations with the previous stage."""
+    return [
+        p2p.send_backward_recv_forward(tensor, shape, config)
+        for tensor, shape in zip(_listed(input_tensor_grads), tensor_shapes, strict=True)
+    ]
+
+
+def _listed(tensors: Any) -> list[Tensor | None]:
+    return tensors if isinstance(tensors, list) else [tensors]
