@@ -142,14 +142,20 @@ def _set_random_seed(
     """
     if seed_ is None or seed_ <= 0:
         raise ConfigError(f"--seed {seed_}: give a positive integer, for example --seed 1234")
-    seed = seed_ + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    # Initial weights do not depend on where a layer is, dropout does.
+    weight_seed = seed_
     if data_parallel_random_init:
-        seed += 10 * parallel_state.get_data_parallel_rank()
+        weight_seed += 10 * parallel_state.get_data_parallel_rank()
+    seed = weight_seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(
-        seed, te_rng_tracker, inference_rng_tracker, use_cudagraphable_rng=use_cudagraphable_rng
+        seed,
+        te_rng_tracker,
+        inference_rng_tracker,
+        use_cudagraphable_rng=use_cudagraphable_rng,
+        weight_seed=weight_seed,
     )
 
 

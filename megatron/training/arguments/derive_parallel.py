@@ -22,8 +22,8 @@ def clamp_sizes(args: Namespace, given: Collection[str]) -> list[str]:
         if asked > max(1, limit()):
             setattr(args, dest, max(1, limit()))
             notes.append(
-                f"WARNING: {CLAMP}=1: --{dest.replace('_', '-')} {asked} is reduced to {getattr(args, dest)}, "
-                f"because the world has {world} ranks"
+                f"WARNING: {CLAMP}=1: --{dest.replace('_', '-')} {asked} is reduced to "
+                f"{getattr(args, dest)}, because the world has {world} ranks"
             )
     return notes
 

@@ -108,10 +108,11 @@ def _script_defaults(args: Namespace, defaults: Mapping[str, Any], given: list[s
 
 def _config_problems(args: Namespace) -> list[Problem]:
     """The model's config has rules of its own; learn of them now instead of when the model is built."""
+    from megatron.core.transformer.pipeline_layout import get_layer_counts
     from megatron.training.arguments.model_config import core_transformer_config_from_args
 
     try:
-        core_transformer_config_from_args(args)
+        get_layer_counts(core_transformer_config_from_args(args))
     except ConfigError as error:
         return [Problem("model", None, line) for line in str(error).splitlines()]
     return []

@@ -50,8 +50,8 @@ GROUP = Group(
         value(
             "--pipeline-schedule",
             choices=("1f1b", "interleaved", "zb-h1"),
-            help="order of forward and backward passes (default: interleaved with virtual stages, else 1f1b); "
-            "zb-h1 puts weight gradients into the bubble",
+            help="order of forward and backward passes (default: interleaved with virtual stages, else "
+            "1f1b); zb-h1 puts weight gradients into the bubble",
         ),
         off_switch(
             "--no-overlap-p2p-communication", "overlap_p2p_comm", help="do not overlap stage-to-stage sends"

@@ -6,6 +6,7 @@ from megatron.training.arguments.rules import (
     data,
     length,
     model,
+    parallel,
     precision,
     run,
     schedule,
@@ -14,6 +15,7 @@ from megatron.training.arguments.rules import (
 RULES = (
     *bounds.RULES,
     *model.RULES,
+    *parallel.RULES,
     *precision.RULES,
     *length.RULES,
     *schedule.RULES,

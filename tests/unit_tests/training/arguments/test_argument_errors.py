@@ -90,7 +90,7 @@ def test_usage_errors_and_broken_rules_are_told_together(parse, capsys) -> None:
         "--min-lr 2",
         "--fp16",
         "--save out",
-        "--tensor-model-parallel-size 2",
+        "WORLD_SIZE 1",
         "--global-batch-size 5",
         "--batch-size 4",
         "--train-samples 7",

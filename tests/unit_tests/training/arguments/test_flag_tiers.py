@@ -132,11 +132,6 @@ def test_harmless_in_one_process(words: str, check) -> None:
     check(words)
 
 
-def test_several_processes_are_not_built(check, monkeypatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert any("WORLD_SIZE 2" in problem for problem in problems_of(check, ""))
-
-
 def test_inert_flags_never_reach_the_config(check) -> None:
     words = [sample(flag) for flag in ACCEPTED_GROUP.flags if flag.dest in INERT_DESTS]
     companions = "--normalization RMSNorm --swiglu --position-embedding-type rope --bf16"

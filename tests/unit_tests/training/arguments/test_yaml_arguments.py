@@ -171,7 +171,7 @@ def test_missing_file(monkeypatch) -> None:
 
 
 def test_refused_and_missing_features(read) -> None:
-    with pytest.raises(ArgumentsError, match="tensor parallelism is not built yet"):
+    with pytest.raises(ArgumentsError, match=r"WORLD_SIZE 1: .* = 2 x 1 x 1 = 2 ranks"):
         validate_args(read(FILE.replace("tensor_model_parallel_size: 1", "tensor_model_parallel_size: 2")))
     with pytest.raises(ArgumentsError, match="--retro-num-neighbors 3: retrieval-enhanced"):
         validate_args(read(FILE.replace("retro_num_neighbors: 2", "retro_num_neighbors: 3")))
