@@ -1,0 +1,221 @@
+"""Reducing behind backward and gathering behind forward: when, in which order, how often, how much."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.core.errors import TrainingError
+from tests.distributed.pool import run_ranks
+from tests.unit_tests.distributed.small_training import LAYERS, WIDTH, Training
+
+OVERLAP = {"overlap_grad_reduce": True, "bucket_size": 1}  # every parameter in a bucket of its own
+SHARDED = {**OVERLAP, "use_distributed_optimizer": True}
+NAMES = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor", "broadcast")
+
+
+class Traffic:
+    """Collectives in the order of their calls: (name, elements of the larger side, data pointer)."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+        self._originals = {name: getattr(dist, name) for name in NAMES}
+
+    def __enter__(self) -> "Traffic":
+        for name, function in self._originals.items():
+            setattr(dist, name, self._counting(name, function))
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        for name, function in self._originals.items():
+            setattr(dist, name, function)
+
+    def _counting(self, name: str, function: Any) -> Any:
+        def count(*args: Any, **kwargs: Any) -> Any:
+            tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+            self.calls.append((name, max(tensor.numel() for tensor in tensors)))
+            return function(*args, **kwargs)
+
+        return count
+
+    def take(self) -> list[tuple[str, int]]:
+        taken, self.calls = self.calls, []
+        return taken
+
+
+def record_a_step(ddp: dict[str, Any]) -> dict[str, Any]:
+    """Traffic of the parts of a step, and the numels of the buckets."""
+    training = Training(ddp)
+    events: list[str] = []
+    for name, param in training.module.named_parameters():
+        param.register_post_accumulate_grad_hook(lambda _, name=name: events.append(name))
+    with Traffic() as traffic:
+        parts = {}
+        with training.model.no_sync():
+            training._backward_one(torch.ones(2, WIDTH), 2)
+        parts["held back"] = traffic.take()
+        training._backward_one(torch.ones(2, WIDTH), 2)
+        parts["backward"] = traffic.take()
+        training.model.finish_grad_sync()
+        parts["finish"] = traffic.take()
+        training.optimizer.step_with_ready_grads()
+        parts["step"] = traffic.take()
+        training.model(torch.ones(2, WIDTH))
+        parts["forward"] = traffic.take()
+        training.model(torch.ones(2, WIDTH))
+        parts["second forward"] = traffic.take()
+    sizes = [bucket.grad_data.numel() for bucket in training.model.buffers[0].buckets]
+    return {**parts, "sizes": sizes, "numel": training.model.buffers[0].numel}
+
+
+def test_without_overlap_one_message_at_the_end() -> None:
+    for parts in run_ranks(2, record_a_step, {}):
+        assert parts["finish"] == [("all_reduce", parts["numel"])]
+        assert not any(parts[name] for name in ("held back", "backward", "step", "forward"))
+
+
+def test_buckets_go_in_order_while_backward_runs() -> None:
+    for parts in run_ranks(2, record_a_step, OVERLAP):
+        assert parts["held back"] == []
+        reductions = [("all_reduce", size) for size in parts["sizes"]]
+        assert parts["backward"] == reductions[:-1]
+        assert parts["finish"] == reductions[-1:]  # the parameter that no loss reaches
+        assert len(parts["sizes"]) == 2 + 4 * LAYERS
+
+
+def test_a_bucket_that_is_complete_starts_at_once() -> None:
+    parts = run_ranks(2, record_a_step, {"overlap_grad_reduce": True, "bucket_size": 10**6})[0]
+    assert (parts["backward"], parts["finish"]) == ([], [("all_reduce", parts["numel"])])
+    order = run_ranks(2, order_of_readiness)
+    assert order[0] == order[1] == [(2, []), (1, []), (0, [0, 1, 2]), (3, [0, 1, 2, 3])]
+
+
+def order_of_readiness() -> list[tuple[int, list[int]]]:
+    """Gradients of four groups arrive out of order; after each, which reductions have started."""
+    training = Training(OVERLAP)
+    groups, seen = training.model.bucket_groups[:4], []
+    for number in (2, 1, 0, 3):
+        next(iter(groups[number].params)).gradient_ready()
+        seen.append((number, [i for i, group in enumerate(groups) if group._reductions is not None]))
+    training.model.finish_grad_sync()
+    return seen
+
+
+def test_shards_scatter_behind_backward_and_gather_in_the_step() -> None:
+    for parts in run_ranks(2, record_a_step, SHARDED):
+        sizes = parts["sizes"]
+        assert parts["backward"] + parts["finish"] == [("reduce_scatter_tensor", size) for size in sizes]
+        assert sorted(parts["step"]) == sorted(("all_gather_into_tensor", size) for size in sizes)
+        assert parts["forward"] == []
+        assert all(size % 128 == 0 for size in sizes)
+
+
+def test_parameters_are_gathered_once_in_the_order_of_forward() -> None:
+    for parts in run_ranks(2, record_a_step, {**SHARDED, "overlap_param_gather": True}):
+        gathers = [("all_gather_into_tensor", size) for size in parts["sizes"]]
+        assert parts["step"] == gathers[-1:]
+        assert sorted(parts["forward"] + parts["step"]) == sorted(gathers)
+        assert parts["second forward"] == []
+        aligned = run_ranks(
+            2, record_a_step, {**SHARDED, "overlap_param_gather": True, "align_param_gather": True}
+        )
+        assert aligned[0]["step"] == []
+
+
+def gather_ahead(first: str) -> tuple[int, int]:
+    """Buckets whose gathering was started before, and within, the call of the first module."""
+    training = Training({**SHARDED, "overlap_param_gather": True})
+    training.step(0)
+    groups = training.model.bucket_groups
+    assert all(group.awaits_params for group in groups)
+    if first == "schedule":
+        training.model.start_param_sync()
+    before = sum(group._gathers is not None for group in groups)
+    training.module.norms[0](torch.ones(1, WIDTH))
+    waiting = sum(group.awaits_params for group in groups)
+    return before, len(groups) - waiting
+
+
+def test_a_module_waits_for_its_own_parameters_only() -> None:
+    assert run_ranks(2, gather_ahead, "optimizer") == [(1, 2)] * 2
+    assert run_ranks(2, gather_ahead, "schedule") == [(2 + 4 * LAYERS, 2)] * 2
+
+
+def forward_without_hooks() -> bool:
+    """Parameters of a forward whose hooks are off are those after the step."""
+    outputs = []
+    for switch in ({}, {"overlap_param_gather": True}):
+        training = Training({**SHARDED, **switch})
+        training.step(0)
+        if switch:
+            training.model.disable_forward_pre_hook(param_sync=False)
+        outputs.append(training.model(torch.ones(1, WIDTH)))
+        training.step(1)
+        if switch:
+            training.model.disable_forward_pre_hook()
+        outputs.append(training.module(torch.ones(1, WIDTH)))
+    return bool(torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3]))
+
+
+def test_no_forward_sees_old_parameters() -> None:
+    assert run_ranks(2, forward_without_hooks) == [True, True]
+
+
+def two_backwards() -> str:
+    training = Training(OVERLAP)
+    training._backward_one(torch.ones(2, WIDTH), 1)
+    with pytest.raises(TrainingError, match=r"arrived twice .* no_sync") as caught:
+        training._backward_one(torch.ones(2, WIDTH), 1)
+    training.model.zero_grad_buffer()
+    training._backward_one(torch.ones(2, WIDTH), 1)  # a new step is a new start
+    training.model.finish_grad_sync()
+    return str(caught.value)
+
+
+def test_a_gradient_that_comes_after_its_reduction_is_an_error() -> None:
+    assert len(set(run_ranks(2, two_backwards))) == 1
+
+
+def late_weight_gradient() -> bool:
+    """A weight whose gradient a schedule computes after backward, against one that autograd delivers."""
+    results = []
+    for deferred in (False, True):
+        training = Training({"overlap_grad_reduce": True, "bucket_size": 1})
+        weight = training.module.head.weight
+        x = torch.full((1, WIDTH), dist.get_rank() + 1.0)
+        if deferred:
+            weight.main_grad.add_(x)
+            weight.gradient_ready()
+        else:
+            (weight * x).sum().backward()
+        group = training.model.bucket_groups[0]
+        started = group._reductions is not None
+        training.model.finish_grad_sync()
+        results.append((started, weight.main_grad.tolist()))
+    return results[0] == results[1] == (True, [[1.5] * WIDTH])
+
+
+def test_layers_that_add_their_gradient_late_start_the_reduction_too() -> None:
+    assert run_ranks(2, late_weight_gradient) == [True, True]
+
+
+def broadcast(sharded: bool) -> tuple[list[tuple[str, int]], bool]:
+    training = Training({"use_distributed_optimizer": sharded})
+    original = {name: param.detach().clone() for name, param in training.module.named_parameters()}
+    if dist.get_rank() == 1:
+        for param in training.module.parameters():
+            param.data.add_(1.0)
+    with Traffic() as traffic:
+        training.model.broadcast_params()
+    same = all(torch.equal(param, original[name]) for name, param in training.module.named_parameters())
+    return traffic.calls, same
+
+
+def test_broadcast_gives_all_ranks_the_first_ones_parameters() -> None:
+    for calls, same in run_ranks(2, broadcast, False):
+        assert same
+        assert len(calls) == 2 + 4 * LAYERS
+    for calls, same in run_ranks(2, broadcast, True):
+        assert same
+        assert len(calls) == 1
