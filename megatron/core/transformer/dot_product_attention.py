@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron.core import accelerator
+from megatron.core.context_parallel.attention import ContextParallelAttention, comm_type_of_layer
 from megatron.core.errors import NotBuiltYetError
 from megatron.core.fusions.dropout import dropout
 from megatron.core.fusions.fused_attention import fused_attention, hidden_keys
@@ -37,7 +38,7 @@ class DotProductAttention(MegatronModule):
         attention_type: ``"self"`` or ``"cross"``.
         attention_dropout: probability; default the config's.
         softmax_scale: factor in front of the scores; default the config's, or 1 / sqrt(head width).
-        cp_comm_type: exchange between context-parallel ranks, of which there is one.
+        cp_comm_type: exchange between context-parallel ranks; default the config's for this layer.
         k_channels, v_channels: widths of a query/key head and of a value head; default the config's.
     """
 
@@ -54,10 +55,6 @@ class DotProductAttention(MegatronModule):
         v_channels: int | None = None,
     ):
         super().__init__(config)
-        if config.context_parallel_size > 1:
-            raise NotBuiltYetError(
-                "context parallelism", f"--context-parallel-size {config.context_parallel_size}", "Use 1."
-            )
         self.layer_number = max(1, layer_number)
         self.attn_mask_type = attn_mask_type
         self.attention_type = attention_type
@@ -77,6 +74,10 @@ class DotProductAttention(MegatronModule):
             softmax_in_fp32=config.attention_softmax_in_fp32,
             scale=self.coefficient,
         )
+        self.split: ContextParallelAttention | None = None
+        if config.context_parallel_size > 1:
+            kind = cp_comm_type or comm_type_of_layer(config, self.layer_number)
+            self.split = ContextParallelAttention(config, kind)
 
     def forward(
         self,
@@ -94,7 +95,8 @@ class DotProductAttention(MegatronModule):
             query: [sq, b, n, d].
             key: [sk, b, g, d], g dividing n.
             value: [sk, b, g, dv].
-            attention_mask: bool [b or 1, 1, sq, sk], True hides; or None.
+            attention_mask: bool [b or 1, 1, sq, sk], True hides; or None. Where context-parallel ranks share
+                the sequence, operands are this rank's chunks and the mask has all keys: [.., sq, sk*CP].
             attn_mask_type: overrides the layer's own.
 
         Returns:
@@ -109,7 +111,18 @@ class DotProductAttention(MegatronModule):
         dropout_p = self.attention_dropout if self.training else 0.0
         compute = self._fused if self.fused else self._unfused
         with self._random_stream(dropout_p):
-            return compute(query, key, value, attention_mask, causal, dropout_p)
+            if self.split is None:
+                return compute(query, key, value, attention_mask, causal, dropout_p)
+            return self.split(
+                query,
+                key,
+                value,
+                attention_mask,
+                causal=causal,
+                softmax_scale=self.softmax_scale,
+                dropout_p=dropout_p,
+                whole=compute,
+            )
 
     def _random_stream(self, dropout_p: float) -> contextlib.AbstractContextManager[None]:
         """Dropout of split heads differs between ranks; under sequence parallel the caller sees to that."""

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from megatron.core import parallel_state
+from megatron.core.context_parallel.zigzag import take_chunks
 from megatron.core.errors import NotBuiltYetError
 from megatron.core.fusions.rotary import rotary
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -42,10 +44,17 @@ def apply_rotary_pos_emb_with_cos_sin(
 
 
 def get_pos_emb_on_this_cp_rank(pos_emb: Tensor, seq_dim: int) -> Tensor:
-    """Angles of the positions on this context-parallel rank: all of them at size 1."""
-    from megatron.core import parallel_state
+    """Angles of the positions on this context-parallel rank.
 
-    size = parallel_state.get_context_parallel_world_size()
-    if size > 1:
-        raise NotBuiltYetError("context parallelism", f"--context-parallel-size {size}", "Use 1.")
-    return pos_emb
+    Args:
+        pos_emb: one entry per position of the whole sequence along ``seq_dim``.
+        seq_dim: dimension of positions.
+
+    Returns:
+        Chunks r and 2*CP-1-r of 2*CP, in this order: all of it at size 1.
+
+    Raises:
+        ConfigError: the positions do not divide into 2*CP chunks.
+    """
+    size = max(1, parallel_state.get_context_parallel_world_size())
+    return take_chunks(pos_emb, seq_dim, parallel_state.get_context_parallel_rank(), size)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron.core import accelerator
+from megatron.core import accelerator, parallel_state
+from megatron.core.context_parallel.zigzag import take_chunks
 from megatron.core.errors import NotBuiltYetError
 from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -71,10 +72,22 @@ class RotaryEmbedding(nn.Module):
         return freqs.cos(), freqs.sin()
 
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False) -> Tensor:
-        """Angles with one entry per channel.  [s, 1, 1, d_rot]; cached: do not write to it."""
-        return self._table(max_seq_len, offset)
+        """Angles with one entry per channel, of this context-parallel rank's positions.
 
-    def _make_table(self, max_seq_len: int, offset: int) -> Tensor:
+        Args:
+            max_seq_len: positions of the whole sequence.
+            offset: first position.
+            packed_seq: give all positions: those of a packed sequence are chosen where they are used.
+
+        Returns:
+            [s/CP, 1, 1, d_rot] ([s, ..] if packed); cached: do not write to it.
+        """
+        # Part of the key: a table outlives the process groups.
+        size = 1 if packed_seq else max(1, parallel_state.get_context_parallel_world_size())
+        rank = parallel_state.get_context_parallel_rank() if size > 1 else 0
+        return self._table(max_seq_len, offset, rank, size)
+
+    def _make_table(self, max_seq_len: int, offset: int, rank: int, size: int) -> Tensor:
         freqs = self.get_freqs_non_repeated(max_seq_len, offset)
         # [s, d_rot/2] -> [s, d_rot]: each angle at both channels of its pair
         both = (
@@ -82,7 +95,7 @@ class RotaryEmbedding(nn.Module):
             if self.rotary_interleaved
             else torch.cat((freqs, freqs), dim=-1)
         )  # [s, d_rot] -> [s, 1, 1, d_rot]
-        return both[:, None, None, :]
+        return take_chunks(both[:, None, None, :], 0, rank, size)
 
     def get_rotary_seq_len(
         self,
