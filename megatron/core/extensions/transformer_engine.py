@@ -13,7 +13,8 @@ from megatron.core.fusions.fused_layer_norm import NORMS
 from megatron.core.fusions.layer_norm import layer_norm
 from megatron.core.fusions.rms_norm import rms_norm
 from megatron.core.fusions.rotary import rotary
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, InitMethod, RowParallelLinear
+from megatron.core.tensor_parallel.initial_weights import InitMethod, new_bias, new_weight
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, LinearBase, RowParallelLinear
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput, CudaRNGStatesTracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -31,6 +32,10 @@ __all__ = [
 ]
 
 
+# parallel_mode -> dimension of the weight [out, in] that is split
+_SPLIT_DIMENSIONS = {"column": 0, "row": 1, None: None}
+
+
 class TENorm:
     """Factory: constructing it gives the LayerNorm or RMSNorm that ``config.normalization`` asks for."""
 
@@ -38,8 +43,9 @@ class TENorm:
         return NORMS[config.normalization](config, hidden_size, eps)
 
 
-class TELinear(ColumnParallelLinear):
-    """A linear layer; ``parallel_mode`` ("column", "row" or None) matters with several ranks only."""
+class TELinear(LinearBase):
+    """A linear layer; ``parallel_mode`` says what is split over the group: "column" its outputs, "row" its
+    inputs, None nothing: every rank has the whole weight and works on what it is given."""
 
     def __init__(
         self,
@@ -55,20 +61,30 @@ class TELinear(ColumnParallelLinear):
         tp_comm_buffer_name: str | None = None,
         is_expert: bool = False,
     ):
-        if parallel_mode not in ("column", "row", None):
+        if parallel_mode not in _SPLIT_DIMENSIONS:
             raise ConfigError(f"parallel_mode: {parallel_mode!r} is not 'column', 'row' or None")
-        super().__init__(
-            input_size,
-            output_size,
-            config=config,
-            init_method=init_method,
-            bias=bias,
-            skip_bias_add=skip_bias_add,
-            skip_weight_param_allocation=skip_weight_param_allocation,
-            is_expert=is_expert,
-            tp_comm_buffer_name=tp_comm_buffer_name,
-        )
+        if skip_weight_param_allocation:
+            raise ConfigError("skip_weight_param_allocation: not offered by this layer; it needs its weight")
+        super().__init__(config, (input_size, output_size), skip_bias_add, is_expert)
         self.parallel_mode = parallel_mode
+        self.weight, _ = new_weight(
+            config, (output_size, input_size), _SPLIT_DIMENSIONS[parallel_mode], init_method, self.place
+        )
+        is_column = parallel_mode == "column"
+        self.bias = new_bias(config, output_size, is_column, self.place) if bias else None
+        # Whole parameters that see a part of the sequence: their gradients are summed over the ranks.
+        if self.bias is not None and not is_column:
+            self.bias.sequence_parallel = self.sequence_parallel
+        if parallel_mode is None:
+            self.weight.sequence_parallel = self.sequence_parallel
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[..., in] -> [..., out], of which one is split with "column" or "row"; and the bias or None."""
+        if self.parallel_mode == "row":
+            return self._linear_then_sum(input_, self.weight)
+        reduces = self.parallel_mode == "column" and self.communicates
+        out = self._linear(input_, self.weight, None if self.skip_bias_add else self.bias, reduces)
+        return out, self.bias if self.skip_bias_add else None
 
 
 def _refuse_gathering(gather_output: bool) -> None:
@@ -77,7 +93,8 @@ def _refuse_gathering(gather_output: bool) -> None:
 
 
 class TEColumnParallelLinear(ColumnParallelLinear):
-    """A linear layer whose outputs are split over the group; it never gathers them."""
+    """A linear layer whose outputs are split over the group, ``stride`` parts one by one; it never gathers
+    them."""
 
     def __init__(
         self,
@@ -92,6 +109,7 @@ class TEColumnParallelLinear(ColumnParallelLinear):
         is_expert: bool,
         skip_weight_param_allocation: bool = False,
         tp_comm_buffer_name: str | None = None,
+        stride: int = 1,
     ):
         _refuse_gathering(gather_output)
         super().__init__(
@@ -104,6 +122,7 @@ class TEColumnParallelLinear(ColumnParallelLinear):
             is_expert=is_expert,
             skip_weight_param_allocation=skip_weight_param_allocation,
             tp_comm_buffer_name=tp_comm_buffer_name,
+            stride=stride,
         )
 
 
@@ -128,6 +147,7 @@ class TELayerNormColumnParallelLinear(TEColumnParallelLinear):
         is_expert: bool,
         skip_weight_param_allocation: bool = False,
         tp_comm_buffer_name: str | None = None,
+        stride: int = 1,
     ):
         super().__init__(
             input_size,
@@ -140,6 +160,7 @@ class TELayerNormColumnParallelLinear(TEColumnParallelLinear):
             is_expert=is_expert,
             skip_weight_param_allocation=skip_weight_param_allocation,
             tp_comm_buffer_name=tp_comm_buffer_name,
+            stride=stride,
         )
         norm = NORMS[config.normalization](config, input_size, config.layernorm_epsilon)
         self.eps = norm.eps
@@ -153,7 +174,7 @@ class TELayerNormColumnParallelLinear(TEColumnParallelLinear):
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """[..., in] -> [..., out], and the bias or None."""
+        """[..., in] -> [..., out/TP], and the bias or None."""
         if not (self.recompute_norm and self.training):
             return super().forward(self._normed(input_), weight)
         recompute = CheckpointWithoutOutput()

@@ -7,13 +7,16 @@ from typing import Any
 _LAZY = {
     name: module
     for module, names in {
-        "cross_entropy": ("vocab_parallel_cross_entropy",),
+        "cross_entropy": ("VocabParallelCrossEntropy", "vocab_parallel_cross_entropy"),
         "data": ("broadcast_data",),
         "layers": (
             "ColumnParallelLinear",
+            "LinearWithFrozenWeight",
+            "LinearWithGradAccumulationAndAsyncCommunication",
             "RowParallelLinear",
             "VocabParallelEmbedding",
             "copy_tensor_model_parallel_attributes",
+            "linear_with_frozen_weight",
             "linear_with_grad_accumulation_and_async_allreduce",
             "param_is_not_tensor_parallel_duplicate",
             "set_defaults_if_not_set_tensor_model_parallel_attributes",
@@ -35,17 +38,23 @@ _LAZY = {
         ),
         "random": (
             "CheckpointWithoutOutput",
+            "CudaRNGStatesTracker",
             "checkpoint",
+            "get_all_rng_states",
             "get_cuda_rng_tracker",
             "get_data_parallel_rng_tracker_name",
             "get_expert_parallel_rng_tracker_name",
+            "initialize_rng_tracker",
             "model_parallel_cuda_manual_seed",
         ),
         "utils": (
+            "VocabUtility",
             "gather_split_1d_tensor",
             "split_tensor_along_last_dim",
             "split_tensor_into_1d_equal_chunks",
         ),
+        "initial_weights": ("Place",),
+        "weight_streams": ("weight_scope",),
     }.items()
     for name in names
 }

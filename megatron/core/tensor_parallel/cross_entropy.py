@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from megatron.core.fusions.cross_entropy import cross_entropy
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from megatron.core.fusions.cross_entropy import split_cross_entropy
+from megatron.core.tensor_parallel.collectives import tensor_group
 
 
 class VocabParallelCrossEntropy:
@@ -71,10 +71,8 @@ class VocabParallelCrossEntropy:
 def vocab_parallel_cross_entropy(
     vocab_parallel_logits: Tensor, target: Tensor, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Per-token loss, fp32.  logits: [s, b, v/TP], target: [s, b] -> [s, b].
+    """Per-token loss, fp32, the same on all ranks.  logits: [s, b, v/TP], target: [s, b] -> [s, b].
 
-    Raises:
-        NotBuiltYetError: with more than one tensor-parallel rank.
+    Label smoothing counts the whole vocabulary, so the loss does not depend on the number of ranks.
     """
-    whole = gather_from_tensor_model_parallel_region(vocab_parallel_logits)
-    return cross_entropy(whole, target, label_smoothing)
+    return split_cross_entropy(vocab_parallel_logits, target, label_smoothing, tensor_group())

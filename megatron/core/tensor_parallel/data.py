@@ -6,35 +6,85 @@ import torch
 from torch import Tensor
 
 from megatron.core import accelerator, parallel_state
-from megatron.core.errors import DataError, NotBuiltYetError
+from megatron.core.errors import DataError
+from megatron.core.tensor_parallel.collectives import group_rank, group_size, tensor_group
 
 MAX_DIMENSIONS = 5
+# In the place of the first number of dimensions: the reading rank has found something wrong.
+_FAILED = -1
 
 
-def broadcast_data(keys: Iterable[str], data: dict[str, Tensor], datatype: torch.dtype) -> dict[str, Tensor]:
+def broadcast_data(
+    keys: Iterable[str], data: dict[str, Tensor] | None, datatype: torch.dtype
+) -> dict[str, Tensor]:
     """The named tensors of ``data``, on the device of every tensor-parallel rank.
 
+    Their shapes travel first, then all of them in one flat buffer.
+
     Args:
-        keys: which entries to take.
+        keys: which entries to take, the same on all ranks.
         data: read on tensor-parallel rank 0; others may pass None.
         datatype: dtype that all of them must have.
 
     Raises:
-        DataError: a missing entry, another dtype, or more than 5 dimensions.
+        DataError: a missing entry, another dtype, or more than 5 dimensions; on all ranks alike.
     """
-    if parallel_state.model_parallel_is_initialized():
-        size = parallel_state.get_tensor_model_parallel_world_size()
-        if size > 1:
-            raise NotBuiltYetError(
-                "sending a batch to tensor-parallel ranks", f"--tensor-model-parallel-size {size}", "Use 1."
-            )
+    keys, group = list(keys), tensor_group()
+    if not keys:
+        return {}
+    if group_size(group) == 1:
+        device = accelerator.current_device()
+        return {key: _checked(data, key, datatype).to(device, non_blocking=True) for key in keys}
+    source = parallel_state.get_tensor_model_parallel_src_rank()
+    if group_rank(group) == 0:
+        return _send(keys, data, datatype, source)
+    return _receive(keys, datatype, source)
+
+
+def _send(
+    keys: list[str], data: dict[str, Tensor] | None, datatype: torch.dtype, source: int
+) -> dict[str, Tensor]:
+    shapes = torch.zeros(len(keys), 1 + MAX_DIMENSIONS, dtype=torch.int64)
+    try:
+        tensors = [_checked(data, key, datatype) for key in keys]
+    except DataError:
+        shapes[0, 0] = _FAILED
+        _broadcast(shapes.to(accelerator.current_device()), source)
+        raise
+    for row, tensor in zip(shapes, tensors, strict=True):
+        row[: 1 + tensor.dim()] = torch.tensor([tensor.dim(), *tensor.shape])
     device = accelerator.current_device()
-    return {key: _checked(data, key, datatype).to(device, non_blocking=True) for key in keys}
+    _broadcast(shapes.to(device), source)
+    flat = torch.cat([tensor.reshape(-1).to(device, non_blocking=True) for tensor in tensors])
+    _broadcast(flat, source)
+    return _unpack(keys, flat, [tensor.shape for tensor in tensors])
 
 
-def _checked(data: dict[str, Tensor], key: str, datatype: torch.dtype) -> Tensor:
-    if key not in data:
-        raise DataError(f"batch has no {key!r}; it has {', '.join(sorted(data)) or 'nothing'}")
+def _receive(keys: list[str], datatype: torch.dtype, source: int) -> dict[str, Tensor]:
+    device = accelerator.current_device()
+    table = torch.empty(len(keys), 1 + MAX_DIMENSIONS, dtype=torch.int64, device=device)
+    _broadcast(table, source)
+    rows = table.tolist()
+    if rows[0][0] == _FAILED:
+        raise DataError(f"rank {source}, which reads this rank's batches, has no valid one: see its message")
+    shapes = [torch.Size(row[1 : 1 + row[0]]) for row in rows]
+    flat = torch.empty(sum(shape.numel() for shape in shapes), dtype=datatype, device=device)
+    _broadcast(flat, source)
+    return _unpack(keys, flat, shapes)
+
+
+def _broadcast(tensor: Tensor, source: int) -> None:
+    torch.distributed.broadcast(tensor, source, group=parallel_state.get_tensor_model_parallel_group())
+
+
+def _unpack(keys: list[str], flat: Tensor, shapes: list[torch.Size]) -> dict[str, Tensor]:
+    pieces = flat.split([shape.numel() for shape in shapes])
+    return {key: piece.view(shape) for key, piece, shape in zip(keys, pieces, shapes, strict=True)}
+
+
+def _checked(data: dict[str, Tensor] | None, key: str, datatype: torch.dtype) -> Tensor:
+    if not data or key not in data:
+        raise DataError(f"batch has no {key!r}; it has {', '.join(sorted(data or ())) or 'nothing'}")
     tensor = data[key]
     if tensor.dtype != datatype:
         raise DataError(f"batch entry {key!r} is {tensor.dtype}, expected {datatype}")

@@ -1,17 +1,17 @@
-"""Layers whose weights are split over the tensor-parallel group: here, over one rank.
+"""Linear layers and the embedding whose weights are split over the tensor-parallel group.
 
 Parameters carry ``tensor_model_parallel``, ``partition_dim`` and ``partition_stride``. Linear layers return
 ``(output, bias or None)``; with ``skip_bias_add`` the caller adds the bias, often fused with what follows.
+Shapes below are those of one rank: TP is the number of ranks, and under sequence parallelism activations
+outside these layers hold s/TP positions.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from megatron.core import accelerator
-from megatron.core.errors import DataError, NotBuiltYetError
+from megatron.core.errors import DataError
 from megatron.core.fusions.embedding import embedding_lookup
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.attributes import (
@@ -20,18 +20,32 @@ from megatron.core.tensor_parallel.attributes import (
     set_defaults_if_not_set_tensor_model_parallel_attributes,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.tensor_parallel.initial_weights import (
+    InitMethod,
+    Place,
+    _initialize_affine_weight_cpu,  # noqa: F401  (called by code that makes its own layers)
+    _initialize_affine_weight_gpu,  # noqa: F401
+    new_bias,
+    new_weight,
+)
 from megatron.core.tensor_parallel.linear import (
+    LinearWithFrozenWeight,
     LinearWithGradAccumulationAndAsyncCommunication,
     linear_with_frozen_weight,
     linear_with_grad_accumulation_and_async_allreduce,
 )
-from megatron.core.tensor_parallel.random import (
-    get_cuda_rng_tracker,
-    get_expert_parallel_rng_tracker_name,
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    scatter_to_tensor_model_parallel_region,
 )
+from megatron.core.tensor_parallel.utils import VocabUtility
 
 __all__ = [
     "ColumnParallelLinear",
+    "InitMethod",
+    "LinearWithFrozenWeight",
     "LinearWithGradAccumulationAndAsyncCommunication",
     "RowParallelLinear",
     "VocabParallelEmbedding",
@@ -42,87 +56,6 @@ __all__ = [
     "set_defaults_if_not_set_tensor_model_parallel_attributes",
     "set_tensor_model_parallel_attributes",
 ]
-
-InitMethod = Callable[[Tensor], Any]
-
-
-def _require_one_rank(config: ModelParallelConfig) -> None:
-    size = config.tensor_model_parallel_size
-    if size > 1:
-        raise NotBuiltYetError("tensor parallelism", f"--tensor-model-parallel-size {size}", "Use 1.")
-
-
-def _initialize_affine_weight_gpu(
-    weight: Tensor, init_method: InitMethod, partition_dim: int, stride: int = 1, is_expert: bool = False
-) -> None:
-    """Marks the weight and draws it on its device, from the tensor-parallel (or expert) random stream."""
-    set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=partition_dim, stride=stride)
-    tracker = get_cuda_rng_tracker()
-    with tracker.fork(get_expert_parallel_rng_tracker_name()) if is_expert else tracker.fork():
-        init_method(weight)
-
-
-def _initialize_affine_weight_cpu(
-    weight: Tensor,
-    output_size: int,
-    input_size: int,
-    per_partition_size: int,
-    partition_dim: int,
-    init_method: InitMethod,
-    stride: int = 1,
-    return_master_weight: bool = False,
-    *,
-    params_dtype: torch.dtype = torch.float32,
-) -> Tensor | None:
-    """Marks the weight and draws all of it in fp32 from the CPU generator, whatever the number of ranks."""
-    set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=partition_dim, stride=stride)
-    master = torch.empty(output_size, input_size, dtype=torch.float32)
-    init_method(master)
-    with torch.no_grad():
-        weight.copy_(master.to(params_dtype))
-    return master if return_master_weight else None
-
-
-def _new_weight(
-    config: ModelParallelConfig,
-    shape: tuple[int, int],
-    partition_dim: int,
-    init_method: InitMethod,
-    stride: int = 1,
-    is_expert: bool = False,
-    keep_master: bool = False,
-) -> tuple[nn.Parameter, Tensor | None]:
-    """A weight [out, in] made and drawn as the config says, and its fp32 master if wanted."""
-    device = accelerator.build_device(config)
-    weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
-    master = None
-    if not config.perform_initialization or weight.is_meta:
-        set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=partition_dim, stride=stride)
-    elif config.use_cpu_initialization:
-        master = _initialize_affine_weight_cpu(
-            weight,
-            *shape,
-            shape[partition_dim],
-            partition_dim,
-            init_method,
-            stride,
-            keep_master,
-            params_dtype=config.params_dtype,
-        )
-    else:
-        _initialize_affine_weight_gpu(weight, init_method, partition_dim, stride, is_expert)
-    # False means: reduced over expert-data-parallel ranks only.
-    weight.allreduce = not (is_expert and config.expert_model_parallel_size > 1)
-    return weight, master
-
-
-def _new_bias(config: ModelParallelConfig, size: int, is_split: bool, is_expert: bool) -> nn.Parameter:
-    """A zero bias [size]."""
-    bias = nn.Parameter(torch.zeros(size, dtype=config.params_dtype, device=accelerator.build_device(config)))
-    if is_split:
-        set_tensor_model_parallel_attributes(bias, is_parallel=True, dim=0, stride=1)
-    bias.allreduce = not (is_expert and config.expert_model_parallel_size > 1)
-    return bias
 
 
 class _StatelessExtra(nn.Module):
@@ -139,39 +72,85 @@ class _StatelessExtra(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class _Linear(_StatelessExtra):
-    """What column- and row-parallel layers share with one rank.
+class LinearBase(_StatelessExtra):
+    """What linear layers share, however their weight is split.
+
+    Experts whose tokens a dispatcher brings (``explicit_expert_comm``) leave all communication to it.
 
     Attributes:
-        weight: [out, in], or None if the caller brings one.
-        bias: [out] or None.
+        weight: this rank's part of [out, in], or None if the caller brings one.
+        bias: [out/TP] or [out], or None.
+        place: of this rank among those that share the weight.
+        sequence_parallel: activations outside hold this rank's part of the sequence.
     """
 
-    def __init__(self, config: ModelParallelConfig, sizes: tuple[int, int], skip_bias_add: bool):
+    def __init__(
+        self, config: ModelParallelConfig, sizes: tuple[int, int], skip_bias_add: bool, is_expert: bool
+    ):
         super().__init__()
-        _require_one_rank(config)
         self.config = config
         self.input_size, self.output_size = sizes
         self.skip_bias_add = skip_bias_add
-        self.sequence_parallel = config.sequence_parallel
+        self.is_expert = is_expert
+        self.place = Place.find(config, is_expert)
+        self.explicit_expert_comm = is_expert and (
+            config.sequence_parallel or config.expert_model_parallel_size > 1
+        )
+        many = self.place.size > 1
+        self.communicates = many and not self.explicit_expert_comm
+        self.sequence_parallel = many and config.sequence_parallel
         self.gradient_accumulation_fusion = config.gradient_accumulation_fusion
 
-    def _linear(self, input_: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[..., in] -> [..., out], and the bias if it is left to the caller."""
-        added = None if self.skip_bias_add else self.bias
+    def _linear(
+        self, input_: Tensor, weight: Tensor, bias: Tensor | None, reduce_input_gradient: bool, **buffers: Any
+    ) -> Tensor:
+        """[..., in] -> [..., out] of the part held here.
+
+        ``reduce_input_gradient``: all ranks have the same input (or a part of it each, under sequence
+        parallelism), and the gradients that they find for it belong together.
+        """
         function = (
             linear_with_grad_accumulation_and_async_allreduce
             if weight.requires_grad
             else linear_with_frozen_weight
         )
-        out = function(input_, weight, added, self.gradient_accumulation_fusion, False, False)
-        return out, self.bias if self.skip_bias_add else None
+        gathers = self.sequence_parallel and reduce_input_gradient
+        return function(
+            input_,
+            weight,
+            bias,
+            self.gradient_accumulation_fusion,
+            reduce_input_gradient and not gathers,
+            gathers,
+            group=self.place.group(),
+            **buffers,
+        )
+
+    def _linear_then_sum(self, input_: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Own part of the input times own columns of the weight, summed over ranks; then the bias, once."""
+        if not self.communicates:
+            added = None if self.skip_bias_add else self.bias
+            return self._linear(input_, weight, added, False), self.bias if self.skip_bias_add else None
+        partial = self._linear(input_, weight, None, False)
+        group = self.place.group()
+        if self.sequence_parallel:
+            # [s, b, out] -> [s/TP, b, out]
+            out = reduce_scatter_to_sequence_parallel_region(partial, group)
+        else:
+            out = reduce_from_tensor_model_parallel_region(partial, group)
+        if self.skip_bias_add:
+            return out, self.bias
+        return out if self.bias is None else out + self.bias, None
 
     def extra_repr(self) -> str:
-        return f"in_features={self.input_size}, out_features={self.output_size}, bias={self.bias is not None}"
+        ranks = f", ranks={self.place.size}" if self.place.size > 1 else ""
+        return (
+            f"in_features={self.input_size}, out_features={self.output_size}, "
+            f"bias={self.bias is not None}{ranks}"
+        )
 
 
-class ColumnParallelLinear(_Linear):
+class ColumnParallelLinear(LinearBase):
     """``y = x A^T + b`` with the rows of A (the outputs) split over the group.
 
     Args:
@@ -181,13 +160,14 @@ class ColumnParallelLinear(_Linear):
         bias: have one.
         gather_output: give every rank the whole output.
         stride: parts of the output that are split one by one (2 for gate and up, say).
-        keep_master_weight_for_test: keep the fp32 weight drawn on the CPU as ``master_weight``.
+        keep_master_weight_for_test: keep the whole fp32 weight drawn on the CPU as ``master_weight``.
         skip_bias_add: return the bias instead of adding it.
         skip_weight_param_allocation: have no weight; pass one to ``forward``.
-        embedding_activation_buffer, grad_output_buffer: for deferred weight gradients, not built yet.
+        embedding_activation_buffer, grad_output_buffer: lists that take inputs and output gradients, from
+            which the caller computes the weight's gradient later (``config.defer_embedding_wgrad_compute``).
         is_expert: weights of a mixture's expert.
         tp_comm_buffer_name: names a communication buffer of TransformerEngine; not needed.
-        disable_grad_reduce: leave the input's gradient unreduced; with one rank there is nothing to reduce.
+        disable_grad_reduce: leave the input's gradient unreduced; the caller sums it over the ranks.
     """
 
     def __init__(
@@ -209,44 +189,55 @@ class ColumnParallelLinear(_Linear):
         tp_comm_buffer_name: str | None = None,
         disable_grad_reduce: bool = False,
     ):
-        super().__init__(config, (input_size, output_size), skip_bias_add)
-        if embedding_activation_buffer is not None or grad_output_buffer is not None:
-            raise NotBuiltYetError("deferring the output layer's weight gradient")
+        super().__init__(config, (input_size, output_size), skip_bias_add, is_expert)
         self.gather_output = gather_output
-        self.output_size_per_partition = output_size
-        self.is_expert = is_expert
+        self.output_size_per_partition = self.place.divide(output_size, "output_size")
+        self.disable_grad_reduce = disable_grad_reduce
+        self.embedding_activation_buffer = embedding_activation_buffer
+        self.grad_output_buffer = grad_output_buffer
         self.weight = self.master_weight = None
         if not skip_weight_param_allocation:
-            self.weight, self.master_weight = _new_weight(
+            self.weight, self.master_weight = new_weight(
                 config,
                 (output_size, input_size),
                 0,
                 init_method,
+                self.place,
                 stride,
-                is_expert,
                 keep_master_weight_for_test,
             )
-        self.bias = _new_bias(config, output_size, True, is_expert) if bias else None
+        self.bias = new_bias(config, output_size, True, self.place, stride) if bias else None
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """[..., in] -> [..., out], and the bias or None.
+        """[..., in] -> [..., out/TP], and the bias or None.
 
         Args:
-            input_: the same on all ranks.
+            input_: the same on all ranks, or this rank's part of the sequence under sequence parallelism.
             weight: used instead of the layer's own; needed if it has none.
-            runtime_gather_output: overrides ``gather_output``; no difference with one rank.
+            runtime_gather_output: overrides ``gather_output``: the output is then [..., out].
         """
         weight = self.weight if weight is None else weight
         assert weight is not None, "this layer was built without a weight: pass one to forward()"
-        assert weight.shape == (self.output_size, self.input_size), (
-            f"weight is {tuple(weight.shape)}, expected {(self.output_size, self.input_size)}"
-        )
-        return self._linear(input_, weight)
+        expected = (self.output_size_per_partition, self.input_size)
+        assert weight.shape == expected, f"weight is {tuple(weight.shape)}, expected {expected}"
+        buffers: dict[str, Any] = {}
+        if self.config.defer_embedding_wgrad_compute and self.grad_output_buffer is not None:
+            limit = self.config.wgrad_deferral_limit
+            if not limit or len(self.embedding_activation_buffer) < limit:
+                self.embedding_activation_buffer.append(input_)
+            buffers = {"grad_output_buffer": self.grad_output_buffer, "wgrad_deferral_limit": limit}
+        reduces = self.communicates and (self.sequence_parallel or not self.disable_grad_reduce)
+        out = self._linear(input_, weight, None if self.skip_bias_add else self.bias, reduces, **buffers)
+        gather = self.gather_output if runtime_gather_output is None else runtime_gather_output
+        if gather and self.place.size > 1:
+            # [..., out/TP] -> [..., out]
+            out = gather_from_tensor_model_parallel_region(out, self.place.group())
+        return out, self.bias if self.skip_bias_add else None
 
 
-class RowParallelLinear(_Linear):
+class RowParallelLinear(LinearBase):
     """``y = x A^T + b`` with the columns of A (the inputs) split over the group.
 
     Args:
@@ -257,7 +248,7 @@ class RowParallelLinear(_Linear):
         input_is_parallel: the input is split already.
         skip_bias_add: return the bias instead of adding it.
         stride: as in :class:`ColumnParallelLinear`.
-        keep_master_weight_for_test: keep the fp32 weight drawn on the CPU as ``master_weight``.
+        keep_master_weight_for_test: keep the whole fp32 weight drawn on the CPU as ``master_weight``.
         is_expert: weights of a mixture's expert.
         tp_comm_buffer_name: names a communication buffer of TransformerEngine; not needed.
     """
@@ -277,20 +268,26 @@ class RowParallelLinear(_Linear):
         is_expert: bool = False,
         tp_comm_buffer_name: str | None = None,
     ):
-        super().__init__(config, (input_size, output_size), skip_bias_add)
+        super().__init__(config, (input_size, output_size), skip_bias_add, is_expert)
         self.input_is_parallel = input_is_parallel
-        self.input_size_per_partition = input_size
-        self.is_expert = is_expert
-        self.weight, self.master_weight = _new_weight(
-            config, (output_size, input_size), 1, init_method, stride, is_expert, keep_master_weight_for_test
+        self.input_size_per_partition = self.place.divide(input_size, "input_size")
+        self.weight, self.master_weight = new_weight(
+            config, (output_size, input_size), 1, init_method, self.place, stride, keep_master_weight_for_test
         )
-        self.bias = _new_bias(config, output_size, False, is_expert) if bias else None
+        self.bias = new_bias(config, output_size, False, self.place) if bias else None
         if self.bias is not None:
+            # Added to a part of the sequence on every rank, its gradient must be summed over them.
             self.bias.sequence_parallel = self.sequence_parallel
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[..., in] -> [..., out], and the bias or None."""
-        return self._linear(input_, self.weight)
+        """[..., in/TP] (or [..., in]) -> [..., out], and the bias or None.
+
+        The output is whole on all ranks, or this rank's part of the sequence under sequence parallelism.
+        """
+        if not self.input_is_parallel and self.place.size > 1:
+            # [..., in] -> [..., in/TP]
+            input_ = scatter_to_tensor_model_parallel_region(input_, self.place.group())
+        return self._linear_then_sum(input_, self.weight)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -313,25 +310,51 @@ class VocabParallelEmbedding(nn.Module):
         config: ModelParallelConfig,
     ):
         super().__init__()
-        _require_one_rank(config)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.reduce_scatter_embeddings = reduce_scatter_embeddings
-        self.tensor_model_parallel_size = config.tensor_model_parallel_size
-        self.vocab_start_index, self.vocab_end_index = 0, num_embeddings
-        self.weight, _ = _new_weight(config, (num_embeddings, embedding_dim), 0, init_method)
+        place = Place.find(config)
+        self.tensor_model_parallel_size = place.size
+        self.num_embeddings_per_partition = place.divide(num_embeddings, "num_embeddings")
+        self.vocab_start_index, self.vocab_end_index = VocabUtility.vocab_range_from_global_vocab_size(
+            num_embeddings, place.rank, place.size
+        )
+        self.weight, _ = new_weight(config, (num_embeddings, embedding_dim), 0, init_method, place)
+        self._place = place
 
     def forward(self, input_: Tensor) -> Tensor:
-        """[b, s] -> [b, s, h], or [s, b, h] with ``reduce_scatter_embeddings``.
+        """[b, s] -> [b, s, h], or [s/TP, b, h] with ``reduce_scatter_embeddings``.
 
         Raises:
             DataError: a token id outside the vocabulary (found on a CPU only, where looking is free).
         """
+        group = self._place.group()
+        output = self._lookup(input_) if group is None else self._lookup_part(input_)
+        if not self.reduce_scatter_embeddings:
+            return reduce_from_tensor_model_parallel_region(output, group)
+        # [b, s, h] -> [s, b, h] -> [s/TP, b, h]
+        return reduce_scatter_to_sequence_parallel_region(output.transpose(0, 1).contiguous(), group)
+
+    def _lookup(self, ids: Tensor) -> Tensor:
+        """[b, s] -> [b, s, h]"""
         try:
-            output = embedding_lookup(input_, self.weight)
+            return embedding_lookup(ids, self.weight)
         except IndexError as error:
-            raise DataError(
-                f"token ids run from {int(input_.min())} to {int(input_.max())}, but the embedding table has "
-                f"{self.num_embeddings} rows: the data was made with another tokenizer than this model's"
-            ) from error
-        # [b, s, h] -> [s, b, h]
-        return output.transpose(0, 1).contiguous() if self.reduce_scatter_embeddings else output
+            raise self._foreign_ids(ids) from error
+
+    def _lookup_part(self, ids: Tensor) -> Tensor:
+        """[b, s] -> [b, s, h], zero where another rank has the row."""
+        if (
+            ids.device.type == accelerator.CPU
+            and ids.numel()
+            and not 0 <= ids.min() <= ids.max() < self.num_embeddings
+        ):
+            raise self._foreign_ids(ids)
+        elsewhere = (ids < self.vocab_start_index) | (ids >= self.vocab_end_index)
+        local = (ids - self.vocab_start_index).masked_fill(elsewhere, 0)
+        return embedding_lookup(local, self.weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+
+    def _foreign_ids(self, ids: Tensor) -> DataError:
+        return DataError(
+            f"token ids run from {int(ids.min())} to {int(ids.max())}, but the embedding table has "
+            f"{self.num_embeddings} rows: the data was made with another tokenizer than this model's"
+        )

@@ -1,4 +1,5 @@
-"""The linear function of all layers: one autograd node that knows main gradients and slow half precision."""
+"""The linear function of all layers: one autograd node that knows main gradients and slow half precision,
+and sends what a split layer must send while it computes."""
 
 import warnings
 from typing import Any
@@ -6,10 +7,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup, Work
 
-from megatron.core import accelerator
-from megatron.core.errors import NotBuiltYetError
+from megatron.core import accelerator, parallel_state
 from megatron.core.fusions.weight_gradient import accumulate_weight_gradient, weight_gradient
+from megatron.core.tensor_parallel import collectives, deferred_gradients
+from megatron.core.tensor_parallel.collectives import group_size, tensor_group
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+# The scratch buffer of gathered inputs is not the one of the mappings, whose results may still be in use.
+_GATHERED_INPUT = "linear_input"
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -32,6 +39,10 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
+def _has_main_grad(weight: Tensor) -> bool:
+    return getattr(weight, "main_grad", None) is not None
+
+
 def _weight_gradient(weight: Tensor, grad_output: Tensor, x: Tensor, into_main_grad: bool) -> Tensor:
     """The gradient to hand to autograd: the real one, or a stand-in once ``main_grad`` holds it."""
     grad_output, x = _rows(grad_output), _rows(x)
@@ -45,8 +56,64 @@ def _weight_gradient(weight: Tensor, grad_output: Tensor, x: Tensor, into_main_g
     return make(weight.shape, dtype=weight.dtype, device=weight.device)
 
 
+def _defer_weight_gradient(weight: Tensor, grad_output: Tensor, x: Tensor, ctx: Any) -> None:
+    """Leaves the weight's gradient to the schedule, which runs it when there is nothing better to do."""
+    sequence_parallel, group = ctx.sequence_parallel, ctx.group
+
+    def compute() -> None:
+        whole = _start_gather(x, group)[0] if sequence_parallel else x
+        if _has_main_grad(weight):
+            accumulate_weight_gradient(weight.main_grad, _rows(grad_output), _rows(whole))
+            weight.grad_added_to_main_grad = True
+        else:
+            grad = weight_gradient(_rows(grad_output), _rows(whole))
+            weight.grad = grad if weight.grad is None else weight.grad + grad
+        ready = getattr(weight, "gradient_ready", None)
+        if ready is not None:
+            ready()
+
+    deferred_gradients.defer(compute)
+
+
+def _start_gather(
+    x: Tensor, group: ProcessGroup | None, async_op: bool = False
+) -> tuple[Tensor, Work | None]:
+    """[s/TP, b, h] -> [s, b, h] in scratch memory, and what to wait for before it may be read."""
+    shape = [x.shape[0] * group_size(group), *x.shape[1:]]
+    whole = parallel_state.get_global_memory_buffer().get_tensor(shape, x.dtype, _GATHERED_INPUT)
+    return whole, collectives.all_gather(whole, x, group, async_op)
+
+
+class _InputGradientOnItsWay:
+    """Sum over the ranks of an input gradient, under way while the weight's gradient is computed.
+
+    ``sequence_parallel`` leaves every rank its part of the sequence; otherwise all get the whole sum.
+    """
+
+    def __init__(self, grad_input: Tensor, ctx: Any):
+        # Kept until it has been sent.
+        self._source = grad_input.contiguous()
+        self._result, self._work = self._source, None
+        if ctx.sequence_parallel:
+            length = grad_input.shape[0] // group_size(ctx.group)
+            self._result = grad_input.new_empty(length, *grad_input.shape[1:])
+            self._work = collectives.reduce_scatter(self._result, self._source, ctx.group, async_op=True)
+        elif ctx.allreduce_dgrad:
+            self._work = collectives.all_reduce(self._source, ctx.group, async_op=True)
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+        return self._result
+
+
 class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
-    """``x weight^T + bias``; the weight's gradient may go straight into ``weight.main_grad``."""
+    """``x weight^T + bias``; the weight's gradient may go straight into ``weight.main_grad``.
+
+    Under sequence parallelism the input is this rank's part of the sequence: it is gathered for the product,
+    not kept, and gathered again in backward while the input gradient is computed. The input gradient is
+    reduced over the ranks while the weight gradient is computed.
+    """
 
     @staticmethod
     def forward(
@@ -59,27 +126,54 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
         sequence_parallel: bool,
         grad_output_buffer: list[Tensor] | None,
         wgrad_deferral_limit: int | None,
+        group: ProcessGroup | None = None,
     ) -> Tensor:
-        if allreduce_dgrad or sequence_parallel:
-            raise NotBuiltYetError("a linear layer split over tensor-parallel ranks")
-        if grad_output_buffer is not None:
-            raise NotBuiltYetError("deferring the output layer's weight gradient")
         ctx.save_for_backward(input, weight)
+        ctx.group = tensor_group(group)
+        many = group_size(ctx.group) > 1
+        ctx.sequence_parallel, ctx.allreduce_dgrad = many and sequence_parallel, many and allreduce_dgrad
         ctx.has_bias = bias is not None
         ctx.into_main_grad = gradient_accumulation_fusion
-        return _product(input, weight, bias)
+        ctx.grad_output_buffer, ctx.deferral_limit = grad_output_buffer, wgrad_deferral_limit
+        whole = _start_gather(input, ctx.group)[0] if ctx.sequence_parallel else input
+        return _product(whole, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
-        grad_input = _input_gradient(grad_output, weight) if ctx.needs_input_grad[0] else None
-        grad_weight = grad_bias = None
-        if ctx.needs_input_grad[1]:
-            into_main_grad = ctx.into_main_grad and getattr(weight, "main_grad", None) is not None
-            grad_weight = _weight_gradient(weight, grad_output, input, into_main_grad)
+        needs_weight = ctx.needs_input_grad[1] and not _left_to_the_flush(ctx, grad_output)
+        # A weight with two uses is ready once autograd has both gradients: none of them may come later.
+        used_twice = getattr(weight, "zero_out_wgrad", False)
+        late = needs_weight and deferred_gradients.is_deferring() and not used_twice
+        whole, gathering = input, None
+        if ctx.sequence_parallel and needs_weight and not late:
+            whole, gathering = _start_gather(input, ctx.group, async_op=True)
+        sending = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_input = _input_gradient(grad_output, weight)
+            if gathering is not None:
+                gathering.wait()
+            sending = _InputGradientOnItsWay(grad_input, ctx)
+        elif gathering is not None:
+            gathering.wait()
+        if late:
+            _defer_weight_gradient(weight, grad_output, input, ctx)
+        elif needs_weight:
+            into_main_grad = ctx.into_main_grad and _has_main_grad(weight)
+            grad_weight = _weight_gradient(weight, grad_output, whole, into_main_grad)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = _rows(grad_output).sum(dim=0)
-        return grad_input, grad_weight, grad_bias, None, None, None, None, None
+        grad_input = None if sending is None else sending.wait()
+        return grad_input, grad_weight, grad_bias, None, None, None, None, None, None
+
+
+def _left_to_the_flush(ctx: Any, grad_output: Tensor) -> bool:
+    """True once the output's gradient is in the caller's buffer, to compute the weight's from later."""
+    buffer, limit = ctx.grad_output_buffer, ctx.deferral_limit
+    if buffer is None or (limit and len(buffer) >= limit):
+        return False
+    buffer.append(grad_output)
+    return True
 
 
 def linear_with_grad_accumulation_and_async_allreduce(
@@ -92,6 +186,8 @@ def linear_with_grad_accumulation_and_async_allreduce(
     grad_output_buffer: list[Tensor] | None = None,
     wgrad_deferral_limit: int | None = 0,
     async_grad_allreduce: bool | None = None,
+    *,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """``input weight^T + bias``.  input: [..., in], weight: [out, in], bias: [out] -> [..., out].
 
@@ -100,9 +196,13 @@ def linear_with_grad_accumulation_and_async_allreduce(
         gradient_accumulation_fusion: add the weight's gradient to ``weight.main_grad`` in backward (where
             the weight has one) and set ``weight.grad_added_to_main_grad``; the same numbers as adding
             ``weight.grad`` later.
-        allreduce_dgrad, sequence_parallel: communication of split layers, not built yet.
-        grad_output_buffer, wgrad_deferral_limit: deferred weight gradients, not built yet.
+        allreduce_dgrad: sum the input's gradient over the ranks while the weight's is computed.
+        sequence_parallel: ``input`` is this rank's part of the first dimension; the output has the whole, and
+            the input's gradient is reduced to this rank's part.
+        grad_output_buffer: list that takes the output's gradient instead of a weight gradient being computed.
+        wgrad_deferral_limit: how many it takes; 0 means any number.
         async_grad_allreduce: old name of ``allreduce_dgrad``.
+        group: ranks among which the layer is split; the tensor-parallel ones by default.
     """
     if async_grad_allreduce is not None:
         warnings.warn("async_grad_allreduce is the old name of allreduce_dgrad", DeprecationWarning)
@@ -116,7 +216,37 @@ def linear_with_grad_accumulation_and_async_allreduce(
         sequence_parallel,
         grad_output_buffer,
         wgrad_deferral_limit,
+        group,
     )
+
+
+class LinearWithFrozenWeight(torch.autograd.Function):
+    """``x weight^T + bias`` that keeps the weight but not the input: there is no weight gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        allreduce_dgrad: bool,
+        group: ProcessGroup | None = None,
+    ) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.has_bias, ctx.allreduce_dgrad, ctx.group = bias is not None, allreduce_dgrad, tensor_group(group)
+        return _product(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        grad_input = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_input = _input_gradient(grad_output, weight).contiguous()
+            if ctx.allreduce_dgrad:
+                collectives.all_reduce(grad_input, ctx.group)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            grad_bias = _rows(grad_output).sum(dim=0)
+        return grad_input, None, grad_bias, None, None
 
 
 def linear_with_frozen_weight(
@@ -129,14 +259,14 @@ def linear_with_frozen_weight(
     grad_output_buffer: list[Tensor] | None = None,
     wgrad_deferral_limit: None = None,
     async_grad_allreduce: bool | None = None,
+    *,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
-    """The same without a gradient for the weight."""
-    return linear_with_grad_accumulation_and_async_allreduce(
-        input,
-        weight.detach(),
-        bias,
-        False,
-        allreduce_dgrad,
-        sequence_parallel,
-        async_grad_allreduce=async_grad_allreduce,
-    )
+    """The same without a gradient for the weight; what concerns that gradient has no effect."""
+    if async_grad_allreduce is not None:
+        warnings.warn("async_grad_allreduce is the old name of allreduce_dgrad", DeprecationWarning)
+        allreduce_dgrad = async_grad_allreduce
+    if sequence_parallel:
+        # Its backward reduces the input's gradient as well.
+        input, allreduce_dgrad = gather_from_sequence_parallel_region(input, group=group), False
+    return LinearWithFrozenWeight.apply(input, weight, bias, allreduce_dgrad, group)

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from megatron.core import accelerator
-from megatron.core.errors import MegatronError
+from megatron.core.errors import ConfigError, MegatronError
+from megatron.core.tensor_parallel import collectives
+from megatron.core.tensor_parallel.utils import gather_split_1d_tensor, split_tensor_into_1d_equal_chunks
+from megatron.core.tensor_parallel.weight_streams import WeightStreams
 
 _MODEL_PARALLEL_RNG_TRACKER_NAME = "model-parallel-rng"
 _EXPERT_PARALLEL_RNG_TRACKER_NAME = "expert-parallel-rng"
@@ -47,6 +50,10 @@ class CudaRNGStatesTracker:
     Args:
         use_cudagraphable_rng: accepted for callers' sake; the states are always plain tensors here.
         is_inference_rng_tracker: make ``add`` and ``fork`` do nothing (inference draws nothing).
+
+    Attributes:
+        weight_streams: seeds of initial weights, once :func:`model_parallel_cuda_manual_seed` has set them;
+            no part of the states.
     """
 
     def __init__(self, use_cudagraphable_rng: bool = False, is_inference_rng_tracker: bool = False):
@@ -62,6 +69,7 @@ class CudaRNGStatesTracker:
         """Forgets all streams."""
         self.states_: dict[str, Tensor] = {}
         self.seeds_: set[int] = set()
+        self.weight_streams: WeightStreams | None = None
 
     def get_states(self) -> dict[str, Tensor]:
         """Name -> state.  The dict is a copy; a state tensor is replaced, never written to."""
@@ -144,6 +152,7 @@ def model_parallel_cuda_manual_seed(
     te_rng_tracker: bool = False,
     inference_rng_tracker: bool = False,
     use_cudagraphable_rng: bool = False,
+    weight_seed: int | None = None,
 ) -> None:
     """Seeds the device's default generator and the tracker's streams from one base seed.
 
@@ -152,14 +161,18 @@ def model_parallel_cuda_manual_seed(
     model-parallel         ``seed + 2718 + tp_rank``
     expert-parallel        ``seed + 1024 + 100 * ep_rank + expert_tp_rank``
     =====================  ======================================================
+
+    Initial weights have streams of their own (``weight_streams``), made from ``weight_seed``: give the seed
+    that all pipeline stages share; by default ``seed``.
     """
     from megatron.core import parallel_state
 
-    tp_rank = ep_rank = expert_tp_rank = 0
+    tp_rank = ep_rank = expert_tp_rank = stage = 0
     if parallel_state.model_parallel_is_initialized():
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
         ep_rank = parallel_state.get_expert_model_parallel_rank()
         expert_tp_rank = parallel_state.get_expert_tensor_parallel_rank()
+        stage = parallel_state.get_pipeline_model_parallel_rank()
     tracker = get_cuda_rng_tracker(te_rng_tracker, inference_rng_tracker, use_cudagraphable_rng)
     tracker.reset()
     accelerator.manual_seed(seed)
@@ -167,6 +180,7 @@ def model_parallel_cuda_manual_seed(
     tracker.add(_MODEL_PARALLEL_RNG_TRACKER_NAME, seed + _MODEL_PARALLEL_OFFSET + tp_rank)
     expert_seed = seed + _EXPERT_PARALLEL_OFFSET + _SEEDS_PER_EXPERT_RANK * ep_rank + expert_tp_rank
     tracker.add(_EXPERT_PARALLEL_RNG_TRACKER_NAME, expert_seed)
+    tracker.weight_streams = WeightStreams(seed if weight_seed is None else weight_seed, stage)
 
 
 @dataclass(frozen=True)
@@ -199,12 +213,48 @@ class _RngSnapshot:
             now.restore()
 
 
-class _SavedCall:
-    """A function and its arguments, kept for a second run."""
+@dataclass(frozen=True)
+class _Share:
+    """One tensor-parallel rank's piece of a tensor that all of them hold whole.
 
-    def __init__(self, ctx: Any, function: Callable[..., Any], args: tuple[Any, ...]):
+    Attributes:
+        piece: [numel/TP].
+        shape: of the whole.
+        requires_grad: of the whole.
+    """
+
+    piece: Tensor
+    shape: torch.Size
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, whole: Tensor) -> _Share:
+        ranks = collectives.group_size(collectives.tensor_group())
+        if whole.numel() % ranks:
+            raise ConfigError(
+                f"distribute_saved_activations: an activation of shape {tuple(whole.shape)} does not divide "
+                f"among {ranks} tensor-parallel ranks; leave it off (--distribute-saved-activations)"
+            )
+        piece = split_tensor_into_1d_equal_chunks(whole.detach().contiguous(), new_buffer=True)
+        return cls(piece, whole.shape, whole.requires_grad)
+
+    def whole(self) -> Tensor:
+        return gather_split_1d_tensor(self.piece).view(self.shape).requires_grad_(self.requires_grad)
+
+
+class _SavedCall:
+    """A function and its arguments, kept for a second run.
+
+    With ``distribute_first`` only this tensor-parallel rank's piece of the first argument is kept.
+    """
+
+    def __init__(
+        self, ctx: Any, function: Callable[..., Any], args: tuple[Any, ...], distribute_first: bool = False
+    ):
         self.function = function
         self.rng = _RngSnapshot.take()
+        if distribute_first and collectives.group_size(collectives.tensor_group()) > 1:
+            args = (_Share.of(args[0]), *args[1:])
         self.is_tensor = [isinstance(arg, Tensor) for arg in args]
         self.others = [arg for arg in args if not isinstance(arg, Tensor)]
         ctx.save_for_backward(*(arg for arg in args if isinstance(arg, Tensor)))
@@ -212,12 +262,13 @@ class _SavedCall:
     def arguments(self, ctx: Any) -> list[Any]:
         """The arguments again, tensors cut from the graph they came from."""
         tensors, others = iter(ctx.saved_tensors), iter(self.others)
-        return [
+        args = [
             (tensor := next(tensors)).detach().requires_grad_(tensor.requires_grad)
             if is_tensor
             else next(others)
             for is_tensor in self.is_tensor
         ]
+        return [arg.whole() if isinstance(arg, _Share) else arg for arg in args]
 
     def run_again(self, args: list[Any]) -> Any:
         with self.rng.replay(), torch.enable_grad():
@@ -248,7 +299,7 @@ class CheckpointFunction(torch.autograd.Function):
     def forward(
         ctx: Any, run_function: Callable[..., Any], distribute_saved_activations: bool, *args: Any
     ) -> Any:
-        ctx.call = _SavedCall(ctx, run_function, args)
+        ctx.call = _SavedCall(ctx, run_function, args, distribute_saved_activations)
         with torch.no_grad():
             return run_function(*args)
 
@@ -265,8 +316,8 @@ def checkpoint(function: Callable[..., Any], distribute_saved_activations: bool,
 
     Args:
         function: returns a tensor or a tuple of tensors.
-        distribute_saved_activations: keep only this rank's 1/TP of the first argument; all of it with one
-            rank.
+        distribute_saved_activations: keep only this rank's 1/TP of the first argument, which all
+            tensor-parallel ranks hold alike, and gather it in backward.
     """
     return CheckpointFunction.apply(function, distribute_saved_activations, *args)
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import collectives
 from megatron.core.utils import divide
 
 
@@ -26,10 +27,9 @@ def split_tensor_into_1d_equal_chunks(tensor: Tensor, new_buffer: bool = False) 
 
 def gather_split_1d_tensor(tensor: Tensor) -> Tensor:
     """All tensor-parallel ranks' pieces, joined.  Inverse of :func:`split_tensor_into_1d_equal_chunks`."""
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    gathered = torch.empty(size * tensor.numel(), dtype=tensor.dtype, device=tensor.device)
     group = parallel_state.get_tensor_model_parallel_group()
-    torch.distributed.all_gather_into_tensor(gathered, tensor.contiguous(), group=group)
+    gathered = tensor.new_empty(collectives.group_size(group) * tensor.numel())
+    collectives.all_gather(gathered, tensor, group)
     return gathered
 
 

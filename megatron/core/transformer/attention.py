@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from megatron.core import tensor_parallel
-from megatron.core.errors import NotBuiltYetError
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.errors import NotBuiltYetError, TrainingError
 from megatron.core.inference_params import InferenceParams
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -66,8 +67,11 @@ class Attention(MegatronModule, ABC):
         self.query_projection_size = config.kv_channels * config.num_attention_heads
         self.kv_projection_size = config.kv_channels * config.num_query_groups
         self.hidden_size_per_attention_head = divide(self.query_projection_size, config.num_attention_heads)
-        self.num_attention_heads_per_partition = config.num_attention_heads
-        self.num_query_groups_per_partition = config.num_query_groups
+        place = tensor_parallel.Place.find(config)
+        self.num_attention_heads_per_partition = place.divide(
+            config.num_attention_heads, "num_attention_heads"
+        )
+        self.num_query_groups_per_partition = place.divide(config.num_query_groups, "num_query_groups")
         self.core_attention = build_module(
             submodules.core_attention,
             config=config,
@@ -97,7 +101,7 @@ class Attention(MegatronModule, ABC):
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, key_value_states: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query [s, b, n, d], key and value [s, b, g, d]."""
+        """Query [s, b, n/TP, d], key and value [s, b, g/TP, d]."""
 
     def forward(
         self,
@@ -115,6 +119,8 @@ class Attention(MegatronModule, ABC):
         inference_params: InferenceParams | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """[s, b, h] -> [s, b, h], and the projection's bias for the caller to add.
+
+        Under sequence parallelism input and output hold this rank's part of the sequence, [s/TP, b, h].
 
         Args:
             hidden_states: input.
@@ -146,7 +152,7 @@ class Attention(MegatronModule, ABC):
         attention_bias: Tensor | None,
         packed_seq_params: PackedSeqParams | None,
     ) -> Tensor:
-        """[s, b, n, d], 2 x [s, b, g, d] -> [s, b, n*d]"""
+        """[s, b, n/TP, d], 2 x [s, b, g/TP, d] -> [s, b, n*d/TP]"""
         return self.core_attention(
             query,
             key,
@@ -162,7 +168,7 @@ class SelfAttention(Attention):
     """Attention of a sequence to itself, with one projection for queries, keys and values.
 
     Rows of ``linear_qkv`` are grouped by query group: its n/g query heads, then its key head, then its value
-    head.
+    head. Ranks hold whole groups.
     """
 
     def __init__(
@@ -193,12 +199,18 @@ class SelfAttention(Attention):
         if spec is None:
             return None
         width = self.hidden_size_per_attention_head
-        return build_module(spec, hidden_size=width, config=self.config, eps=self.config.layernorm_epsilon)
+        norm = build_module(spec, hidden_size=width, config=self.config, eps=self.config.layernorm_epsilon)
+        if self.num_attention_heads_per_partition < self.config.num_attention_heads:
+            for parameter in norm.parameters():
+                # Every rank has the norm but only its own heads, with and without sequence parallelism: the
+                # gradient is the sum over the ranks.
+                parameter.sequence_parallel = True
+        return norm
 
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, key_value_states: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[s, b, h] -> query [s, b, n, d], key and value [s, b, g, d]."""
+        """[s, b, h] -> query [s, b, n/TP, d], key and value [s, b, g/TP, d]."""
         mixed, _ = self.linear_qkv(hidden_states)
         g, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         per_group = divide(self.num_attention_heads_per_partition, g)
@@ -214,4 +226,32 @@ class SelfAttention(Attention):
         return query, key, value
 
     def run_realtime_tests(self) -> None:
-        """Compares the norms of queries and keys between copies on other ranks; one rank has one copy."""
+        """Compares the norms of queries and keys with those on tensor- and data-parallel rank 0.
+
+        Raises:
+            TrainingError: they have drifted apart.
+        """
+        groups = {
+            "data-parallel": parallel_state.get_data_parallel_group(),
+            "tensor-parallel": parallel_state.get_tensor_model_parallel_group(),
+        }
+        for name in ("q_layernorm", "k_layernorm"):
+            for label, parameter in _named_parameters(getattr(self, name)):
+                for kind, group in groups.items():
+                    if not _equals_first(parameter.detach(), group):
+                        raise TrainingError(
+                            f"layer {self.layer_number}: {name}.{label} differs from that of {kind} rank 0, "
+                            "although all copies see the same updates: memory or a collective is faulty, or "
+                            "code outside the optimizer changed it"
+                        )
+
+
+def _named_parameters(module: torch.nn.Module | None) -> list[tuple[str, Tensor]]:
+    return [] if module is None else list(module.named_parameters())
+
+
+def _equals_first(tensor: Tensor, group: ProcessGroup) -> bool:
+    """True if this rank's ``tensor`` has the bits of the group's first."""
+    first = tensor.clone()
+    torch.distributed.broadcast(first, torch.distributed.get_global_rank(group, 0), group=group)
+    return torch.equal(first, tensor)

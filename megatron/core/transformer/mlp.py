@@ -1,5 +1,6 @@
 """The feed-forward part of a layer."""
 
+import inspect
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from megatron.core.fusions.fused_bias_geglu import gated_gelu
 from megatron.core.fusions.fused_bias_gelu import bias_gelu_impl
 from megatron.core.fusions.fused_bias_swiglu import swiglu
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module, get_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
@@ -22,7 +23,8 @@ class MLPSubmodules:
 
 
 class MLP(MegatronModule):
-    """``fc2(activation(fc1(x)))``, with a gate if the config asks for one: fc1 then gives [gate; up].
+    """``fc2(activation(fc1(x)))``, with a gate if the config asks for one: fc1 then gives [gate; up], and
+    every rank has its slice of both.
 
     GELU is the exact form; with ``bias_activation_fusion`` it is the tanh form, as the fused kernel of the
     original computes it.
@@ -49,6 +51,7 @@ class MLP(MegatronModule):
             skip_bias_add=True,
             is_expert=is_expert,
             tp_comm_buffer_name="fc1",
+            **({"stride": 2} if config.gated_linear_unit and _takes_stride(submodules.linear_fc1) else {}),
         )
         self.activation_func = config.activation_func
         self.linear_fc2 = build_module(
@@ -80,7 +83,7 @@ class MLP(MegatronModule):
         return self.linear_fc2(inner)
 
     def _activate(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """[s, b, f] -> [s, b, f], or [s, b, 2f] -> [s, b, f] with a gate."""
+        """[s, b, f/TP] -> [s, b, f/TP], or [s, b, 2f/TP] -> [s, b, f/TP] with a gate."""
         config = self.config
         is_gelu, fused = self.activation_func is F.gelu, config.bias_activation_fusion
         if not config.gated_linear_unit:
@@ -96,6 +99,11 @@ class MLP(MegatronModule):
         if config.glu_gate_last:
             gate, up = up, gate
         return self.activation_func(gate) * up
+
+
+def _takes_stride(spec: ModuleSpec | type | None) -> bool:
+    """False for layers of others with the constructor of TransformerEngine, which fill themselves."""
+    return spec is not None and "stride" in inspect.signature(get_module(spec)).parameters
 
 
 def _add(x: Tensor, bias: Tensor | None) -> Tensor:

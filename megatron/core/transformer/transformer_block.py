@@ -1,5 +1,6 @@
 """A stack of layers, with the recompute policy and the final norm."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,11 +126,18 @@ class TransformerBlock(MegatronModule):
             "sequence_len_offset": sequence_len_offset,
             "inference_params": inference_params,
         }
-        for first, last in self._recompute_units():
-            hidden_states = self._run_recomputed(hidden_states, first, last, arguments)
-        for layer in self.layers[self._num_recomputed() :]:
-            hidden_states, _ = layer(hidden_states, **arguments)
+        with self._random_stream():
+            for first, last in self._recompute_units():
+                hidden_states = self._run_recomputed(hidden_states, first, last, arguments)
+            for layer in self.layers[self._num_recomputed() :]:
+                hidden_states, _ = layer(hidden_states, **arguments)
         return hidden_states if self.final_layernorm is None else self.final_layernorm(hidden_states)
+
+    def _random_stream(self) -> contextlib.AbstractContextManager[None]:
+        """Under sequence parallelism ranks hold different activations and must drop different elements."""
+        if self.config.sequence_parallel and self.training:
+            return tensor_parallel.get_cuda_rng_tracker().fork()
+        return contextlib.nullcontext()
 
     def _num_recomputed(self) -> int:
         """How many layers, from the first on, are recomputed as a whole."""

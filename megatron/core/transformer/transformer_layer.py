@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron.core import tensor_parallel
+from megatron.core.context_parallel.attention import comm_type_of_layer
 from megatron.core.errors import NotBuiltYetError
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
@@ -69,20 +70,28 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
         self.hidden_dropout = config.hidden_dropout if hidden_dropout is None else hidden_dropout
         if submodules.cross_attention is not IdentityOp:
             raise NotBuiltYetError("cross attention")
-        self.input_layernorm = self._norm(submodules.input_layernorm)
-        self.self_attention = build_module(
-            submodules.self_attention, config=config, layer_number=self.layer_number
-        )
-        self.self_attn_bda = build_module(submodules.self_attn_bda)
-        self.pre_mlp_layernorm = self._norm(submodules.pre_mlp_layernorm)
-        self.mlp = build_module(submodules.mlp, config=config)
-        self.mlp_bda = build_module(submodules.mlp_bda)
+        with tensor_parallel.weight_scope("decoder", self.layer_number):
+            self._build(submodules)
         recomputed = config.recompute_modules if config.recompute_granularity == "selective" else []
         # A norm's output that also serves as residual stays alive anyway.
         self.recompute_norms = (
             "layernorm" in recomputed and not config.apply_residual_connection_post_layernorm
         )
         self.recompute_mlp = "mlp" in recomputed
+
+    def _build(self, submodules: TransformerLayerSubmodules) -> None:
+        """The modules of the layer, in the order that numbers their weights."""
+        self.input_layernorm = self._norm(submodules.input_layernorm)
+        # Attention classes of users' specs need not know of context parallelism.
+        split = self.config.context_parallel_size > 1
+        exchange = {"cp_comm_type": comm_type_of_layer(self.config, self.layer_number)} if split else {}
+        self.self_attention = build_module(
+            submodules.self_attention, config=self.config, layer_number=self.layer_number, **exchange
+        )
+        self.self_attn_bda = build_module(submodules.self_attn_bda)
+        self.pre_mlp_layernorm = self._norm(submodules.pre_mlp_layernorm)
+        self.mlp = build_module(submodules.mlp, config=self.config)
+        self.mlp_bda = build_module(submodules.mlp_bda)
 
     def _norm(self, spec: Spec) -> Any:
         config = self.config

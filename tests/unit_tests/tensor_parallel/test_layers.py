@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron.core import accelerator, tensor_parallel
-from megatron.core.errors import DataError, NotBuiltYetError
+from megatron.core.errors import ConfigError, DataError
 from megatron.core.tensor_parallel import layers, mappings
 from megatron.core.tensor_parallel.cross_entropy import (
     VocabParallelCrossEntropy,
@@ -18,7 +18,11 @@ from megatron.core.tensor_parallel.layers import (
     linear_with_frozen_weight,
     linear_with_grad_accumulation_and_async_allreduce,
 )
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import (
+    RngStreamError,
+    get_cuda_rng_tracker,
+    model_parallel_cuda_manual_seed,
+)
 from megatron.core.tensor_parallel.utils import VocabUtility, split_tensor_along_last_dim
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal
@@ -156,20 +160,38 @@ def test_frozen_weight():
     assert layer.bias.grad is not None
 
 
-def test_drawn_from_the_model_parallel_stream():
+def test_weights_follow_seed_and_place_and_leave_all_streams_alone():
     tracker = get_cuda_rng_tracker()
-    before = tracker.get_states()
-    default = torch.get_rng_state()
-    layer = column(make_config())
+    streams, default = tracker.get_states(), torch.get_rng_state()
+
+    def weights(*place, number=2):
+        with tensor_parallel.weight_scope(*place):
+            return [column(make_config()).weight for _ in range(number)]
+
+    first, second = weights("decoder", 1)
+    assert all(torch.equal(*pair) for pair in zip(weights("decoder", 1), (first, second), strict=True))
+    others = [second, *weights("decoder", 2), *weights("encoder", 1), column(make_config()).weight]
+    assert not any(torch.equal(first, other) for other in others)
+    with tensor_parallel.weight_scope("outer"):
+        assert not torch.equal(weights("decoder", 1)[0], first)
     assert torch.equal(torch.get_rng_state(), default)
-    tracker.set_states(before)
-    with tracker.fork():
-        expected = torch.empty(12, 8).normal_(0.0, 0.5)
-    assert torch.equal(layer.weight, expected)
+    assert tracker.get_states() == streams
+    model_parallel_cuda_manual_seed(17 + 100, weight_seed=17)  # as on another pipeline stage
+    assert torch.equal(weights("decoder", 1)[0], first)
+    model_parallel_cuda_manual_seed(18)
+    assert not torch.equal(weights("decoder", 1)[0], first)
+    assert abs(float(torch.cat(weights("decoder", 1, number=50)).detach().std()) / 0.5 - 1) < 0.05
 
 
-def test_cpu_initialisation_draws_fp32_from_the_cpu_generator():
+def test_weights_need_a_seed():
+    get_cuda_rng_tracker().reset()
+    with pytest.raises(RngStreamError, match="call model_parallel_cuda_manual_seed"):
+        column(make_config())
+
+
+def test_without_a_seed_cpu_initialisation_draws_fp32_from_the_cpu_generator():
     config = make_config(use_cpu_initialization=True, params_dtype=torch.bfloat16)
+    get_cuda_rng_tracker().reset()
     torch.manual_seed(4)
     layer = column(config, keep_master_weight_for_test=True)
     torch.manual_seed(4)
@@ -257,13 +279,9 @@ def test_broadcast_checks_its_batch():
         tensor_parallel.broadcast_data(["x"], {"x": torch.zeros(1, 1, 1, 1, 1, 1)}, torch.float32)
 
 
-def test_more_ranks_are_refused():
-    with pytest.raises(NotBuiltYetError, match="tensor-model-parallel-size 2"):
+def test_more_ranks_than_there_are_groups_for():
+    with pytest.raises(ConfigError, match=r"says 2, but no process groups exist; call .*initialize"):
         column(make_config(tensor_model_parallel_size=2))
-    with pytest.raises(NotBuiltYetError):
-        linear_with_grad_accumulation_and_async_allreduce(
-            torch.ones(1, 2), torch.ones(2, 2), None, False, True, False
-        )
 
 
 def test_attribute_helpers():

@@ -247,10 +247,6 @@ def test_what_is_not_built_says_so():
         get_gpt_layer_local_spec(num_experts=4)
     with pytest.raises(NotBuiltYetError, match="latent"):
         get_gpt_layer_with_transformer_engine_spec(multi_latent_attention=True)
-    with pytest.raises(NotBuiltYetError, match="tensor-model-parallel-size 2"):
-        make_model(make_config(tensor_model_parallel_size=2))
-    with pytest.raises(NotBuiltYetError, match="pipeline"):
-        make_model(make_config(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32))
     with pytest.raises(NotBuiltYetError, match="mrope"):
         make_model(make_config(), position_embedding_type="mrope")
     with pytest.raises(ConfigError, match="learned_absolute"):

@@ -107,16 +107,17 @@ class GPTModel(LanguageModule):
             config, transformer_layer_spec, pre_process=pre_process, post_process=post_process
         )
         if post_process:
-            self.output_layer = tensor_parallel.ColumnParallelLinear(
-                config.hidden_size,
-                vocab_size,
-                config=config,
-                init_method=config.init_method,
-                bias=False,
-                skip_bias_add=False,
-                gather_output=not parallel_output,
-                skip_weight_param_allocation=pre_process and share_embeddings_and_output_weights,
-            )
+            with tensor_parallel.weight_scope("output"):
+                self.output_layer = tensor_parallel.ColumnParallelLinear(
+                    config.hidden_size,
+                    vocab_size,
+                    config=config,
+                    init_method=config.init_method,
+                    bias=False,
+                    skip_bias_add=False,
+                    gather_output=not parallel_output,
+                    skip_weight_param_allocation=pre_process and share_embeddings_and_output_weights,
+                )
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 

@@ -1,14 +1,16 @@
 """Embedding of tokens, their positions, and the text they belong to."""
 
+import contextlib
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron.core import accelerator, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.errors import DataError
 from megatron.core.fusions.dropout import dropout
 from megatron.core.fusions.embedding import embedding_lookup
+from megatron.core.tensor_parallel.initial_weights import Place, new_weight
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -18,12 +20,7 @@ class _Table(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, rows: int):
         super().__init__()
-        device = accelerator.build_device(config)
-        weight = torch.empty(rows, config.hidden_size, dtype=config.params_dtype, device=device)
-        self.weight = torch.nn.Parameter(weight)
-        if config.perform_initialization and not weight.is_meta:
-            # From the default stream, so that tensor-parallel ranks draw the same.
-            config.init_method(self.weight)
+        self.weight, _ = new_weight(config, (rows, config.hidden_size), None, config.init_method, Place(0, 1))
 
     def forward(self, ids: Tensor) -> Tensor:
         """[b, s] -> [b, s, h]"""
@@ -55,13 +52,23 @@ class LanguageModelEmbedding(MegatronModule):
         self.vocab_size, self.max_sequence_length = vocab_size, max_sequence_length
         self.add_position_embedding = position_embedding_type == "learned_absolute"
         self.num_tokentypes = num_tokentypes
-        self.word_embeddings = tensor_parallel.VocabParallelEmbedding(
-            vocab_size, config.hidden_size, init_method=config.init_method, config=config
+        self.scatter_to_sequence_parallel = config.sequence_parallel and scatter_to_sequence_parallel
+        # What every rank adds to the whole sequence must be added before it is cut.
+        self.reduce_scatter_embeddings = (
+            self.scatter_to_sequence_parallel and not self.add_position_embedding and num_tokentypes <= 0
         )
-        self.position_embeddings = (
-            _Table(config, max_sequence_length) if self.add_position_embedding else None
-        )
-        self.tokentype_embeddings = _Table(config, num_tokentypes) if num_tokentypes > 0 else None
+        with tensor_parallel.weight_scope("embedding"):
+            self.word_embeddings = tensor_parallel.VocabParallelEmbedding(
+                vocab_size,
+                config.hidden_size,
+                init_method=config.init_method,
+                reduce_scatter_embeddings=self.reduce_scatter_embeddings,
+                config=config,
+            )
+            self.position_embeddings = (
+                _Table(config, max_sequence_length) if self.add_position_embedding else None
+            )
+            self.tokentype_embeddings = _Table(config, num_tokentypes) if num_tokentypes > 0 else None
         self.embedding_dropout_prob = config.hidden_dropout
 
     def zero_parameters(self) -> None:
@@ -74,20 +81,36 @@ class LanguageModelEmbedding(MegatronModule):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor | None, tokentype_ids: Tensor | None = None
     ) -> Tensor:
-        """Token ids [b, s], positions [b, s], types [b, s] or None -> [s, b, h]."""
+        """Token ids [b, s], positions [b, s], types [b, s] or None -> [s, b, h], or [s/TP, b, h]."""
         embeddings = self.word_embeddings(input_ids)
         if self.position_embeddings is not None:
             embeddings = embeddings + self._positions(position_ids)
         if self.tokentype_embeddings is not None:
             assert tokentype_ids is not None, "this model has token types: pass tokentype_ids"
             embeddings = embeddings + self.tokentype_embeddings(tokentype_ids)
-        # [b, s, h] -> [s, b, h]
-        embeddings = embeddings.transpose(0, 1).contiguous()
+        if not self.reduce_scatter_embeddings:
+            embeddings = self._sequence_first(embeddings)
         if self.config.fp32_residual_connection:
             embeddings = embeddings.float()
         if self.training and self.embedding_dropout_prob > 0.0:
-            embeddings = dropout(embeddings, self.embedding_dropout_prob)
+            with self._random_stream():
+                embeddings = dropout(embeddings, self.embedding_dropout_prob)
         return embeddings
+
+    def _sequence_first(self, embeddings: Tensor) -> Tensor:
+        """[b, s, h] -> [s, b, h], or [s/TP, b, h] under sequence parallelism."""
+        embeddings = embeddings.transpose(0, 1).contiguous()
+        if not self.scatter_to_sequence_parallel:
+            return embeddings
+        part = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
+        # The part is a view that keeps the whole alive.
+        return part.clone() if self.config.clone_scatter_output_in_embedding else part
+
+    def _random_stream(self) -> contextlib.AbstractContextManager[None]:
+        """Ranks with different parts of a sequence drop different elements, those with the whole the same."""
+        if self.config.sequence_parallel:
+            return tensor_parallel.get_cuda_rng_tracker().fork()
+        return contextlib.nullcontext()
 
     def _positions(self, position_ids: Tensor) -> Tensor:
         try:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.core import tensor_parallel
+from megatron.core import accelerator, parallel_state, tensor_parallel
 from megatron.core.transformer.module import MegatronModule
 
 
@@ -36,7 +36,11 @@ class LanguageModule(MegatronModule):
         return loss.transpose(0, 1).contiguous()
 
     def setup_embeddings_and_output_layer(self) -> None:
-        """Marks embedding and output weights for the optimizer, and a weight that serves as both."""
+        """Marks embedding and output weights for the optimizer, and a weight that serves as both.
+
+        A tied weight whose two uses are on different stages has a copy on each: the later one starts as zeros
+        and becomes the first by one sum over the embedding group, in which all its stages take part.
+        """
         if self.pre_process:
             self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True
         if self.post_process and self.output_layer.weight is not None:
@@ -45,6 +49,23 @@ class LanguageModule(MegatronModule):
             # Used twice, so gradients that went to main_grad directly must leave zeros for the other use's
             # sum.
             self.shared_embedding_or_output_weight().zero_out_wgrad = True
+        elif self.share_embeddings_and_output_weights and (self.pre_process or self.post_process):
+            self._tie_copies_on_other_stages()
+
+    def _tie_copies_on_other_stages(self) -> None:
+        weight = self.shared_embedding_or_output_weight()
+        weight.shared_embedding = True
+        if not self.pre_process:
+            # A copy: norms and counts over the whole model leave it out.
+            weight.shared = True
+        if weight.is_meta or not parallel_state.model_parallel_is_initialized():
+            return
+        if not self.pre_process:
+            weight.data.zero_()
+        # Collectives may not take what was built on the CPU of a machine with another device.
+        weight.data = weight.data.to(accelerator.current_device())
+        if parallel_state.is_rank_in_embedding_group():
+            torch.distributed.all_reduce(weight.data, group=parallel_state.get_embedding_group())
 
     def shared_embedding_or_output_weight(self) -> torch.nn.Parameter | None:
         """The tied weight: the embedding's on the first stage, the output layer's on the last.  [V, h]"""
