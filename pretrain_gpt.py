@@ -14,9 +14,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.spec_utils import import_module
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
 from megatron.training.arguments import core_transformer_config_from_args
+from megatron.training.data.batch import stage_needs_data
 from megatron.training.entry import run_main
 from megatron.training.utils import (
     get_batch_on_this_cp_rank,
@@ -78,8 +80,11 @@ def loss_func(loss_mask: torch.Tensor, output_tensor: torch.Tensor):
     """
     args = get_args()
     loss_mask = loss_mask.reshape(-1).float()
-    loss = (output_tensor.float().reshape(-1) * loss_mask).sum()
-    num_tokens = loss_mask.sum().detach().to(torch.int64)
+    # [2]: sum, count
+    totals = torch.stack([(output_tensor.float().reshape(-1) * loss_mask).sum(), loss_mask.sum()])
+    # Context-parallel ranks each hold a part of every sequence.
+    totals = reduce_from_tensor_model_parallel_region(totals, parallel_state.get_context_parallel_group())
+    loss, num_tokens = totals[0], totals[1].detach().to(torch.int64)
 
     machine = get_rerun_state_machine()
     if args.check_for_nan_in_loss_and_grad:
@@ -98,7 +103,10 @@ def loss_func(loss_mask: torch.Tensor, output_tensor: torch.Tensor):
             message="Spiky loss",
             fatal=False,
         )
-    return loss, num_tokens, {"lm loss": (loss.detach(), num_tokens)}
+    reported = totals.detach().clone()
+    if parallel_state.get_data_parallel_world_size() > 1:
+        torch.distributed.all_reduce(reported, group=parallel_state.get_data_parallel_group())
+    return loss, num_tokens, {"lm loss": (reported[0], reported[1])}
 
 
 def forward_step(data_iterator, model: GPTModel):
@@ -112,9 +120,8 @@ def forward_step(data_iterator, model: GPTModel):
 
 
 def is_dataset_built_on_rank() -> bool:
-    """Tensor rank 0 of the first and the last stage read data; the others receive it."""
-    on_edge = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
-    return on_edge and parallel_state.get_tensor_model_parallel_rank() == 0
+    """Tensor rank 0 of the stages that compute with data reads it; the others receive it."""
+    return stage_needs_data(get_args()) and parallel_state.get_tensor_model_parallel_rank() == 0
 
 
 def core_gpt_dataset_config_from_args(args) -> GPTDatasetConfig:

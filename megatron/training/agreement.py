@@ -24,6 +24,15 @@ def any_rank(flag: bool) -> bool:
     return extremes(int(flag))[1] > 0
 
 
+def any_rank_each(flags: list[bool]) -> list[bool]:
+    """:func:`any_rank` of several flags, in one message."""
+    if world_size() == 1:
+        return flags
+    tensor = torch.tensor(flags, dtype=torch.int64, device=accelerator.current_device())
+    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in tensor.tolist()]
+
+
 def extremes(value: int) -> tuple[int, int]:
     """Smallest and largest value of all ranks."""
     if world_size() == 1:

@@ -11,9 +11,11 @@ import torch
 from megatron.core import accelerator
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+from megatron.training.agreement import any_rank
 from megatron.training.global_vars import get_args, get_tensorboard_writer, get_timers
 from megatron.training.logging.writers import write_scalar
 from megatron.training.losses import average_reports
+from megatron.training.schedule_hooks import gathered_parameters
 from megatron.training.utils import is_last_rank, print_rank_0, print_rank_last
 
 LARGEST_EXPONENT = 20.0
@@ -26,7 +28,7 @@ def perplexity(loss: float) -> float:
 
 def evaluate(
     forward_step_func: Callable,
-    data_iterator: Iterator,
+    data_iterator: Iterator | list,
     model: list[torch.nn.Module],
     process_non_loss_data_func: Callable | None,
     config: Any,
@@ -48,12 +50,13 @@ def evaluate(
         chunk.eval()
     config.timers = None
     try:
-        losses, timed_out = _run_eval_iters(forward_step_func, data_iterator, model, verbose)
-        collected = None
-        if not timed_out:
-            collected = _collect_non_loss_data(
-                forward_step_func, data_iterator, model, process_non_loss_data_func, non_loss_data_func
-            )
+        with gathered_parameters(model):
+            losses, timed_out = _run_eval_iters(forward_step_func, data_iterator, model, verbose)
+            collected = None
+            if not timed_out:
+                collected = _collect_non_loss_data(
+                    forward_step_func, data_iterator, model, process_non_loss_data_func, non_loss_data_func
+                )
     finally:
         for chunk, training in zip(model, was_training, strict=True):
             chunk.train(training)
@@ -65,7 +68,7 @@ def evaluate(
 
 
 def _run_eval_iters(
-    forward_step_func: Callable, data_iterator: Iterator, model: list[torch.nn.Module], verbose: bool
+    forward_step_func: Callable, data_iterator: Iterator | list, model: list[torch.nn.Module], verbose: bool
 ) -> tuple[dict[str, float] | None, bool]:
     args = get_args()
     num_microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
@@ -99,20 +102,21 @@ def _run_eval_iters(
 def _time_is_up(args: Any) -> bool:
     if not args.exit_duration_in_mins:
         return False
-    return (time.time() - args.process_start_time) / 60.0 > args.exit_duration_in_mins
+    return any_rank((time.time() - args.process_start_time) / 60.0 > args.exit_duration_in_mins)
 
 
 def _collect_non_loss_data(
     forward_step_func: Callable,
-    data_iterator: Iterator,
+    data_iterator: Iterator | list,
     model: list[torch.nn.Module],
     process_non_loss_data_func: Callable | None,
     non_loss_data_func: Callable | None,
 ) -> Any:
     if non_loss_data_func is not None:
         return non_loss_data_func(model)
-    if process_non_loss_data_func is None or not is_last_rank():
+    if process_non_loss_data_func is None:
         return None
+    # On all ranks, although the last alone looks at it: the stages before it have to run too.
     args = get_args()
     with torch.no_grad():
         return get_forward_backward_func()(
@@ -131,7 +135,7 @@ def _collect_non_loss_data(
 def evaluate_and_print_results(
     prefix: str,
     forward_step_func: Callable,
-    data_iterator: Iterator,
+    data_iterator: Iterator | list,
     model: list[torch.nn.Module],
     iteration: int,
     process_non_loss_data_func: Callable | None,

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from megatron.core import accelerator
+from megatron.training.agreement import any_rank
 from megatron.training.checkpointing import save_checkpoint
 from megatron.training.global_vars import get_args, get_signal_handler, get_timers
 from megatron.training.logging.progress import append_checkpoint_line
+from megatron.training.schedule_hooks import gathered_parameters
 from megatron.training.utils import print_datetime
 
 
@@ -27,16 +28,17 @@ def save_checkpoint_and_time(
     args, timers = get_args(), get_timers()
     timers("interval-time").stop()
     timers("save-checkpoint", log_level=0).start(barrier=True)
-    save_checkpoint(
-        iteration,
-        model,
-        optimizer,
-        opt_param_scheduler,
-        num_floating_point_operations_so_far,
-        checkpointing_context,
-        non_persistent_ckpt=non_persistent_ckpt,
-        train_data_iterator=train_data_iterator,
-    )
+    with gathered_parameters(model):
+        save_checkpoint(
+            iteration,
+            model,
+            optimizer,
+            opt_param_scheduler,
+            num_floating_point_operations_so_far,
+            checkpointing_context,
+            non_persistent_ckpt=non_persistent_ckpt,
+            train_data_iterator=train_data_iterator,
+        )
     timers("save-checkpoint").stop(barrier=True)
     timers.log(["save-checkpoint"])
     if args.log_progress:
@@ -83,7 +85,7 @@ def checkpoint_and_decide_exit(
         save()
     if args.exit_duration_in_mins:
         minutes = (time.time() - args.process_start_time) / 60.0
-        if _any_rank(minutes > args.exit_duration_in_mins):
+        if any_rank(minutes > args.exit_duration_in_mins):
             save()
             print_datetime(f"exiting program after {minutes} minutes")
             return True
@@ -92,12 +94,3 @@ def checkpoint_and_decide_exit(
         print_datetime(f"exiting program at iteration {iteration}")
         return True
     return False
-
-
-def _any_rank(flag: bool) -> bool:
-    """True everywhere when it is true on one rank: ranks must leave the loop together."""
-    if torch.distributed.get_world_size() == 1:
-        return flag
-    tensor = torch.tensor([int(flag)], device=accelerator.current_device())
-    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
-    return bool(tensor.item())

@@ -16,6 +16,7 @@ from megatron.core.models.gpt.parameter_count import gpt_parameter_count
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.pipeline_layout import get_num_layers_to_build
 from megatron.core.utils import get_model_config
 from megatron.training.checkpointing import load_checkpoint
 from megatron.training.global_vars import get_args, get_timers
@@ -38,40 +39,69 @@ def get_model(
         One module per model chunk of this rank.
     """
     args = get_args()
-    model = model_provider_func(
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-    )
-    model.model_type = model_type
-    for param in model.parameters():
-        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
-    _check_parameter_count(model)
-    if parallel_state.get_data_parallel_rank() == 0:
-        coordinates = (
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_pipeline_model_parallel_rank(),
-        )
-        count = sum(param.nelement() for param in model.parameters())
-        print(
-            " > number of parameters on (tensor, pipeline) model parallel rank "
-            f"({coordinates[0]}, {coordinates[1]}): {count}",
-            flush=True,
-        )
-    model.to(accelerator.current_device())
-    config = get_model_config(model)
-    if config.fp16 or config.bf16:
-        model = Float16Module(config, model)
+    chunks = _build_chunks(model_provider_func, model_type)
+    _print_parameter_count(chunks)
+    for index, chunk in enumerate(chunks):
+        chunk.to(accelerator.current_device())
+        config = get_model_config(chunk)
+        if config.fp16 or config.bf16:
+            chunks[index] = Float16Module(config, chunk)
     if wrap_with_ddp:
-        model = DistributedDataParallel(config, _ddp_config(args), model)
+        # Backward ends in the first chunk: the others' gradients are reduced behind the work that is left.
+        chunks = [
+            DistributedDataParallel(
+                get_model_config(chunk), _ddp_config(args), chunk, disable_bucketing=index > 0
+            )
+            for index, chunk in enumerate(chunks)
+        ]
         if args.data_parallel_random_init:
-            model.broadcast_params()
-    return [model]
+            for chunk in chunks:
+                chunk.broadcast_params()
+    return chunks
+
+
+def _build_chunks(model_provider_func: Callable, model_type: ModelType) -> list[torch.nn.Module]:
+    """The bare model of each virtual stage of this rank, one without them; with attributes."""
+    stages = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    chunks = []
+    for virtual_rank in range(stages or 1):
+        if stages is not None:
+            parallel_state.set_virtual_pipeline_model_parallel_rank(virtual_rank)
+        chunk = model_provider_func(
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+        )
+        chunk.model_type = model_type
+        for param in chunk.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
+        _check_parameter_count(chunk)
+        chunks.append(chunk)
+    if stages is not None:
+        parallel_state.set_virtual_pipeline_model_parallel_rank(0)
+    return chunks
+
+
+def _print_parameter_count(chunks: list[torch.nn.Module]) -> None:
+    """One line per model-parallel rank."""
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
+        return
+    coordinates = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+    )
+    count = sum(param.nelement() for chunk in chunks for param in chunk.parameters())
+    print(
+        " > number of parameters on (tensor, pipeline) model parallel rank "
+        f"({coordinates[0]}, {coordinates[1]}): {count}",
+        flush=True,
+    )
 
 
 def _check_parameter_count(model: torch.nn.Module) -> None:
-    """Compare the parameters that exist with the closed form from the config.
+    """Compare the parameters of a chunk, while it is the one being built, with the closed form of its share.
 
-    A model built wrongly (a bias too many, a head too few) trains and saves happily; counting is cheap.
+    A model built wrongly (a bias too many, a head too few, a layer twice) trains and saves happily; counting
+    is cheap.
     """
     if type(model) is not GPTModel:
         return
@@ -82,11 +112,15 @@ def _check_parameter_count(model: torch.nn.Module) -> None:
         model.max_sequence_length,
         model.position_embedding_type,
         model.share_embeddings_and_output_weights,
+        tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        num_layers=get_num_layers_to_build(model.config),
+        has_embedding=model.pre_process,
+        has_output=model.post_process,
     )
     if counted != expected:
         raise ConfigError(
-            f"the model has {counted} parameters but its configuration implies {expected}: a layer spec "
-            "(--spec) or a module builds something else than the configuration says"
+            f"this rank's part of the model has {counted} parameters but its configuration implies "
+            f"{expected}: a layer spec (--spec) or a module builds something else than the configuration says"
         )
 
 

@@ -10,6 +10,8 @@ import torch
 from megatron.core import accelerator
 from megatron.core.errors import TrainingError
 from megatron.core.utils import check_param_hashes_across_dp_replicas
+from megatron.training.agreement import any_rank
+from megatron.training.schedule_hooks import gathered_parameters
 from megatron.training.utils import print_rank_0
 
 
@@ -53,7 +55,9 @@ class StepHooks:
             accelerator.synchronize()
         interval = args.check_weight_hash_across_dp_replicas_interval
         if interval and iteration % interval == 0:
-            if not check_param_hashes_across_dp_replicas(self._model, cross_check=True):
+            with gathered_parameters(self._model):
+                equal = check_param_hashes_across_dp_replicas(self._model, cross_check=True)
+            if any_rank(not equal):
                 raise TrainingError(
                     f"iteration {iteration}: the weights of data-parallel replicas differ; a device or the "
                     "network returned wrong results. Resume from the last checkpoint."

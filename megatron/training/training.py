@@ -2,13 +2,12 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from megatron.core import accelerator
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import (
     get_current_global_batch_size,
@@ -17,10 +16,12 @@ from megatron.core.num_microbatches_calculator import (
     update_num_microbatches,
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.rerun_state_machine import DataIterators, get_rerun_state_machine
 from megatron.core.utils import get_model_config
+from megatron.training.agreement import failing_together
 from megatron.training.checkpointing import check_save_directory
 from megatron.training.data.loaders import (
+    build_data_iterators_of_chunks,
     build_train_valid_test_data_iterators,
     build_train_valid_test_data_loaders,
     build_train_valid_test_datasets,
@@ -41,6 +42,13 @@ from megatron.training.model_setup import (
     setup_model_and_optimizer,
     update_train_iters,
 )
+from megatron.training.schedule_hooks import (
+    connect,
+    disable_forward_pre_hook,
+    enable_forward_pre_hook,
+    gathered_parameters,
+    should_disable_forward_pre_hook,
+)
 from megatron.training.step_hooks import StepHooks
 from megatron.training.utils import (
     calc_params_l2_norm,
@@ -56,6 +64,8 @@ __all__ = [
     "build_train_valid_test_datasets",
     "checkpoint_and_decide_exit",
     "cyclic_iter",
+    "disable_forward_pre_hook",
+    "enable_forward_pre_hook",
     "evaluate",
     "evaluate_and_print_results",
     "get_model",
@@ -65,11 +75,15 @@ __all__ = [
     "pretrain",
     "save_checkpoint_and_time",
     "setup_model_and_optimizer",
+    "should_disable_forward_pre_hook",
     "train",
     "train_step",
     "training_log",
     "update_train_iters",
 ]
+
+# See train_step().
+StepResult = tuple[dict[str, torch.Tensor], int, bool, bool, int, float | None, float | None]
 
 # Limits such as --exit-duration-in-mins count from here: importing is part of what a job waits for.
 _PROCESS_START_TIME = time.time()
@@ -108,7 +122,8 @@ def pretrain(
     args, timers = get_args(), get_timers()
     args.process_start_time = _PROCESS_START_TIME
     if args.save is not None:
-        check_save_directory(args.save)
+        with failing_together():
+            check_save_directory(args.save)
     append_start_line(args)
 
     timers("model-and-optimizer-setup", log_level=0).start(barrier=True)
@@ -117,8 +132,8 @@ def pretrain(
     print_datetime("after model, optimizer, and learning rate scheduler are built")
 
     timers("train/valid/test-data-iterators-setup", log_level=0).start(barrier=True)
-    train_iterator, valid_iterator, test_iterator = build_train_valid_test_data_iterators(
-        train_valid_test_dataset_provider
+    train_iterator, valid_iterator, test_iterator = build_data_iterators_of_chunks(
+        train_valid_test_dataset_provider, len(model)
     )
     timers("train/valid/test-data-iterators-setup").stop()
     print_datetime("after dataloaders are built")
@@ -126,32 +141,20 @@ def pretrain(
     timers.log(["model-and-optimizer-setup", "train/valid/test-data-iterators-setup"], barrier=True)
 
     config = get_model_config(model[0])
+    evaluation = (process_non_loss_data_func, config)
     iteration = args.iteration
     if args.skip_train:
         print_rank_0("skipping training (--skip-train is on) ...")
     else:
         print_rank_0("training ...")
         if args.do_train:
-            iteration, flops = train(
-                forward_step_func,
-                model,
-                optimizer,
-                scheduler,
-                train_iterator,
-                valid_iterator,
-                process_non_loss_data_func,
-                config,
-                {},
-                non_loss_data_func,
-            )
+            run = (forward_step_func, model, optimizer, scheduler, train_iterator, valid_iterator)
+            iteration, flops = train(*run, *evaluation, {}, non_loss_data_func)
             print_datetime("after training is done")
             if args.save and iteration != 0 and iteration % args.save_interval != 0:
                 save_checkpoint_and_time(iteration, model, optimizer, scheduler, flops, {})
-
-    for name, wanted, iterator in (
-        ("validation", args.do_valid, valid_iterator),
-        ("test", args.do_test, test_iterator),
-    ):
+    held_out = (("validation", args.do_valid, valid_iterator), ("test", args.do_test, test_iterator))
+    for name, wanted, iterator in held_out:
         if wanted:
             evaluate_and_print_results(
                 f"iteration {iteration} on {name} set",
@@ -159,8 +162,7 @@ def pretrain(
                 iterator,
                 model,
                 iteration,
-                process_non_loss_data_func,
-                config,
+                *evaluation,
                 verbose=True,
                 write_to_tensorboard=not args.skip_train,
                 non_loss_data_func=non_loss_data_func,
@@ -173,8 +175,8 @@ def train(
     model: list[torch.nn.Module],
     optimizer: Any,
     opt_param_scheduler: Any,
-    train_data_iterator: Iterator,
-    valid_data_iterator: Iterator | None,
+    train_data_iterator: DataIterators,
+    valid_data_iterator: DataIterators,
     process_non_loss_data_func: Callable | None,
     config: Any,
     checkpointing_context: dict,
@@ -187,11 +189,12 @@ def train(
     """
     args, timers = get_args(), get_timers()
     write_args_to_tensorboard()
-    _connect(model, optimizer, config)
+    connect(model, optimizer, config)
     iteration, flops = args.iteration, args.num_floating_point_operations_so_far
     print_rank_0(f"Setting rerun_state_machine.current_iteration to {iteration}...")
-    total_loss_dict: dict[str, Any] = {}
-    report_memory_flag, must_exit = True, False
+    log = _StepLog(args, model, optimizer)
+    run = (model, optimizer, opt_param_scheduler)
+    must_exit = False
     print_datetime("before the start of training step")
     timers("interval-time", log_level=0).start(barrier=True)
 
@@ -199,9 +202,7 @@ def train(
         while iteration < args.train_iters and not must_exit:
             hooks.before_step(iteration)
             if _batch_size_grew(args, iteration) and args.save:
-                save_checkpoint_and_time(
-                    iteration, model, optimizer, opt_param_scheduler, flops, checkpointing_context
-                )
+                save_checkpoint_and_time(iteration, *run, flops, checkpointing_context)
             get_rerun_state_machine().current_iteration = args.curr_iteration = iteration
             if iteration in args.iterations_to_skip:
                 dummy_train_step(train_data_iterator)
@@ -209,24 +210,11 @@ def train(
                 args.skipped_train_samples += _count_consumed_samples(args)
                 continue
 
-            losses, skipped, _, _, _, grad_norm, num_zeros = train_step(
-                forward_step_func, train_data_iterator, model, optimizer, opt_param_scheduler, config
-            )
+            result = train_step(forward_step_func, train_data_iterator, *run, config)
             iteration += 1
             flops += num_floating_point_operations(args, _count_consumed_samples(args))
             args.num_floating_point_operations_so_far = flops
-            report_memory_flag = training_log(
-                losses,
-                total_loss_dict,
-                *_learning_rates(optimizer),
-                iteration,
-                optimizer.get_loss_scale().item(),
-                report_memory_flag,
-                skipped,
-                grad_norm,
-                calc_params_l2_norm(model) if args.log_params_norm else None,
-                num_zeros,
-            )
+            log.write(iteration, result)
             if _evaluation_is_due(args, iteration):
                 timers("interval-time").stop()
                 evaluate_and_print_results(
@@ -242,13 +230,7 @@ def train(
                 timers("interval-time", log_level=0).start(barrier=True)
             hooks.after_step(iteration)
             must_exit = checkpoint_and_decide_exit(
-                model,
-                optimizer,
-                opt_param_scheduler,
-                iteration,
-                flops,
-                checkpointing_context,
-                train_data_iterator,
+                *run, iteration, flops, checkpointing_context, train_data_iterator
             )
     if must_exit:
         flush_writers()
@@ -256,14 +238,33 @@ def train(
     return iteration, flops
 
 
-def _connect(model: list[torch.nn.Module], optimizer: Any, config: Any) -> None:
-    """Give the schedule its hooks: how to scale a loss, hold reductions back, and finish gradients."""
-    for chunk in model:
-        chunk.train()
-    config.grad_scale_func = optimizer.scale_loss
-    config.timers = get_timers()
-    config.no_sync_func = model[0].no_sync
-    config.finalize_model_grads_func = finalize_model_grads
+class _StepLog:
+    """What is kept between the log lines of a run, and asked from model and optimizer for each."""
+
+    def __init__(self, args: Any, model: list[torch.nn.Module], optimizer: Any):
+        self._args, self._model, self._optimizer = args, model, optimizer
+        self._totals: dict[str, Any] = {}
+        self._report_memory = True
+
+    def write(self, iteration: int, result: StepResult) -> None:
+        """Count one step and print its line when that is due; all ranks call this together."""
+        losses, skipped, _, _, _, grad_norm, num_zeros = result
+        params_norm = None
+        if self._args.log_params_norm:
+            with gathered_parameters(self._model):
+                params_norm = calc_params_l2_norm(self._model)
+        self._report_memory = training_log(
+            losses,
+            self._totals,
+            *_learning_rates(self._optimizer),
+            iteration,
+            self._optimizer.get_loss_scale().item(),
+            self._report_memory,
+            skipped,
+            grad_norm,
+            params_norm,
+            num_zeros,
+        )
 
 
 def _batch_size_grew(args: Any, iteration: int) -> bool:
@@ -298,22 +299,25 @@ def _evaluation_is_due(args: Any, iteration: int) -> bool:
     return bool(args.eval_interval) and iteration % args.eval_interval == 0 and args.do_valid
 
 
-def dummy_train_step(data_iterator: Iterator) -> None:
-    """Take the micro-batches of one step and drop them."""
+def dummy_train_step(data_iterator: DataIterators) -> None:
+    """Take the micro-batches of one step and drop them, on the ranks that read."""
     machine = get_rerun_state_machine()
+    iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
     while machine.should_run_forward_backward(data_iterator):
         for _ in range(get_num_microbatches()):
-            next(data_iterator)
+            for iterator in iterators:
+                if iterator is not None:
+                    next(iterator)
 
 
 def train_step(
     forward_step_func: Callable,
-    data_iterator: Iterator,
+    data_iterator: DataIterators,
     model: list[torch.nn.Module],
     optimizer: Any,
     opt_param_scheduler: Any,
     config: Any,
-) -> tuple[dict[str, torch.Tensor], int, bool, bool, int, float | None, float | None]:
+) -> StepResult:
     """One step: gradients of all micro-batches, one update.
 
     Returns:

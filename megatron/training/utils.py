@@ -2,7 +2,6 @@
 
 import os
 from argparse import Namespace
-from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
@@ -14,6 +13,7 @@ from megatron.core.errors import ConfigError, DataError
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.training.data.batch import get_batch_on_this_tp_rank
 from megatron.training.global_vars import get_args
 
 __all__ = [
@@ -89,21 +89,39 @@ def unwrap_model(model: Any, module_instances: tuple[type, ...] | None = None) -
 def calc_params_l2_norm(model: Any, force_create_fp32_copy: bool = False) -> float:
     """Global L2 norm of the parameters, each counted once.
 
-    Half-precision parameters count by their fp32 main copy where the optimizer keeps one.
+    Half-precision parameters count by their fp32 main copy where the optimizer keeps one, whole or sharded.
+    All ranks call this together.
 
     Args:
         model: model chunk or list of them.
         force_create_fp32_copy: ignore main copies and cast the parameters instead.
     """
     chunks = model if isinstance(model, list) else [model]
-    counted = []
-    for chunk in chunks:
-        for param in chunk.parameters():
-            if not (param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param)):
-                continue
-            main_copy = None if force_create_fp32_copy else getattr(param, "main_param", None)
-            counted.append((param if main_copy is None else main_copy).detach().float())
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(counted))).item()
+    whole: list[torch.Tensor] = []
+    shards: list[torch.Tensor] = []
+    for param in (param for chunk in chunks for param in chunk.parameters()):
+        if not (param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param)):
+            continue
+        if not force_create_fp32_copy and getattr(param, "main_param_sharded", False):
+            if param.main_param is not None:
+                shards.append(param.main_param.detach())
+            continue
+        main_copy = None if force_create_fp32_copy else getattr(param, "main_param", None)
+        whole.append((param if main_copy is None else main_copy).detach().float())
+    if not torch.distributed.is_initialized():
+        return _norm(whole)
+    # Ranks of one data-parallel group hold the same whole parameters, and each another part of the sharded.
+    squares = torch.tensor([_norm(whole) ** 2, _norm(shards) ** 2], device=accelerator.current_device())
+    torch.distributed.all_reduce(
+        squares[1:], group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
+    total = squares.sum()
+    torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return total.sqrt().item()
+
+
+def _norm(tensors: list[torch.Tensor]) -> float:
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).item() if tensors else 0.0
 
 
 def average_losses_across_data_parallel_group(losses: list[torch.Tensor]) -> torch.Tensor:
@@ -267,19 +285,3 @@ def get_ltor_masks_and_position_ids(
         other_document = document[:, None, :, None] != document[:, None, None, :]  # [b, 1, s, s]
         hidden = hidden | other_document
     return hidden, loss_mask, positions
-
-
-def get_batch_on_this_tp_rank(data_iterator: Iterator | None) -> dict[str, torch.Tensor | None]:
-    """Next micro-batch on the device.
-
-    Returns:
-        tokens, labels, position_ids [b, s] int64, loss_mask [b, s] float32,
-        attention_mask [b, 1, s, s] bool or None.
-    """
-    sample = next(data_iterator)
-    device = accelerator.current_device()
-    keys = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
-    return {
-        key: sample[key].to(device, non_blocking=True) if sample.get(key) is not None else None
-        for key in keys
-    }

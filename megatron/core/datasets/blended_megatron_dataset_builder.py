@@ -34,6 +34,12 @@ def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def _later_virtual_stage() -> bool:
+    from megatron.core import parallel_state
+
+    return bool(parallel_state.get_virtual_pipeline_model_parallel_rank())
+
+
 class BlendedMegatronDatasetBuilder:
     """Builds the three splits of one data set, of a blend, or of a blend per split.
 
@@ -63,7 +69,9 @@ class BlendedMegatronDatasetBuilder:
         log_single_rank(
             logger, logging.INFO, f"Building {cls.__name__} splits with sizes={sizes} and config={config}"
         )
-        if _distributed() and torch.distributed.get_rank() == 0 and not is_built_on_rank():
+        # Later virtual stages of rank 0 read nothing; the cache is there since its first one.
+        builds_cache = _distributed() and torch.distributed.get_rank() == 0 and not _later_virtual_stage()
+        if builds_cache and not is_built_on_rank():
             raise ConfigError("is_built_on_rank must hold on global rank 0, which builds the index cache.")
 
     def build(self) -> list[TopLevelDataset | None]:

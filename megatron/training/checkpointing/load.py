@@ -75,7 +75,8 @@ def load_checkpoint(
     print_rank_0(f" checkpoint version {get_checkpoint_version()}")
     if not skip_load_to_model_and_opt:
         if with_optimizer and optimizer is not None:
-            sharded_optimizer.distribute_state(optimizer, shards)
+            with failing_together():  # a file that does not fit is refused by all ranks of its group
+                sharded_optimizer.distribute_state(optimizer, shards)
         elif optimizer is not None and (args.fp16 or args.bf16 or sharded_optimizer.is_sharded(optimizer)):
             optimizer.reload_model_params()
     with failing_together():

@@ -3,7 +3,6 @@
 import os
 from typing import Any
 
-from megatron.core import parallel_state
 from megatron.core.errors import CheckpointError
 from megatron.training.checkpointing import layout, safe_load
 
@@ -17,11 +16,6 @@ def is_sharded(optimizer: Any) -> bool:
     return any(hasattr(member, "get_parameter_state_dp_zero") for member in _members(optimizer))
 
 
-def _holds_whole_state() -> bool:
-    """The rank that gathers the shards of its data-parallel group, and hands them out again."""
-    return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-
-
 def gathered_state(optimizer: Any) -> Any | None:
     """The whole state on the first rank of each data-parallel group, None elsewhere. Takes all ranks.
 
@@ -30,7 +24,7 @@ def gathered_state(optimizer: Any) -> Any | None:
     if not is_sharded(optimizer):
         return None
     states = [member.get_parameter_state_dp_zero() for member in _members(optimizer)]
-    if not _holds_whole_state():
+    if all(state is None for state in states):
         return None
     return states[0] if len(states) == 1 else states
 
@@ -41,7 +35,7 @@ def read_state(optimizer: Any, model_file: str) -> Any | None:
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    if not is_sharded(optimizer) or not _holds_whole_state():
+    if not is_sharded(optimizer) or not any(member.collects_state for member in _members(optimizer)):
         return None
     path = layout.get_distributed_optimizer_checkpoint_name(model_file)
     if not os.path.isfile(path):

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.rerun_state_machine import RerunDataIterator
+from megatron.training.agreement import any_rank_each, failing_together
 from megatron.training.data.samplers import build_pretraining_data_loader
 from megatron.training.global_vars import get_args
 from megatron.training.utils import print_rank_0
@@ -62,14 +63,19 @@ def _valid_samples_to_pass_over(args: Namespace, valid: Any) -> int:
 
 
 def build_train_valid_test_data_loaders(provider: Callable) -> tuple[Any, Any, Any]:
-    """Loaders of the three splits; sets ``args.do_train``, ``do_valid`` and ``do_test``."""
+    """Loaders of the three splits on the ranks that read them, None elsewhere. All ranks call this together.
+
+    Sets ``args.do_train``, ``do_valid`` and ``do_test`` where any rank has a loader. A provider with the
+    attribute ``is_distributed = True`` is called on every rank, any other on tensor-parallel rank 0.
+    """
     args = get_args()
     print_rank_0("> building train, validation, and test datasets ...")
     _restore_consumed_samples(args)
     loaders: tuple[Any, Any, Any] = (None, None, None)
     is_distributed = getattr(provider, "is_distributed", False)
-    if is_distributed or parallel_state.get_tensor_model_parallel_rank() == 0:
-        train, valid, test = build_train_valid_test_datasets(provider)
+    reads = is_distributed or parallel_state.get_tensor_model_parallel_rank() == 0
+    train, valid, test = build_train_valid_test_datasets(provider) if reads else (None, None, None)
+    with failing_together():
         # A finished run that is started again has consumed all its samples; it only evaluates.
         nothing_to_train = args.skip_train or args.iteration >= args.train_iters
         loaders = (
@@ -77,14 +83,38 @@ def build_train_valid_test_data_loaders(provider: Callable) -> tuple[Any, Any, A
             build_pretraining_data_loader(valid, _valid_samples_to_pass_over(args, valid)),
             build_pretraining_data_loader(test, 0),
         )
-    args.do_train = loaders[0] is not None
-    args.do_valid = loaders[1] is not None and args.eval_iters > 0
-    args.do_test = loaders[2] is not None and args.eval_iters > 0
+    # Ranks that read nothing take part all the same.
+    has_train, has_valid, has_test = any_rank_each([loader is not None for loader in loaders])
+    args.do_train = has_train
+    args.do_valid = has_valid and args.eval_iters > 0
+    args.do_test = has_test and args.eval_iters > 0
     return loaders
 
 
+def build_data_iterators_of_chunks(provider: Callable, chunks: int) -> tuple[Any, Any, Any]:
+    """Iterators of the three splits for all model chunks of this rank.
+
+    Returns:
+        What :func:`build_train_valid_test_data_iterators` does; with several chunks a list per split, one
+        iterator or None per chunk; each reads all samples.
+    """
+    if chunks == 1:
+        return build_train_valid_test_data_iterators(provider)
+    args = get_args()
+    by_chunk, wanted = [], []
+    for virtual_rank in range(chunks):
+        parallel_state.set_virtual_pipeline_model_parallel_rank(virtual_rank)
+        by_chunk.append(build_train_valid_test_data_iterators(provider))
+        wanted.append((args.do_train, args.do_valid, args.do_test))
+    parallel_state.set_virtual_pipeline_model_parallel_rank(0)
+    # A chunk in the middle of the model reads nothing on any rank.
+    args.do_train, args.do_valid, args.do_test = (any(column) for column in zip(*wanted, strict=True))
+    train, valid, test = (list(column) for column in zip(*by_chunk, strict=True))
+    return train, valid, test
+
+
 def build_train_valid_test_data_iterators(provider: Callable) -> tuple[Any, Any, Any]:
-    """Iterators of the three splits, None where a split has no data.
+    """Iterators of the three splits, None where a split has no data or this rank reads none.
 
     A single-pass training loader ends when its samples do. Validation and test start again from where
     they began, so that an evaluation can always run.
