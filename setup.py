@@ -23,10 +23,13 @@ EXTRAS = {
     "data": ["pyarrow>=15", "zstandard>=0.22", "nltk>=3.9", "pyyaml>=6"],
     # --tensorboard-dir
     "tensorboard": ["tensorboard>=2.14"],
+    # --output of tools/draw_schedule.py
+    "plots": ["matplotlib>=3.8"],
     # Ascend NPUs; the version of torch_npu decides the version of torch, and wants CANN to be installed
     "npu": ["torch_npu>=2.6,<=2.13.0"],
 }
-EXTRAS["all"] = sorted({name for extra in ("tokenizers", "data", "tensorboard") for name in EXTRAS[extra]})
+_FEATURES = ("tokenizers", "data", "tensorboard", "plots")
+EXTRAS["all"] = sorted({name for extra in _FEATURES for name in EXTRAS[extra]})
 EXTRAS["test"] = [*EXTRAS["all"], "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.17,<0.18", "safetensors>=0.4"]
 
 setup(
