@@ -13,6 +13,7 @@ from megatron.core.distributed.distributed_data_parallel_config import Distribut
 from megatron.core.errors import TrainingError
 from megatron.core.optimizer.multi_tensor import l2_norm
 from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.tensor_parallel import collectives
 
 if TYPE_CHECKING:
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucket, _ParamAndGradBuffer
@@ -158,11 +159,9 @@ class _ParamAndGradBucketGroup:
         """Sum or mean over the ranks: of the whole bucket, or of this rank's shard, in place."""
         op = dist.ReduceOp.AVG if self.ddp_config.average_in_collective else dist.ReduceOp.SUM
         if not self.ddp_config.use_distributed_optimizer:
-            return dist.all_reduce(bucket.grad_data, op=op, group=self.collective_group, async_op=True)
+            return collectives.all_reduce(bucket.grad_data, self.collective_group, op, async_op=True)
         shard = shard_buffer(bucket.grad_data, self.collective_group_size)[self._rank]
-        return dist.reduce_scatter_tensor(
-            shard, bucket.grad_data, op=op, group=self.collective_group, async_op=True
-        )
+        return collectives.reduce_scatter(shard, bucket.grad_data, self.collective_group, op, async_op=True)
 
     # --- parameters -----------------------------------------------------------------------------------------
 
@@ -209,9 +208,7 @@ class _ParamAndGradBucketGroup:
 
     def _gather(self, bucket: "_ParamAndGradBucket") -> dist.Work:
         shard = shard_buffer(bucket.param_data, self.collective_group_size)[self._rank]
-        return dist.all_gather_into_tensor(
-            bucket.param_data, shard, group=self.collective_group, async_op=True
-        )
+        return collectives.all_gather(bucket.param_data, shard, self.collective_group, async_op=True)
 
 
 def _wait(works: Iterable[dist.Work] | None) -> None:

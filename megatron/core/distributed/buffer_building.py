@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.errors import ConfigError
+from megatron.core.tensor_parallel.collectives import group_size
 from megatron.core.utils import log_single_rank
 
 logger = logging.getLogger(__name__)
@@ -35,11 +36,6 @@ class ReductionGroups:
             parallel_state.get_data_parallel_group(with_context_parallel=True),
             parallel_state.get_expert_data_parallel_group(),
         )
-
-
-def group_size(group: dist.ProcessGroup | None) -> int:
-    """Ranks in ``group``; 1 for None."""
-    return 1 if group is None else group.size()
 
 
 def gradient_scaling_factors(

@@ -17,12 +17,12 @@ from megatron.core.distributed.buffer_building import (
     build_buffers,
     choose_bucket_size,
     gradient_scaling_factors,
-    group_size,
 )
 from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.errors import ConfigError, NotBuiltYetError
+from megatron.core.tensor_parallel.collectives import group_size
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import log_single_rank
 
@@ -228,6 +228,12 @@ class DistributedDataParallel(_BaseDataParallel):
         for group in reversed(self._groups()):
             if group.awaits_params or not only_changed:
                 group.start_param_sync(force_sync)
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> Any:
+        """Loads state into the wrapped module, once no gathering can overwrite it."""
+        for group in self._groups():
+            group.settle_params()
+        return super().load_state_dict(state_dict, strict=strict)
 
     def broadcast_params(self) -> None:
         """Gives all data-parallel ranks the parameters of the first one."""

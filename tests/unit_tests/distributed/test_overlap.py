@@ -12,15 +12,23 @@ from tests.unit_tests.distributed.small_training import LAYERS, WIDTH, Training
 
 OVERLAP = {"overlap_grad_reduce": True, "bucket_size": 1}  # every parameter in a bucket of its own
 SHARDED = {**OVERLAP, "use_distributed_optimizer": True}
-NAMES = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor", "broadcast")
+# Function of torch.distributed, whose name depends on the version -> what it does.
+OPERATIONS = {
+    "all_reduce": "reduce",
+    "reduce_scatter_tensor": "scatter",
+    "reduce_scatter_single": "scatter",
+    "all_gather_into_tensor": "gather",
+    "all_gather_single": "gather",
+    "broadcast": "broadcast",
+}
 
 
 class Traffic:
-    """Collectives in the order of their calls: (name, elements of the larger side, data pointer)."""
+    """Collectives in the order of their calls: (operation, elements of the larger side)."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
-        self._originals = {name: getattr(dist, name) for name in NAMES}
+        self._originals = {name: getattr(dist, name) for name in OPERATIONS if hasattr(dist, name)}
 
     def __enter__(self) -> "Traffic":
         for name, function in self._originals.items():
@@ -34,7 +42,7 @@ class Traffic:
     def _counting(self, name: str, function: Any) -> Any:
         def count(*args: Any, **kwargs: Any) -> Any:
             tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-            self.calls.append((name, max(tensor.numel() for tensor in tensors)))
+            self.calls.append((OPERATIONS[name], max(tensor.numel() for tensor in tensors)))
             return function(*args, **kwargs)
 
         return count
@@ -71,14 +79,14 @@ def record_a_step(ddp: dict[str, Any]) -> dict[str, Any]:
 
 def test_without_overlap_one_message_at_the_end() -> None:
     for parts in run_ranks(2, record_a_step, {}):
-        assert parts["finish"] == [("all_reduce", parts["numel"])]
+        assert parts["finish"] == [("reduce", parts["numel"])]
         assert not any(parts[name] for name in ("held back", "backward", "step", "forward"))
 
 
 def test_buckets_go_in_order_while_backward_runs() -> None:
     for parts in run_ranks(2, record_a_step, OVERLAP):
         assert parts["held back"] == []
-        reductions = [("all_reduce", size) for size in parts["sizes"]]
+        reductions = [("reduce", size) for size in parts["sizes"]]
         assert parts["backward"] == reductions[:-1]
         assert parts["finish"] == reductions[-1:]  # the parameter that no loss reaches
         assert len(parts["sizes"]) == 2 + 4 * LAYERS
@@ -86,7 +94,7 @@ def test_buckets_go_in_order_while_backward_runs() -> None:
 
 def test_a_bucket_that_is_complete_starts_at_once() -> None:
     parts = run_ranks(2, record_a_step, {"overlap_grad_reduce": True, "bucket_size": 10**6})[0]
-    assert (parts["backward"], parts["finish"]) == ([], [("all_reduce", parts["numel"])])
+    assert (parts["backward"], parts["finish"]) == ([], [("reduce", parts["numel"])])
     order = run_ranks(2, order_of_readiness)
     assert order[0] == order[1] == [(2, []), (1, []), (0, [0, 1, 2]), (3, [0, 1, 2, 3])]
 
@@ -105,15 +113,15 @@ def order_of_readiness() -> list[tuple[int, list[int]]]:
 def test_shards_scatter_behind_backward_and_gather_in_the_step() -> None:
     for parts in run_ranks(2, record_a_step, SHARDED):
         sizes = parts["sizes"]
-        assert parts["backward"] + parts["finish"] == [("reduce_scatter_tensor", size) for size in sizes]
-        assert sorted(parts["step"]) == sorted(("all_gather_into_tensor", size) for size in sizes)
+        assert parts["backward"] + parts["finish"] == [("scatter", size) for size in sizes]
+        assert sorted(parts["step"]) == sorted(("gather", size) for size in sizes)
         assert parts["forward"] == []
         assert all(size % 128 == 0 for size in sizes)
 
 
 def test_parameters_are_gathered_once_in_the_order_of_forward() -> None:
     for parts in run_ranks(2, record_a_step, {**SHARDED, "overlap_param_gather": True}):
-        gathers = [("all_gather_into_tensor", size) for size in parts["sizes"]]
+        gathers = [("gather", size) for size in parts["sizes"]]
         assert parts["step"] == gathers[-1:]
         assert sorted(parts["forward"] + parts["step"]) == sorted(gathers)
         assert parts["second forward"] == []
