@@ -7,6 +7,7 @@ its own arguments, working directory, environment and output file.
 import contextlib
 import os
 import re
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -106,6 +107,14 @@ class Started:
             time.sleep(0.02)
 
 
+def _start(words: list[str], cwd: Path, env: dict[str, str], output: Path, trace: Path | None) -> Started:
+    process = fork_server.context().Process(
+        target=_child, args=([str(w) for w in words], str(cwd), env, str(output), trace and str(trace))
+    )
+    process.start()
+    return Started(process, output)
+
+
 def start_pretrain_gpt(
     argv: list[str], tmp_path: Path, env: dict[str, str] | None = None, trace: Path | None = None
 ) -> Started:
@@ -118,14 +127,51 @@ def start_pretrain_gpt(
         trace: file that receives the bits of every batch and loss.
     """
     number = sum(1 for _ in tmp_path.glob("run*.log"))
-    output = tmp_path / f"run{number}.log"
     environment = {"MEGATRON_DEVICE": "cpu", **(env or {})}
-    process = fork_server.context().Process(
-        target=_child,
-        args=([str(w) for w in argv], str(tmp_path), environment, str(output), trace and str(trace)),
-    )
-    process.start()
-    return Started(process, output)
+    return _start(argv, tmp_path, environment, tmp_path / f"run{number}.log", trace)
+
+
+def start_pretrain_gpt_ranks(
+    world_size: int, argv: list[str], tmp_path: Path, env: dict[str, str] | None = None
+) -> list[Started]:
+    """Start ``pretrain_gpt.py argv`` on ``world_size`` ranks, with the environment ``torchrun`` would give.
+
+    They meet over TCP at a port of this machine, as a user's ranks do. For many short runs the pool of
+    ``tests.distributed`` is faster; this is for what only a process of its own shows: exit status, signals,
+    errors printed once.
+
+    Returns:
+        The runs, by rank.
+    """
+    number = sum(1 for _ in tmp_path.glob("ranks*_of_0.log"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(world_size):
+        environment = {
+            "MEGATRON_DEVICE": "cpu",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            **(env or {}),
+        }
+        started.append(_start(argv, tmp_path, environment, tmp_path / f"ranks{number}_of_{rank}.log", None))
+    return started
+
+
+def pretrain_gpt_ranks(world_size: int, argv: list[str], tmp_path: Path, **options) -> list[Run]:
+    """Run ``pretrain_gpt.py argv`` on ranks to the end; options of ``start_pretrain_gpt_ranks``."""
+    started = start_pretrain_gpt_ranks(world_size, argv, tmp_path, **options)
+    try:
+        return [run.wait() for run in started]
+    finally:
+        for run in started:
+            run.process.kill()
 
 
 def pretrain_gpt(argv: list[str], tmp_path: Path, **options) -> Run:
