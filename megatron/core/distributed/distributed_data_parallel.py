@@ -275,6 +275,8 @@ def _wait_for_params(groups: list[_ParamAndGradBucketGroup], *unused: Any) -> No
 
 def _add_and_announce(param: torch.nn.Parameter) -> None:
     """The same hook for gradients that are reduced behind backward."""
+    if param.grad is None:
+        return  # put off: whoever computes it later announces it
     _add_to_main_grad(param)
     param.gradient_ready()
 
@@ -282,6 +284,8 @@ def _add_and_announce(param: torch.nn.Parameter) -> None:
 @torch.no_grad()
 def _add_to_main_grad(param: torch.nn.Parameter) -> None:
     """Hook that runs when autograd has finished a parameter's gradient of one micro-batch."""
+    if param.grad is None:
+        return  # a weight gradient that was put off: the layer adds it to main_grad itself
     # zero_out_wgrad: the layer added its part itself, and delivered zeros in its place; the rest is another
     # use's.
     if not param.grad_added_to_main_grad or getattr(param, "zero_out_wgrad", False):

@@ -14,6 +14,8 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
 
+import torch
+
 from megatron.core.errors import TrainingError
 
 Compute = Callable[[], None]
@@ -60,8 +62,10 @@ def run(n: int | None = None) -> None:
     count = len(_QUEUE) if n is None else n
     if count > len(_QUEUE):
         raise TrainingError(f"{count} weight gradients asked for, but only {len(_QUEUE)} were put off")
-    for _ in range(count):
-        _QUEUE.popleft()()
+    # As in a backward pass: the inputs still know the graph they came from.
+    with torch.no_grad():
+        for _ in range(count):
+            _QUEUE.popleft()()
 
 
 def discard() -> None:
