@@ -52,9 +52,9 @@ def forward_step(data_iterator, model):
     return output, lambda loss: (loss.mean(), {"loss": float(loss.detach().mean())})
 
 
-def run_gpt(model_keys, chunks=1, schedule=None, scale=1.0, **changes):
+def run_gpt(model_keys, chunks=1, schedule=None, scale=1.0, pp=None, ddp=None, by_call=False, **changes):
     """Reports, this rank's gradients by their names in the whole model, and what its chunks consist of."""
-    world = dist.get_world_size()
+    world = pp or dist.get_world_size()
     parallel_state.initialize_model_parallel(
         1, world, chunks if chunks > 1 else None, create_gloo_process_groups=False
     )
@@ -73,9 +73,11 @@ def run_gpt(model_keys, chunks=1, schedule=None, scale=1.0, **changes):
             post_process=parallel_state.is_pipeline_last_stage(),
             **model_keys,
         )
-        models.append(DistributedDataParallel(config, DistributedDataParallelConfig(), model))
+        models.append(DistributedDataParallel(config, DistributedDataParallelConfig(**(ddp or {})), model))
     config.finalize_model_grads_func = finalize_model_grads
     config.no_sync_func = [model.no_sync for model in models]
+    if by_call:
+        config.grad_sync_func = [model.start_grad_sync for model in models]
     if scale != 1.0:
         config.grad_scale_func = lambda loss: loss * scale
     reports = get_forward_backward_func()(
@@ -198,3 +200,13 @@ def test_gradients_added_into_main_grad_by_the_layers_are_the_same():
 def test_recomputed_layers_give_the_same(schedule):
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     check(run_ranks(2, run_gpt, TIED, 1, schedule, **full), TIED)
+
+
+@pytest.mark.parametrize("by_call", [False, True])
+@pytest.mark.parametrize(("chunks", "schedule"), [(1, "1f1b"), (1, "zb-h1"), (2, "interleaved")])
+def test_gradients_reduced_behind_backward_are_the_same(chunks, schedule, by_call):
+    """Two pipelines on the same data: their average is what one gives."""
+    ddp = {"overlap_grad_reduce": True, "bucket_size": 300}
+    results = run_ranks(4, run_gpt, TIED, chunks, schedule, pp=2, ddp=ddp, by_call=by_call)
+    for column in range(2):
+        check([results[column], results[column + 2]], TIED)
