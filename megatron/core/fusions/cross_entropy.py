@@ -15,9 +15,9 @@ from megatron.core.tensor_parallel import collectives
 
 @overridable
 def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
-    """``-log softmax(logits)[target]`` per token, in fp32 whatever the dtype of the logits.
+    """``-log softmax(logits)[target]`` per token, in fp32 (in fp64 of fp64 logits).
 
-    logits: [..., v], target: [...] -> [...] fp32. A negative target marks a token without loss and gradient.
+    logits: [..., v], target: [...] -> [...]. A negative target marks a token without loss and gradient.
     With smoothing e, the target's probability is ``1 - e'`` and every other id's ``e' / v`` more than 0,
     where e' = e v / (v - 1).
 
@@ -32,7 +32,7 @@ def split_cross_entropy(
 ) -> Tensor:
     """The same of logits split over the ranks of ``group`` along the vocabulary: the same numbers, too.
 
-    logits: [..., v/ranks], target: [...] ids of the whole vocabulary -> [...] fp32. The ranks exchange the
+    logits: [..., v/ranks], target: [...] ids of the whole vocabulary -> [...]. The ranks exchange the
     largest log-sum of a token, then its sums; v counts the whole vocabulary in label smoothing as well.
 
     Raises:
@@ -79,13 +79,13 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
         logits, target, ignored, elsewhere, log_sum = ctx.saved_tensors
         rows, columns = logits.shape
-        scale = grad_loss.reshape(-1, 1).float().masked_fill(ignored, 0.0)
+        scale = grad_loss.reshape(-1, 1).to(log_sum.dtype).masked_fill(ignored, 0.0)
         # One minus the smoothing, where the target is a column held here
         one_hot = torch.full_like(scale, ctx.smoothing - 1.0).masked_fill_(elsewhere, 0.0)
         grad = torch.empty_like(logits)
         for block in row_blocks(rows, columns, logits.device):
             # d loss / d logit = softmax - (1 - e') onehot - e'/v
-            wide = logits[block].to(torch.float32, copy=True)
+            wide = logits[block].to(log_sum.dtype, copy=True)
             wide.sub_(log_sum[block].unsqueeze(1)).exp_()
             if ctx.smoothing:
                 wide.sub_(ctx.smoothing / ctx.all_columns)
@@ -97,11 +97,12 @@ class _CrossEntropy(torch.autograd.Function):
 def _row_sums(logits: Tensor, target: Tensor, with_mean: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Per row of [rows, columns]: log of the sum of exponentials, target logit, mean logit.  3 x [rows]"""
     rows, columns = logits.shape
-    log_sum = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_sum = torch.empty(rows, dtype=dtype, device=logits.device)
     picked = torch.empty_like(log_sum)
     mean = torch.empty_like(log_sum) if with_mean else None
     for block in row_blocks(rows, columns, logits.device):
-        wide = logits[block].float()
+        wide = logits[block].to(dtype)
         torch.logsumexp(wide, dim=-1, out=log_sum[block])
         picked[block] = wide.gather(1, target[block]).squeeze(1)
         if mean is not None:
