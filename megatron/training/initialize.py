@@ -52,6 +52,8 @@ def initialize_megatron(
     started = time.perf_counter()
     args = parsed_args or parse_args(extra_args_provider, ignore_unknown_args)
     if args.use_checkpoint_args:
+        if args.world_size > 1:  # rank 0 reads for all: other hosts may lack its file
+            _join_world(args)
         load_args_from_checkpoint(args)
     validate_args(args, args_defaults or {})
     if args.rank == 0:
@@ -91,18 +93,8 @@ def _initialize_distributed(
     get_embedding_ranks: Callable | None,
     get_position_embedding_ranks: Callable | None,
 ) -> None:
-    accelerator.set_device(args.local_rank)
-    timeout = timedelta(minutes=args.distributed_timeout_minutes)
     print_rank_0("> initializing torch distributed ...")
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(
-            backend=accelerator.collective_backend(args.distributed_backend),
-            # A single process needs no port and no host name.
-            store=torch.distributed.HashStore() if args.world_size == 1 else None,
-            world_size=args.world_size,
-            rank=args.rank,
-            timeout=timeout,
-        )
+    _join_world(args)
     if parallel_state.model_parallel_is_initialized():
         print_rank_0("model parallel is already initialized")
         return
@@ -126,6 +118,21 @@ def _initialize_distributed(
         ("pipeline", parallel_state.get_pipeline_model_parallel_world_size()),
     ):
         print_rank_0(f"> initialized {label} model parallel with size {size}")
+
+
+def _join_world(args: Namespace) -> None:
+    """Meet the other ranks, unless that has been done."""
+    accelerator.set_device(args.local_rank)
+    if torch.distributed.is_initialized():
+        return
+    torch.distributed.init_process_group(
+        backend=accelerator.collective_backend(args.distributed_backend),
+        # A single process needs no port and no host name.
+        store=torch.distributed.HashStore() if args.world_size == 1 else None,
+        world_size=args.world_size,
+        rank=args.rank,
+        timeout=timedelta(minutes=args.distributed_timeout_minutes),
+    )
 
 
 def _set_random_seed(
