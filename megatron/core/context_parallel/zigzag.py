@@ -1,9 +1,17 @@
 """Which part of a sequence a rank holds: chunks r and 2*size-1-r of 2*size."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from megatron.core import parallel_state
 from megatron.core.errors import ConfigError
+
+
+def own_place() -> tuple[int, int]:
+    """This process's (rank, size) among those that share a sequence; (0, 1) where there are no groups."""
+    group = parallel_state.get_context_parallel_group(check_initialized=False)
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
 
 def chunks_of_rank(rank: int, size: int) -> tuple[int, int]:

@@ -16,13 +16,11 @@ def get_batch_on_this_cp_rank(batch: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: a sequence does not divide into 2*CP chunks.
     """
-    from megatron.core import parallel_state
-    from megatron.core.context_parallel.zigzag import take_chunks
+    from megatron.core.context_parallel.zigzag import own_place, take_chunks
 
-    size = parallel_state.get_context_parallel_world_size()
-    if size <= 1:
+    rank, size = own_place()
+    if size == 1:
         return batch
-    rank = parallel_state.get_context_parallel_rank()
     return {
         name: None if t is None else take_chunks(t, 2 if name == "attention_mask" else 1, rank, size)
         for name, t in batch.items()

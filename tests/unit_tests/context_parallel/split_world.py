@@ -16,7 +16,7 @@ BATCH, HEADS, WIDTH = 2, 4, 8
 
 @dataclass(frozen=True)
 class Case:
-    """One attention; ``chunk`` is the length of one of the 2*CP chunks."""
+    """One attention; ``chunk`` is the length of one of the 2*CP chunks, ``spread`` the size of operands."""
 
     kind: str = "p2p"
     causal: bool = True
@@ -30,6 +30,7 @@ class Case:
     mask: str | None = None
     hierarchy: tuple[int, int] | None = None
     layer_number: int = 1
+    spread: float = 2.0
     config: tuple[tuple[str, Any], ...] = ()
 
 
@@ -74,7 +75,9 @@ def operands(case: Case, size: int) -> tuple[torch.Tensor, ...]:
         (case.groups, case.value_width),
     )
     dtype = getattr(torch, case.dtype)
-    q, k, v = ((2 * torch.randn(length, BATCH, *shape, generator=generator)).to(dtype) for shape in shapes)
+    q, k, v = (
+        (case.spread * torch.randn(length, BATCH, *shape, generator=generator)).to(dtype) for shape in shapes
+    )
     return q, k, v, torch.randn(length, BATCH, HEADS * case.value_width, generator=generator).to(dtype)
 
 

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron.core import parallel_state
-from megatron.core.context_parallel.zigzag import take_chunks
+from megatron.core.context_parallel.zigzag import own_place, take_chunks
 from megatron.core.errors import NotBuiltYetError
 from megatron.core.fusions.rotary import rotary
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -56,5 +55,4 @@ def get_pos_emb_on_this_cp_rank(pos_emb: Tensor, seq_dim: int) -> Tensor:
     Raises:
         ConfigError: the positions do not divide into 2*CP chunks.
     """
-    size = max(1, parallel_state.get_context_parallel_world_size())
-    return take_chunks(pos_emb, seq_dim, parallel_state.get_context_parallel_rank(), size)
+    return take_chunks(pos_emb, seq_dim, *own_place())

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron.core import accelerator, parallel_state
-from megatron.core.context_parallel.zigzag import take_chunks
+from megatron.core import accelerator
+from megatron.core.context_parallel.zigzag import own_place, take_chunks
 from megatron.core.errors import NotBuiltYetError
 from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -83,8 +83,7 @@ class RotaryEmbedding(nn.Module):
             [s/CP, 1, 1, d_rot] ([s, ..] if packed); cached: do not write to it.
         """
         # Part of the key: a table outlives the process groups.
-        size = 1 if packed_seq else max(1, parallel_state.get_context_parallel_world_size())
-        rank = parallel_state.get_context_parallel_rank() if size > 1 else 0
+        rank, size = (0, 1) if packed_seq else own_place()
         return self._table(max_seq_len, offset, rank, size)
 
     def _make_table(self, max_seq_len: int, offset: int, rank: int, size: int) -> Tensor:
