@@ -64,12 +64,24 @@ def launcher_environment(args: Namespace, given: Collection[str]) -> list[Proble
         if word and not word.isdigit():
             rule = "the environment variable is not a whole number"
             problems.append(Problem(variable, word, rule, "start through torchrun, or unset it"))
+    meeting_place = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
+    if args.world_size > 1 and not meeting_place and not _met_already():
+        rule = "MASTER_ADDR and MASTER_PORT do not say where the ranks meet"
+        remedy = "start through torchrun, or set both to an address and a free port of the host of rank 0"
+        problems.append(Problem("WORLD_SIZE", args.world_size, rule, remedy))
     if args.world_size < 1 or args.rank >= max(1, args.world_size):
         rule = f"lies outside a world of {args.world_size}"
         problems.append(
             Problem("RANK", args.rank, rule, "start through torchrun, or unset RANK and WORLD_SIZE")
         )
     return problems
+
+
+def _met_already() -> bool:
+    """The program that uses this library made the process groups."""
+    from torch import distributed
+
+    return distributed.is_initialized()
 
 
 RULES = (

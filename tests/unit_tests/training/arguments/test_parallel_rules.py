@@ -12,6 +12,8 @@ EIGHT_LAYERS = TRAINING.replace("--num-layers 2", "--num-layers 8")
 @pytest.fixture
 def world(monkeypatch):
     """``world(8)``: a launcher started so many processes."""
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "6000")
     return lambda size: monkeypatch.setenv("WORLD_SIZE", str(size))
 
 
@@ -183,6 +185,13 @@ def test_all_of_it_is_told_at_once(check, world):
         "--ffn-hidden-size",
         "--seq-length",
     ]
+
+
+def test_ranks_need_a_place_to_meet(check, world, monkeypatch):
+    world(2)
+    monkeypatch.delenv("MASTER_PORT")
+    (problem,) = problems_of(check, "")
+    assert problem.startswith("WORLD_SIZE 2: MASTER_ADDR and MASTER_PORT do not say")
 
 
 def test_older_names_of_the_context_exchange(check, world):

@@ -1,0 +1,55 @@
+"""Which rank this process is, for launchers that say it in words of their own."""
+
+import os
+import re
+import socket
+from collections.abc import MutableMapping
+
+# RANK, WORLD_SIZE and LOCAL_RANK under launchers other than torchrun, and the number of local ranks.
+_OMPI = "OMPI_COMM_WORLD_"
+_WORDS = (
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    (f"{_OMPI}RANK", f"{_OMPI}SIZE", f"{_OMPI}LOCAL_RANK", f"{_OMPI}LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
+_FIRST_PORT, _PORTS = 20000, 10000
+
+
+def adopt(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set torchrun's variables from those of srun or mpirun, where nobody has set them.
+
+    MASTER_ADDR comes from the list of the step's nodes (Slurm), or is this machine where all ranks are local;
+    across machines under mpirun it must be given. MASTER_PORT follows from the number of the job.
+    """
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        return
+    for rank, size, local_rank, local_size in _WORDS:
+        world = environment.get(size, "")
+        if rank not in environment or not world.isdigit() or int(world) < 2:
+            continue
+        environment["RANK"], environment["WORLD_SIZE"] = environment[rank], world
+        environment.setdefault("LOCAL_RANK", environment.get(local_rank, "0"))
+        local = re.match(r"\d+", environment.get(local_size, ""))
+        if local:
+            environment.setdefault("LOCAL_WORLD_SIZE", local.group())
+        address = _first_host(environment.get("SLURM_STEP_NODELIST", ""))
+        if not address and local and local.group() == world:
+            address = "localhost"
+        if address:
+            environment.setdefault("MASTER_ADDR", address)
+        job = re.sub(r"\D", "", environment.get("SLURM_JOB_ID", "")) or "0"
+        environment.setdefault("MASTER_PORT", str(_FIRST_PORT + int(job) % _PORTS))
+        return
+
+
+def _first_host(nodes: str) -> str:
+    """``n[03-07,9],m1`` -> ``n03``; "" for an empty list."""
+    bracket = re.match(r"([^,\[]+)\[([^\],-]+)[^\]]*\]([^,]*)", nodes)
+    if bracket:
+        return "".join(bracket.groups())
+    return nodes.split(",")[0]
+
+
+def describe() -> str:
+    """Where this process runs, for messages."""
+    return f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"

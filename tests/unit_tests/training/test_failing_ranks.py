@@ -1,0 +1,98 @@
+"""A failure on some ranks ends all of them soon, and is told once: with and without process groups."""
+
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron.core.errors import CheckpointError, DataError
+from megatron.training.entry import run_main
+from tests.distributed import fork_server
+
+SLEEP_S = 100
+LIMIT_S = 60
+
+
+def all_fail_before_they_meet(rank: int) -> None:
+    raise DataError("wrong everywhere")
+
+
+def one_fails_before_they_meet(rank: int) -> None:
+    if rank == 1:
+        raise DataError("wrong on one")
+    time.sleep(SLEEP_S)
+
+
+def one_fails_while_others_wait(rank: int) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    if rank == 1:
+        raise CheckpointError("no disk")
+    dist.barrier()
+
+
+def one_has_a_bug(rank: int) -> None:
+    if rank == 1:
+        _ = {}["missing"]
+    time.sleep(SLEEP_S)
+
+
+def all_end_well(rank: int) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    time.sleep(1.5 * rank)
+    dist.destroy_process_group()
+
+
+def _child(main, rank: int, port: int, output: str) -> None:
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="3", LOCAL_RANK=str(rank), MASTER_ADDR="localhost", MASTER_PORT=str(port)
+    )
+    run_main(lambda: main(rank))
+
+
+def run_three(main, tmp_path: Path) -> tuple[list[int], str]:
+    """Exit statuses of three ranks, and all they wrote."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    output = tmp_path / "output"
+    context = fork_server.context()
+    ranks = [context.Process(target=_child, args=(main, rank, port, str(output))) for rank in range(3)]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + LIMIT_S
+    for process in ranks:
+        process.join(max(0.1, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in ranks], output.read_text()
+
+
+@pytest.mark.parametrize(
+    ("main", "printing", "message"),
+    [
+        (all_fail_before_they_meet, 0, "error: wrong everywhere\n"),
+        (one_fails_before_they_meet, 1, "error: wrong on one\n"),
+        (one_fails_while_others_wait, 1, "error: no disk\n"),
+        (one_has_a_bug, 1, "Traceback (most recent call last):"),
+    ],
+)
+def test_all_ranks_end_and_one_tells_why(main, printing: int, message: str, tmp_path: Path):
+    statuses, output = run_three(main, tmp_path)
+    assert statuses == [1, 1, 1], output
+    told = f"[rank {printing} on {socket.gethostname()}] {message}"
+    assert output.count(told) == output.count(" on " + socket.gethostname()) == 1, output
+
+
+def test_ranks_that_end_at_different_times_end_well(tmp_path: Path):
+    statuses, output = run_three(all_end_well, tmp_path)
+    assert statuses == [0, 0, 0] and output == ""

@@ -1,0 +1,64 @@
+"""Ranks of srun and mpirun are understood; torchrun's words win."""
+
+import pytest
+
+from megatron.training.launcher_environment import adopt
+
+SRUN = {
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_STEP_NODELIST": "node[07-08]",
+    "SLURM_JOB_ID": "1234567",
+}
+MPIRUN = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+
+
+def adopted(**environment: str) -> dict[str, str]:
+    before = dict(environment)
+    adopt(environment)
+    return {key: value for key, value in environment.items() if key not in before}
+
+
+def test_srun():
+    assert adopted(**SRUN) == {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "node07",
+        "MASTER_PORT": "24567",
+    }
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("a1,a2", "a1"), ("gpu[3,9-12],b", "gpu3"), ("rack1-n[01-02]-ib,x", "rack1-n01-ib"), ("solo", "solo")],
+)
+def test_first_node_of_a_list(nodes, first):
+    assert adopted(**(SRUN | {"SLURM_STEP_NODELIST": nodes}))["MASTER_ADDR"] == first
+
+
+def test_mpirun_on_one_machine():
+    found = adopted(**MPIRUN)
+    assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("1", "2", "1")
+    assert found["MASTER_ADDR"] == "localhost"
+
+
+def test_mpirun_on_several_machines_needs_an_address():
+    several = MPIRUN | {"OMPI_COMM_WORLD_SIZE": "4"}
+    assert "MASTER_ADDR" not in adopted(**several)
+    assert adopted(MASTER_ADDR="head", **several)["RANK"] == "1"
+
+
+def test_torchrun_and_single_tasks_are_left_alone():
+    assert adopted(RANK="0", WORLD_SIZE="2", **SRUN) == {}
+    assert adopted(**(SRUN | {"SLURM_STEP_NUM_TASKS": "1"})) == {}
+    # The script of a batch job has a task number, but is no step.
+    assert adopted(SLURM_PROCID="0", SLURM_NTASKS="8", SLURM_JOB_ID="1") == {}
