@@ -168,11 +168,26 @@ def pairs(layout: Layout) -> set[tuple]:
 
 
 def spread(bares: list[Layout]) -> list[Layout]:
-    """Each of ``bares`` once, with flags so chosen that pairs of settings seen least often come first."""
+    """Each of ``bares`` at least once, and every pair of settings that can occur together at least once.
+
+    Flags go to layouts so that the pairs seen least often come first; pairs left over get a small one more.
+    """
     seen: Counter[tuple] = Counter()
     chosen = []
     for bare in bares:
-        best = max(with_flags(bare), key=lambda layout: sum((1 + seen[pair]) ** -3 for pair in pairs(layout)))
+        best = max(with_flags(bare), key=lambda layout: sum(_rarity(seen[pair]) for pair in pairs(layout)))
         seen.update(pairs(best))
         chosen.append(best)
+    everything = sorted(
+        (layout for bare in bares for layout in with_flags(bare)), key=lambda each: each.world_size
+    )
+    for layout in everything:
+        if any(pair not in seen for pair in pairs(layout)):
+            seen.update(pairs(layout))
+            chosen.append(layout)
     return chosen
+
+
+def _rarity(times: int) -> int:
+    """Weight of a pair seen so often; an integer, so that the choice does not hang on the order of adding."""
+    return 10**6 // (1 + times) ** 3
