@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.errors import TrainingError
+from megatron.core.optimizer import get_megatron_optimizer
 from tests.distributed.pool import run_ranks
-from tests.unit_tests.distributed.small_training import LAYERS, WIDTH, Training
+from tests.unit_tests.distributed.small_training import LAYERS, WIDTH, Net, Training
 
 OVERLAP = {"overlap_grad_reduce": True, "bucket_size": 1}  # every parameter in a bucket of its own
 SHARDED = {**OVERLAP, "use_distributed_optimizer": True}
@@ -227,3 +229,53 @@ def test_broadcast_gives_all_ranks_the_first_ones_parameters() -> None:
     for calls, same in run_ranks(2, broadcast, True):
         assert same
         assert len(calls) == 1
+
+
+def two_chunks() -> list[int]:
+    """Groups whose gathering has started, of the second of two chunks, after each module of the first."""
+    training = Training({**SHARDED, "overlap_param_gather": True})
+    config, ddp_config = training.model.config, training.model.ddp_config
+    second = DistributedDataParallel(config, ddp_config, Net(config), disable_bucketing=True)
+    optimizer = get_megatron_optimizer(training.config, [training.model, second])
+    for chunk in (training.model, second):
+        chunk.finish_grad_sync()
+    optimizer.step()
+    seen = []
+    for module in (*training.module.norms, *training.module.layers, training.module.head):
+        module(torch.ones(1, WIDTH))
+        seen.append(sum(group._gathers is not None for group in second.bucket_groups))
+    return seen
+
+
+def test_the_last_modules_of_a_chunk_start_the_gathering_for_the_next() -> None:
+    # The head's bucket is the last that forward needs; the second chunk is one bucket.
+    assert run_ranks(2, two_chunks) == [[0] * (2 * LAYERS) + [1]] * 2
+
+
+def skipped_step() -> tuple[bool, list[Any]]:
+    training = Training({**SHARDED, "overlap_param_gather": True}, precision="fp16")
+    training.module.head.weight.main_grad.fill_(float("nan"))
+    training.model.finish_grad_sync()
+    with Traffic() as traffic:
+        success, _, _ = training.optimizer.step()
+        training.model(torch.ones(1, WIDTH, dtype=torch.float16))
+    return success, [call for call in traffic.calls if call[0] == "gather"]
+
+
+def test_a_skipped_step_gathers_nothing() -> None:
+    assert run_ranks(2, skipped_step) == [(False, [])] * 2
+
+
+def load_while_gathering() -> bool:
+    """Weights loaded while the old ones are still being gathered are those that stay."""
+    training = Training({**SHARDED, "overlap_param_gather": True})
+    training.step(0)
+    training.model.load_state_dict(
+        {name: torch.ones_like(p) for name, p in training.model.state_dict().items()}
+    )
+    training.model.disable_forward_pre_hook()
+    return all(bool(param.eq(1.0).all()) for param in training.module.parameters())
+
+
+def test_loaded_weights_stay() -> None:
+    assert run_ranks(2, load_while_gathering) == [True, True]
