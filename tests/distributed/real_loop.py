@@ -49,6 +49,9 @@ def train(argv: list[str], with_gradients: bool = True) -> Record:
         with contextlib.redirect_stdout(output), _watch(record, with_gradients):
             pretrain_gpt.main()
     except BaseException as error:
+        if isinstance(error, SystemExit) and error.code == 0:  # told to stop early, and did
+            record.output = output.getvalue()
+            return record
         raise AssertionError(f"{type(error).__name__}: {error}\n{output.getvalue()[-3000:]}") from error
     record.output = output.getvalue()
     return record

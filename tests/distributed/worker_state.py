@@ -33,13 +33,13 @@ def take() -> Home:
 def reset(home: Home) -> None:
     """Bring this process back to ``home``: no process groups, no library state, fixed random generators."""
     from megatron.core import parallel_state, rerun_state_machine
-    from megatron.core.tensor_parallel import random as tp_random
+    from megatron.core.tensor_parallel import rng_tracker
     from megatron.training import global_vars
 
     parallel_state.destroy_model_parallel()
     global_vars.destroy_global_vars()  # the microbatch calculator included
     rerun_state_machine.destroy_rerun_state_machine()
-    tp_random._tracker = None
+    rng_tracker._tracker = None
     if dist.is_initialized():
         dist.destroy_process_group()
     torch.set_default_dtype(torch.float32)

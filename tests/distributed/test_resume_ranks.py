@@ -1,0 +1,114 @@
+"""A run over ranks that is stopped and started again is the same run, bit for bit, with dropout on."""
+
+import pytest
+import torch
+
+from tests.distributed.gpt_run import command_line
+from tests.distributed.layouts import Layout, bare_layouts, spread
+from tests.distributed.pool import run_ranks
+from tests.distributed.real_loop import train
+
+STEPS = 4
+LAYOUTS = [
+    Layout(tp=2),
+    Layout(pp=2),
+    Layout(pp=2, vpp=2, model="llama"),
+    Layout(cp=2),
+    Layout(dp=2),
+    Layout(dp=2, reduction="sharded-overlap-both", model="llama"),
+    Layout(tp=2, pp=2, dp=2, sequence_parallel=True, reduction="sharded"),
+]
+
+
+@pytest.fixture(scope="session")
+def data_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def run(layout, data_cache, save, *extra):
+    """Losses of the steps of one run, as the ranks know them; it loads from ``save`` and saves there."""
+    dropout = "--attention-dropout 0.1 --hidden-dropout 0.1 --save-interval 100 --bf16"
+    argv = command_line(layout, data_cache, dropout)
+    argv += ["--save", str(save), "--load", str(save), *extra]
+    records = run_ranks(layout.world_size, train, argv, False, timeout=240)
+    return [record.losses for record in records]
+
+
+def assert_same_bits(left, right, where):
+    assert type(left) is type(right), where
+    if isinstance(left, torch.Tensor):
+        assert left.dtype == right.dtype and torch.equal(left, right), where
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            assert_same_bits(left[key], right[key], f"{where}: {key}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), where
+        for index, pair in enumerate(zip(left, right, strict=True)):
+            assert_same_bits(*pair, f"{where}[{index}]")
+    elif hasattr(left, "tobytes"):
+        assert left.tobytes() == right.tobytes(), where
+    else:
+        assert left == right, where
+
+
+def files(save, iteration=STEPS):
+    """Path below the iteration's directory -> content, without what differs between two runs by design."""
+    home = save / f"iter_{iteration:07d}"
+    found = {}
+    for path in sorted(home.rglob("*.pt")):
+        content = torch.load(path, weights_only=False)
+        args = content.pop("args", None)
+        if args is not None:  # paths, and where the run started, differ
+            content |= {"consumed": args.consumed_train_samples}
+        found[str(path.relative_to(home))] = content
+    return found
+
+
+def documented_names(layout):
+    """Checkpoint directories are named by tensor and, with several stages, pipeline rank; nothing else."""
+    names = []
+    for tp in range(layout.tp):
+        for pp in range(layout.pp):
+            home = f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if layout.pp > 1 else "")
+            names.append(f"{home}/model_optim_rng.pt")
+            if layout.reduction.startswith("sharded"):
+                names.append(f"{home}/distrib_optim.pt")
+    return sorted(names)
+
+
+def check(layout, data_cache, tmp_path, stops):
+    whole = run(layout, data_cache, tmp_path / "whole")
+    expected = files(tmp_path / "whole")
+    assert list(expected) == documented_names(layout)
+    everything = {path.name for path in (tmp_path / "whole" / f"iter_{STEPS:07d}").rglob("*")}
+    assert everything == {part for name in documented_names(layout) for part in name.split("/")}
+    for stop in stops:
+        save = tmp_path / f"stop{stop}"
+        before = run(layout, data_cache, save, "--exit-interval", str(stop))
+        assert (save / "latest_checkpointed_iteration.txt").read_text() == str(stop)
+        after = run(layout, data_cache, save)
+        assert [first + second for first, second in zip(before, after, strict=True)] == whole
+        assert_same_bits(files(save), expected, f"{layout} stopped after {stop}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_stopping_and_going_on_changes_nothing(layout, data_cache, tmp_path):
+    check(layout, data_cache, tmp_path, [2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", spread(bare_layouts()), ids=str)
+def test_stopping_anywhere_in_any_layout_changes_nothing(layout, data_cache, tmp_path):
+    check(layout, data_cache, tmp_path, range(1, STEPS))
+
+
+def test_chunks_of_virtual_stages_are_saved_one_by_one(data_cache, tmp_path):
+    layout = Layout(pp=2, vpp=2, reduction="plain")
+    run(layout, data_cache, tmp_path)
+    for stage in files(tmp_path).values():
+        assert "model" not in stage
+        for chunk in ("model0", "model1"):
+            layers = [name for name in stage[chunk] if name.startswith("decoder.layers.")]
+            # Numbers restart in each chunk.
+            assert layers and all(name.startswith("decoder.layers.0.") for name in layers)
