@@ -55,7 +55,7 @@ def _allreduce_layernorm_grads(model: list[torch.nn.Module], config: Transformer
     norms of single heads.
     """
     group = parallel_state.get_tensor_model_parallel_group()
-    if group.size() == 1 or not (config.sequence_parallel or config.qk_layernorm):
+    if group.size() == 1:
         return
     grads = [
         param.main_grad
@@ -63,7 +63,8 @@ def _allreduce_layernorm_grads(model: list[torch.nn.Module], config: Transformer
         for name, param in chunk.named_parameters()
         if param.requires_grad
         and (
-            getattr(param, "sequence_parallel", False) or any(part in _HEAD_NORMS for part in name.split("."))
+            getattr(param, "sequence_parallel", False)
+            or (config.qk_layernorm and any(part in _HEAD_NORMS for part in name.split(".")))
         )
     ]
     for dtype in dict.fromkeys(grad.dtype for grad in grads):
