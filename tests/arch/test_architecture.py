@@ -21,7 +21,7 @@ MAY_HOLD_GLOBALS = {
     "megatron.core.parallel_state",
     "megatron.core.num_microbatches_calculator",
     "megatron.core.rerun_state_machine",
-    "megatron.core.tensor_parallel.random",
+    "megatron.core.tensor_parallel.rng_tracker",
     "megatron.core.timers",
     "megatron.training.global_vars",
 }

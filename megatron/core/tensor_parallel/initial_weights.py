@@ -12,7 +12,7 @@ from megatron.core import accelerator, parallel_state
 from megatron.core.errors import ConfigError
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.attributes import set_tensor_model_parallel_attributes
-from megatron.core.tensor_parallel.random import (
+from megatron.core.tensor_parallel.rng_tracker import (
     RngStreamError,
     get_cuda_rng_tracker,
     get_expert_parallel_rng_tracker_name,

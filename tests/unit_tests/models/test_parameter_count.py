@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch.nn.functional as F
 
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.gpt.parameter_count import gpt_parameter_count
@@ -49,6 +50,60 @@ def test_formula_equals_modules(positions, tied, te_names):
         )
         built = sum(parameter.numel() for parameter in model.parameters())
         assert gpt_parameter_count(config, VOCABULARY, MAX_SEQUENCE, positions, tied) == built, fields
+
+
+STAGES = [(True, True), (True, False), (False, False), (False, True)]
+
+
+@pytest.fixture
+def second_of_two_ranks():
+    parallel_state.set_tensor_model_parallel_world_size(2)
+    parallel_state.set_tensor_model_parallel_rank(1)
+    yield
+    parallel_state.set_tensor_model_parallel_world_size(None)
+    parallel_state.set_tensor_model_parallel_rank(None)
+
+
+@pytest.mark.parametrize(("positions", "tied", "te_names"), MODELS)
+def test_formula_of_one_rank(positions, tied, te_names, second_of_two_ranks):
+    """Of two tensor-parallel ranks, on a stage with or without embedding and output layer."""
+    switches = SWITCHES | {"num_query_groups": [None, 2], "normalization": ["LayerNorm"]}
+    for values, (first, last) in itertools.product(itertools.product(*switches.values()), STAGES):
+        fields = dict(zip(switches, values, strict=True))
+        config = TransformerConfig(
+            num_layers=3,
+            hidden_size=16,
+            num_attention_heads=4,
+            ffn_hidden_size=20,
+            activation_func=F.silu,
+            perform_initialization=False,
+            init_model_with_meta_device=True,
+            tensor_model_parallel_size=2,
+            **fields,
+        )
+        model = GPTModel(
+            config,
+            get_gpt_decoder_block_spec(config, te_names),
+            VOCABULARY,
+            MAX_SEQUENCE,
+            pre_process=first,
+            post_process=last,
+            position_embedding_type=positions,
+            share_embeddings_and_output_weights=tied,
+        )
+        built = sum(parameter.numel() for parameter in model.parameters())
+        expected = gpt_parameter_count(
+            config,
+            VOCABULARY,
+            MAX_SEQUENCE,
+            positions,
+            tied,
+            tensor_parallel_size=2,
+            num_layers=3,
+            has_embedding=first,
+            has_output=last,
+        )
+        assert built == expected, (fields, first, last)
 
 
 def test_published_sizes():
