@@ -84,8 +84,14 @@ def gather(optimizer: "DistributedOptimizer") -> dict[Any, Any] | None:
 
 def scatter(optimizer: "DistributedOptimizer", state: dict[Any, Any] | None, update_legacy: bool) -> None:
     """See ``DistributedOptimizer.load_parameter_state_from_dp_zero``."""
+    if update_legacy:
+        raise NotBuiltYetError(
+            "converting distributed optimizer state of before Megatron core 0.8",
+            "--ckpt-convert-update-legacy-dist-opt-format",
+            "Pass --no-load-optim.",
+        )
     exchange = _Exchange(optimizer)
-    exchange.raise_everywhere(_find_error(optimizer, state, update_legacy) if exchange.is_first else None)
+    exchange.raise_everywhere(_find_error(optimizer, state) if exchange.is_first else None)
     for number, (buffer, shards) in enumerate(zip(optimizer.buffers, optimizer.shards, strict=True)):
         for key in _keys(optimizer):
             whole = state[number][_types(buffer)][key] if exchange.is_first else None
@@ -131,16 +137,8 @@ def _unflatten(optimizer: "DistributedOptimizer", shard: "BucketShard", key: str
         values.copy_(shard.part(flat, param))
 
 
-def _find_error(
-    optimizer: "DistributedOptimizer", state: dict[Any, Any] | None, update_legacy: bool
-) -> Exception | None:
+def _find_error(optimizer: "DistributedOptimizer", state: dict[Any, Any] | None) -> CheckpointError | None:
     """What keeps a saved state from fitting."""
-    if update_legacy or (isinstance(state, dict) and not state.get(_COALESCED)):
-        return NotBuiltYetError(
-            "reading distributed optimizer state of before Megatron core 0.8",
-            "--ckpt-convert-update-legacy-dist-opt-format",
-            "Pass --no-load-optim.",
-        )
     problem = "there is none" if not isinstance(state, dict) else _find_mismatch(optimizer, state)
     if problem is None:
         return None
@@ -152,6 +150,8 @@ def _find_error(
 
 
 def _find_mismatch(optimizer: "DistributedOptimizer", state: dict[Any, Any]) -> str | None:
+    if not state.get(_COALESCED):
+        return "it has the layout of before Megatron core 0.8, a piece per bucket and rank"
     numbers = [key for key in state if isinstance(key, int)]
     if len(numbers) != len(optimizer.buffers):
         return f"it has {len(numbers)} buffers, this run {len(optimizer.buffers)}"

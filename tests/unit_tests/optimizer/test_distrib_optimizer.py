@@ -274,8 +274,10 @@ def test_the_other_kind_of_state_is_refused() -> None:
         sharded.optimizer.load_state_dict(state)
     with pytest.raises(ConfigError, match="--use-distributed-optimizer"):
         plain.optimizer.get_parameter_state_dp_zero()
-    with pytest.raises(NotBuiltYetError, match="legacy"):
+    with pytest.raises(CheckpointError, match=r"before Megatron core 0\.8"):
         sharded.optimizer.load_parameter_state_from_dp_zero({0: {}})
+    with pytest.raises(NotBuiltYetError, match="--ckpt-convert-update-legacy-dist-opt-format"):
+        sharded.optimizer.load_parameter_state_from_dp_zero({0: {}}, update_legacy_format=True)
 
 
 def test_weights_from_elsewhere_refresh_the_copies() -> None:
