@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from toy_stages import BATCH, HIDDEN, LENGTH, Stage, forward_func, make_batches, make_config
+from toy_stages import BATCH, HIDDEN, LENGTH, Stage, expected, forward_func, make_batches, make_config
 
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel import executor, get_forward_backward_func
 from megatron.core.pipeline_parallel import schedules as public
 from megatron.core.tensor_parallel import deferred_gradients
 from tests.distributed.pool import run_ranks
@@ -128,6 +128,45 @@ def test_the_loss_is_scaled_once_per_microbatch_on_the_last_stage_only():
     assert run_ranks(2, scaled, 3) == [(0, True), (3, True)]
 
 
+def on_split_sequences(loss, per_token):
+    """Gradient of the weight on one stage, where two ranks share every sequence."""
+    parallel_state.initialize_model_parallel(
+        1, 1, context_parallel_size=dist.get_world_size(), create_gloo_process_groups=False
+    )
+    models = [Stage(make_config(calculate_per_token_loss=per_token), 0)]
+    step(models, 3, forward_func(loss))
+    return models[0].weight.grad
+
+
+@pytest.mark.parametrize(
+    ("loss", "per_token", "factor"),
+    [("pair", False, 2), ("triple", False, 2), ("triple", True, 1)],
+)
+def test_ranks_that_share_a_sequence_count_their_loss_as_often_as_they_are(loss, per_token, factor):
+    _, (wanted,) = expected(1, 3, loss, per_token=per_token)
+    for found in run_ranks(2, on_split_sequences, loss, per_token):
+        torch.testing.assert_close(found, wanted["weight"] * factor, rtol=1e-11, atol=1e-13)
+
+
+def seen_under_autocast(enable):
+    config, models = start("1f1b", 1)
+    config.enable_autocast, config.autocast_dtype = enable, torch.bfloat16
+    seen, plain = [], forward_func("pair")
+
+    def func(data_iterator, model):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu") == torch.bfloat16))
+        return plain(data_iterator, model)
+
+    with torch.no_grad():
+        step(models, 1, func, forward_only=True)
+    return seen
+
+
+def test_the_forward_pass_runs_under_autocast_where_asked():
+    assert run_ranks(2, seen_under_autocast, True) == [[(True, True)]] * 2
+    assert [seen[0][0] for seen in run_ranks(2, seen_under_autocast, False)] == [False, False]
+
+
 def layers_told(num_microbatches, partial_window):
     """What the forward function and the layers hear about each micro-batch."""
     _, models = start("1f1b", 1, num_microbatches_with_partial_activation_checkpoints=partial_window)
@@ -227,6 +266,29 @@ def test_weight_gradients_wait_as_long_as_the_rank_is_late():
     # One linear layer per stage; rank r keeps r weight gradients back.
     assert first == ([(1, 1), (1, 1), (1, 1)], 0)
     assert last == ([(1, 2), (1, 2), (1, 1)], 0)
+
+
+def sizes_at_backward(deallocate):
+    """Elements that each stage's outputs still have when their backward pass starts."""
+    _, models = start("1f1b", 1, deallocate_pipeline_outputs=deallocate)
+    sizes, real = [], executor.backward_step
+
+    def logged(inputs, outputs, *rest):
+        sizes.append(outputs[0].numel())
+        return real(inputs, outputs, *rest)
+
+    executor.backward_step = logged
+    try:
+        step(models, 3)
+    finally:
+        executor.backward_step = real
+    return sizes
+
+
+def test_what_has_been_sent_is_freed_where_asked():
+    whole = LENGTH * BATCH * HIDDEN
+    assert run_ranks(2, sizes_at_backward, True) == [[1] * 3, [1] * 3]
+    assert run_ranks(2, sizes_at_backward, False) == [[whole] * 3, [1] * 3]
 
 
 def wrong_shape():
