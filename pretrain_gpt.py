@@ -19,6 +19,7 @@ from megatron.core.transformer.spec_utils import import_module
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.data.batch import stage_needs_data
+from megatron.training.data.storage_domain import storage_domain
 from megatron.training.entry import run_main
 from megatron.training.utils import (
     get_batch_on_this_cp_rank,
@@ -127,7 +128,7 @@ def is_dataset_built_on_rank() -> bool:
 def core_gpt_dataset_config_from_args(args) -> GPTDatasetConfig:
     """Dataset settings from the arguments."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    return GPTDatasetConfig(
+    config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -145,6 +146,8 @@ def core_gpt_dataset_config_from_args(args) -> GPTDatasetConfig:
         s3_cache_path=args.s3_cache_path,
         vocab_size=args.padded_vocab_size,
     )
+    config.storage_domain = storage_domain(args, config.data_prefixes())
+    return config
 
 
 def train_valid_test_datasets_provider(train_val_test_num_samples):

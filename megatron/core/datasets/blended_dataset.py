@@ -83,7 +83,7 @@ class BlendedDataset(torch.utils.data.Dataset):
         else:
             weights = np.array(normalize(self.weights))
             build_blending_indices(*arrays, weights, len(self.datasets), self.size, False)
-        if cache and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
+        if cache and self.config.writes_index():
             cache.store(arrays)
         return arrays
 

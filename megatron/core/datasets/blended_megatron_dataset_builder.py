@@ -12,6 +12,7 @@ import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_config import Blend, BlendedMegatronDatasetConfig
 from megatron.core.datasets.megatron_dataset import LowLevelDataset, MegatronDataset
+from megatron.core.datasets.storage_domains import check_equal_copies, elect_builders
 from megatron.core.datasets.utils import Split, normalize
 from megatron.core.errors import ConfigError, DataError
 from megatron.core.utils import log_single_rank
@@ -34,17 +35,11 @@ def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _later_virtual_stage() -> bool:
-    from megatron.core import parallel_state
-
-    return bool(parallel_state.get_virtual_pipeline_model_parallel_rank())
-
-
 class BlendedMegatronDatasetBuilder:
     """Builds the three splits of one data set, of a blend, or of a blend per split.
 
-    With torch.distributed, rank 0 builds first and fills the cache; the other ranks on which the data
-    is needed follow after a barrier and load it.
+    With torch.distributed, one rank of every storage domain builds first and fills the cache; the other
+    ranks on which the data is needed follow after a barrier and load it.
 
     Args:
         cls: class of the (member) data sets.
@@ -69,17 +64,19 @@ class BlendedMegatronDatasetBuilder:
         log_single_rank(
             logger, logging.INFO, f"Building {cls.__name__} splits with sizes={sizes} and config={config}"
         )
-        # Later virtual stages of rank 0 read nothing; the cache is there since its first one.
-        builds_cache = _distributed() and torch.distributed.get_rank() == 0 and not _later_virtual_stage()
-        if builds_cache and not is_built_on_rank():
-            raise ConfigError("is_built_on_rank must hold on global rank 0, which builds the index cache.")
 
     def build(self) -> list[TopLevelDataset | None]:
         """Train, valid and test; None for an empty split and on ranks that need no data.
 
+        All ranks call this together.
+
         Raises:
-            DataError: a data set is missing, damaged, or too small for what is asked of it.
+            DataError: a data set is missing, damaged, too small for what is asked of it, or different on
+                hosts that share no storage.
         """
+        election = elect_builders(self.config.storage_domain, self.is_built_on_rank())
+        self.config.builds_index = election.builds
+        check_equal_copies(self.config.data_prefixes(), election)
         if self.config.blend is not None:
             datasets = self._build_blend(self.config.blend, self.config.split_matrix, self.sizes)
         elif self.config.mock:
@@ -171,14 +168,14 @@ class BlendedMegatronDatasetBuilder:
 
         if not _distributed():
             return build_all()
-        members = build_all() if torch.distributed.get_rank() == 0 else None
+        members = build_all() if self.config.writes_index() else None
         torch.distributed.barrier()
         return build_all() if members is None else members
 
     def _threads(self) -> int:
-        """Rank 0 builds while its neighbours wait, so it may use their cores too."""
+        """A builder's neighbours wait for it, so it may use their cores too."""
         threads = self.config.num_dataset_builder_threads
-        if threads > 1 and _distributed() and torch.distributed.get_rank() == 0:
+        if threads > 1 and _distributed() and self.config.writes_index():
             from megatron.core import accelerator
 
             threads *= min(2, max(1, accelerator.device_count()))
@@ -241,18 +238,22 @@ class BlendedMegatronDatasetBuilder:
         synchronize_ranks: bool,
         *args: Any,
     ) -> DistributedDataset | Iterable | None:
-        """``cls(*args)`` on rank 0 first, then, after a barrier, on the other ranks that need it.
+        """``cls(*args)`` on builders first, then, after a barrier, on the other ranks that need it.
+
+        The last of ``args`` is the config, which knows the builders; without one, rank 0 is the builder.
 
         Returns:
             None on ranks that do not need it.
         """
         if not _distributed():
             return cls(*args)
-        rank = torch.distributed.get_rank()
-        dataset = cls(*args) if rank == 0 and is_built_on_rank() else None
+        config = args[-1] if args else None
+        known = isinstance(config, BlendedMegatronDatasetConfig)
+        builds = config.writes_index() if known else torch.distributed.get_rank() == 0
+        dataset = cls(*args) if builds and is_built_on_rank() else None
         if synchronize_ranks:
             torch.distributed.barrier()
-        if rank != 0 and is_built_on_rank():
+        if not builds and is_built_on_rank():
             dataset = cls(*args)
         return dataset
 

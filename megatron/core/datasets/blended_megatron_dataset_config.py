@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
+import torch
+
 from megatron.core.datasets.megatron_tokenizer import MegatronTokenizer
 from megatron.core.datasets.utils import Split, normalize
 from megatron.core.errors import ConfigError
@@ -31,6 +33,8 @@ class BlendedMegatronDatasetConfig:
         path_to_cache: directory of built indices; None for one beside each data set.
         mmap_bin_files: map .bin files into memory, else read request by request.
         tokenizer: identifies the data; also gives special ids.
+        storage_domain: equal on ranks that see the same files; one rank of each domain writes caches.
+        builds_index: whether this rank does; set by the builder, None without one.
 
     Without either blend, ``mock`` is set and the split becomes ``1,1,1``. ``split_matrix`` holds the
     interval of each split, or None where it is empty.
@@ -47,6 +51,8 @@ class BlendedMegatronDatasetConfig:
     mmap_bin_files: bool = True
     mock: bool = field(init=False, default=False)
     tokenizer: MegatronTokenizer | None = None
+    storage_domain: int = field(default=0, repr=False, kw_only=True)
+    builds_index: bool | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.blend is not None and self.blend_per_split is not None:
@@ -66,6 +72,18 @@ class BlendedMegatronDatasetConfig:
             raise ConfigError("a blend needs a split. " + _SPLIT_REMEDY)
         self.split_matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(self.split))
         log_single_rank(logger, logging.INFO, f"Let split_matrix = {self.split_matrix}")
+
+    def writes_index(self) -> bool:
+        """Whether this rank builds indices and writes them to the cache; without a builder, rank 0 does."""
+        if self.builds_index is not None:
+            return self.builds_index
+        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        return alone or torch.distributed.get_rank() == 0
+
+    def data_prefixes(self) -> list[str]:
+        """Every data set named, each once."""
+        blends = [self.blend] if self.blend is not None else self.blend_per_split or []
+        return list(dict.fromkeys(prefix for blend in blends if blend for prefix in blend[0]))
 
     def _check_per_split(self) -> None:
         if self.split is not None:

@@ -206,7 +206,7 @@ class GPTDataset(MegatronDataset):
             arrays = build_gpt_index(
                 sizes, self.indices, plan, self.config.random_seed, length, self._extra, drop_last_partial
             )
-            if cache and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
+            if cache and self.config.writes_index():
                 cache.store(arrays)
         log_single_rank(logger, logging.INFO, f"> total number of samples: {plan.samples}")
         log_single_rank(logger, logging.INFO, f"> total number of epochs: {plan.epochs}")

@@ -151,9 +151,7 @@ NOTHING_TO_READ = {
     "--no-ckpt-fully-parallel-save": "one process writes",
     "--ckpt-fully-parallel-load": "one process reads",
     "--no-align-grad-reduce": "one pipeline stage",
-    "--no-shared-storage": "one node",
     "--attention-mask-type": "one context-parallel rank",
-    "--context-parallel-algo": "one context-parallel rank",
 }
 TABLES = ("accepted.py", "rejected.py", "not_built.py", "no_effect.py", "bounds.py")
 
