@@ -1,0 +1,38 @@
+"""Ranks as processes of their own: when one of them fails, all end, and the cause is told once."""
+
+from pathlib import Path
+
+from tests.functional_tests.launcher import Run, pretrain_gpt_ranks, tiny_gpt
+
+
+def errors(runs: list[Run]) -> list[str]:
+    return [line for run in runs for line in run.output.splitlines() if "error: " in line]
+
+
+def test_a_loss_that_only_the_last_stage_sees_ends_all(golden: Path, tmp_path: Path):
+    diverging = {"lr": 1e30, "lr-warmup-iters": 0, "clip-grad": 0}
+    words = tiny_gpt(golden, tmp_path, **diverging, **{"pipeline-model-parallel-size": 2})
+    runs = pretrain_gpt_ranks(2, words, tmp_path)
+    assert [run.status for run in runs] == [1, 1]
+    (message,) = errors(runs)
+    assert "found NaN" in message or "found Inf" in message
+
+
+def test_a_missing_data_set_is_told_once(golden: Path, tmp_path: Path):
+    words = tiny_gpt(golden, tmp_path)
+    missing = tmp_path / "nowhere"
+    words[words.index("--data-path") + 1] = str(missing)
+    runs = pretrain_gpt_ranks(2, words, tmp_path)
+    assert all(run.status != 0 for run in runs)
+    (message,) = errors(runs)
+    assert str(missing) in message
+
+
+def test_a_save_directory_that_is_a_file_stops_all_before_training(golden: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    words = tiny_gpt(golden, tmp_path, save=tmp_path / "file" / "ckpt")
+    runs = pretrain_gpt_ranks(2, words, tmp_path)
+    assert [run.status for run in runs] == [1, 1]
+    (message,) = errors(runs)
+    assert "--save" in message
+    assert "training ..." not in runs[0].output
