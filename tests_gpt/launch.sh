@@ -19,7 +19,7 @@ Environment, all optional:
   VOCAB_FILE, MERGE_FILE        GPT-2 BPE files of that data
   CKPT_PATH                     directory to save to, and to resume from
   MEGATRON_DEVICE               cpu, cuda or npu instead of the device found
-  NPROC_PER_NODE                processes on this machine (1); GPUS_PER_NODE is the same
+  NPROC_PER_NODE                processes on this machine (one per device found); GPUS_PER_NODE is the same
   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    as torchrun knows them
   PYTHON                        interpreter to use (python3)
   CANN_SET_ENV                  CANN's set_env.sh, where it is not found by itself
@@ -220,7 +220,7 @@ prepare_data() {
 # start_python SCRIPT ARGS...: sets the array COMMAND, under torchrun only when there are several processes.
 start_python() {
     COMMAND=("$PYTHON")
-    if ((PROCESSES * ${NNODES:-1} > 1)); then
+    if ((WORLD > 1)); then
         COMMAND+=(-m torch.distributed.run --nproc-per-node "$PROCESSES" --nnodes "${NNODES:-1}"
             --node-rank "${NODE_RANK:-0}" --master-addr "${MASTER_ADDR:-localhost}"
             --master-port "${MASTER_PORT:-6000}")
@@ -228,13 +228,14 @@ start_python() {
     COMMAND+=("$@")
 }
 
-# count_processes: sets PROCESSES.
+# count_processes: sets PROCESSES, one per device unless told otherwise, and WORLD.
 count_processes() {
-    PROCESSES=${NPROC_PER_NODE:-${GPUS_PER_NODE:-1}}
+    PROCESSES=${NPROC_PER_NODE:-${GPUS_PER_NODE:-$((DEVICE_COUNT > 1 ? DEVICE_COUNT : 1))}}
     [[ $PROCESSES =~ ^[1-9][0-9]*$ ]] || die "NPROC_PER_NODE=$PROCESSES: a number of processes is needed"
-    if ((DEVICE_COUNT > 1)) && [[ -z $NPROC_PER_NODE$GPUS_PER_NODE ]]; then
-        say "$DEVICE_COUNT $DEVICE devices found, one is used: training over several is not built yet" \
-            "(NPROC_PER_NODE sets the number of processes)"
+    WORLD=$((PROCESSES * ${NNODES:-1}))
+    if ((WORLD > 1)) && [[ $DEVICE != cpu ]]; then
+        # Communication is put before the compute it overlaps with only where one queue holds both.
+        default_env CUDA_DEVICE_MAX_CONNECTIONS 1
     fi
 }
 
@@ -266,10 +267,13 @@ launch_gpt() {
         exec "${COMMAND[@]}" # signals of a cluster's scheduler reach the trainer itself
     fi
     "${COMMAND[@]}"
-    show_sample "$(last_value --save "${flags[@]}")"
+    local tensor pipeline
+    tensor=$(last_value --tensor-model-parallel-size "${flags[@]}")
+    pipeline=$(last_value --pipeline-model-parallel-size "${flags[@]}")
+    show_sample "$(last_value --save "${flags[@]}")" "${tensor:-1}" "${pipeline:-1}"
 }
 
-# show_sample DIR: prints where the checkpoint is and a text generated from it.
+# show_sample DIR TP PP: prints where the checkpoint is and a text generated from it.
 show_sample() {
     [[ ${NODE_RANK:-0} == 0 ]] || return 0
     if [[ ! -e $1/latest_checkpointed_iteration.txt ]]; then
@@ -277,6 +281,10 @@ show_sample() {
         return
     fi
     say "checkpoint: $1, iteration $(cat "$1/latest_checkpointed_iteration.txt")"
+    if [[ $2 != 1 || $3 != 1 ]]; then
+        say "no sample: tools/generate.py reads checkpoints of one tensor rank and one pipeline stage"
+        return
+    fi
     say "sample: $PYTHON tools/generate.py --load $1 --prompt 'def '"
     "$PYTHON" "$REPO/tools/generate.py" --load "$1" --prompt 'def '
 }

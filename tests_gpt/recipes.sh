@@ -1,7 +1,7 @@
 # What the pretrain_gpt_distributed*.sh scripts train: the published model on an accelerator, a small one
 # of the same kind on a CPU. Sourced by launch.sh.
 
-# recipe_flags plain|fp16|bf16: sets the array RECIPE_FLAGS from DEVICE and EMBEDDED.
+# recipe_flags plain|fp16|bf16: sets the array RECIPE_FLAGS from DEVICE, EMBEDDED, PROCESSES and WORLD.
 recipe_flags() {
     RECIPE_FLAGS=(
         --weight-decay 0.1 --clip-grad 1.0 --adam-beta1 0.9 --adam-beta2 0.95
@@ -26,8 +26,16 @@ published_model() {
     RECIPE_FLAGS+=(
         --num-layers 8 --hidden-size 5120 --num-attention-heads 40
         --seq-length 8192 --max-position-embeddings 8192
-        --micro-batch-size 2 --global-batch-size 2 --init-method-std 0.006
+        --micro-batch-size 2 --init-method-std 0.006
     )
+    # A node's devices share each layer: the published scripts ask for 8 and take what there is.
+    local tensor
+    for tensor in 8 4 2 1; do
+        if ((PROCESSES % tensor == 0)); then break; fi
+    done
+    RECIPE_FLAGS+=(--tensor-model-parallel-size "$tensor")
+    # Several processes make the batch larger where they are more than share a layer: 2 sequences each.
+    if ((WORLD == 1)); then RECIPE_FLAGS+=(--global-batch-size 2); fi
 }
 
 published_schedule() {
@@ -53,9 +61,11 @@ small_model() {
     RECIPE_FLAGS+=(
         --num-layers 4 --hidden-size 256 --num-attention-heads 4
         --seq-length 256 --max-position-embeddings 256
-        --micro-batch-size 4 --global-batch-size 4 --init-method-std 0.02
+        --micro-batch-size 4 --init-method-std 0.02
         --attention-dropout 0 --hidden-dropout 0 --initial-loss-scale 65536
         --train-iters 200 --lr-decay-iters 200 --lr 1e-3 --min-lr 1e-4 --lr-warmup-fraction .1
         --split 949,50,1 --log-interval 10 --save-interval 1000 --eval-interval 100 --eval-iters 10
     )
+    # Several processes make the batch larger: one micro-batch each.
+    if ((WORLD == 1)); then RECIPE_FLAGS+=(--global-batch-size 4); fi
 }

@@ -189,8 +189,19 @@ def test_several_processes_go_through_torchrun(launch) -> None:
     assert launch(FP16, NPROC_PER_NODE="two").status == 2
 
 
-def test_an_accelerator_gets_the_published_model_and_one_process(launch) -> None:
+def test_every_device_gets_a_process_and_a_part_of_each_layer(launch) -> None:
     run = launch(FP16, MEGATRON_DEVICE="cuda", FAKE_DEVICE="cuda 8", DATA_PATH="d")
+    assert "--nproc-per-node 8 --nnodes 1" in " ".join(run.trainer)
+    assert run.value("--tensor-model-parallel-size") == "8" and "--global-batch-size" not in run.trainer
+    assert "set CUDA_DEVICE_MAX_CONNECTIONS=1" in run.output
+    six = launch(FP16, MEGATRON_DEVICE="cuda", FAKE_DEVICE="cuda 6", DATA_PATH="d")
+    assert six.value("--tensor-model-parallel-size") == "2"
+    fewer = launch(FP16, MEGATRON_DEVICE="cuda", FAKE_DEVICE="cuda 8", DATA_PATH="d", NPROC_PER_NODE="1")
+    assert fewer.trainer[0] == str(ROOT / "pretrain_gpt.py")
+
+
+def test_an_accelerator_gets_the_published_model(launch) -> None:
+    run = launch(FP16, MEGATRON_DEVICE="cuda", FAKE_DEVICE="cuda 1", DATA_PATH="d")
     shape = {
         "--num-layers": "8",
         "--hidden-size": "5120",
@@ -200,7 +211,6 @@ def test_an_accelerator_gets_the_published_model_and_one_process(launch) -> None
         "--train-iters": "500000",
     }
     assert {flag: run.value(flag) for flag in shape} == shape
-    assert "8 cuda devices found, one is used" in run.output
     first_try = launch(FP16, MEGATRON_DEVICE="cuda", FAKE_DEVICE="cuda 1")
     assert first_try.value("--hidden-size") == "5120"
     assert first_try.value("--train-iters") == "200"
