@@ -46,6 +46,8 @@ def serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
     # The test machine's own name need not resolve.
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    # Gloo worlds compute on the CPU, whatever else the machine has.
+    os.environ["MEGATRON_DEVICE"] = "cpu"
     home = worker_state.take()
     worker_state.reset(home)
     gc.freeze()  # the collection after every job looks at that job's objects only
