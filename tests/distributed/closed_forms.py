@@ -63,7 +63,8 @@ def pipeline(
 ) -> Traffic:
     """One step of pipeline rank ``stage`` of ``stages`` with ``chunks`` virtual stages each: every virtual
     stage but the last sends each microbatch's output on, every one but the first its input gradient back;
-    round the ring, from the last rank to the first and back, for virtual stages. Any schedule sends the same."""
+    round the ring, from the last rank to the first and back, for virtual stages. All schedules send the
+    same."""
     forward = chunks - (stage == stages - 1)
     backward = chunks - (stage == 0)
     return add(
