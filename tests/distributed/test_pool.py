@@ -1,5 +1,6 @@
 """The pool of ranks: results in order, failures with every traceback, nothing left behind."""
 
+import gc
 import logging
 import os
 import random
@@ -10,9 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.core import parallel_state, rerun_state_machine, tensor_parallel
+from megatron.core import overrides, parallel_state, rerun_state_machine, tensor_parallel
 from megatron.core.num_microbatches_calculator import get_num_microbatches, init_num_microbatches_calculator
-from megatron.training import global_vars
+from megatron.core.tensor_parallel import deferred_gradients
+from megatron.core.utils.straggler import StragglerDetector
+from megatron.training import checkpointing, global_vars
 from tests.distributed.pool import run_ranks
 
 
@@ -99,6 +102,11 @@ def leave_state_behind():
     rerun_state_machine.get_rerun_state_machine()
     init_num_microbatches_calculator(0, None, 8, 1, 1)
     global_vars.set_args("arguments")
+    deferred_gradients.defer(print)
+    overrides.disable("all")
+    checkpointing.set_checkpoint_version(3.0)
+    StragglerDetector().left_behind = True
+    gc.disable()
     os.environ["LEFT_BEHIND"] = "1"
     os.chdir("/")
     logging.getLogger().addHandler(logging.NullHandler())
@@ -116,6 +124,11 @@ def state_found():
         "streams": tracker.get_states(),
         "rerun machine": rerun_state_machine._GLOBAL_RERUN_STATE_MACHINE,
         "variables": dict(global_vars._REGISTRY),
+        "deferred gradients": deferred_gradients.pending(),
+        "disabled": set(overrides._disabled),
+        "checkpoint version": checkpointing.get_checkpoint_version(),
+        "straggler": vars(StragglerDetector()),
+        "garbage collection": gc.isenabled(),
         "environment": "LEFT_BEHIND" in os.environ,
         "handlers": len([h for h in logging.getLogger().handlers if isinstance(h, logging.NullHandler)]),
         "directory": os.getcwd(),

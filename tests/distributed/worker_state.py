@@ -32,14 +32,19 @@ def take() -> Home:
 
 def reset(home: Home) -> None:
     """Bring this process back to ``home``: no process groups, no library state, fixed random generators."""
-    from megatron.core import parallel_state, rerun_state_machine
-    from megatron.core.tensor_parallel import rng_tracker
-    from megatron.training import global_vars
+    from megatron.core import overrides, parallel_state, rerun_state_machine
+    from megatron.core.tensor_parallel import deferred_gradients, rng_tracker
+    from megatron.core.utils.straggler import StragglerDetector
+    from megatron.training import checkpointing, global_vars
 
     parallel_state.destroy_model_parallel()
     global_vars.destroy_global_vars()  # the microbatch calculator included
     rerun_state_machine.destroy_rerun_state_machine()
     rng_tracker._tracker = None
+    deferred_gradients.discard()
+    overrides.enable_all()
+    StragglerDetector._instance, StragglerDetector._configured = None, False
+    checkpointing.set_checkpoint_version(None)
     if dist.is_initialized():
         dist.destroy_process_group()
     torch.set_default_dtype(torch.float32)
@@ -55,4 +60,5 @@ def reset(home: Home) -> None:
     root = logging.getLogger()
     for handler in [h for h in root.handlers if h not in home.handlers]:
         root.removeHandler(handler)
+    gc.enable()
     gc.collect()
