@@ -140,8 +140,7 @@ def pretrain(
     print_rank_0("done with setup ...")
     timers.log(["model-and-optimizer-setup", "train/valid/test-data-iterators-setup"], barrier=True)
 
-    config = get_model_config(model[0])
-    evaluation = (process_non_loss_data_func, config)
+    evaluation = (process_non_loss_data_func, get_model_config(model[0]))
     iteration = args.iteration
     if args.skip_train:
         print_rank_0("skipping training (--skip-train is on) ...")
@@ -153,15 +152,15 @@ def pretrain(
             print_datetime("after training is done")
             if args.save and iteration != 0 and iteration % args.save_interval != 0:
                 save_checkpoint_and_time(iteration, model, optimizer, scheduler, flops, {})
-    held_out = (("validation", args.do_valid, valid_iterator), ("test", args.do_test, test_iterator))
-    for name, wanted, iterator in held_out:
+    for split, wanted, iterator in (
+        ("validation", args.do_valid, valid_iterator),
+        ("test", args.do_test, test_iterator),
+    ):
         if wanted:
+            what = (forward_step_func, iterator, model, iteration)
             evaluate_and_print_results(
-                f"iteration {iteration} on {name} set",
-                forward_step_func,
-                iterator,
-                model,
-                iteration,
+                f"iteration {iteration} on {split} set",
+                *what,
                 *evaluation,
                 verbose=True,
                 write_to_tensorboard=not args.skip_train,

@@ -36,3 +36,20 @@ def test_a_save_directory_that_is_a_file_stops_all_before_training(golden: Path,
     (message,) = errors(runs)
     assert "--save" in message
     assert "training ..." not in runs[0].output
+
+
+def test_ranks_take_their_arguments_from_the_checkpoint(golden: Path, tmp_path: Path):
+    length = {"train-iters": 4, "lr-warmup-iters": 0}
+    shape = {"tensor-model-parallel-size": 2, "is-x-model": True, "ffn-hidden-size": 96}
+    saving = {"save": tmp_path / "ckpt", "save-interval": 2}
+    words = tiny_gpt(golden, tmp_path, **length, **shape, **saving)
+    whole = pretrain_gpt_ranks(2, words, tmp_path)[1].check()
+    forgotten = dict.fromkeys(("num-layers", "hidden-size", "num-attention-heads"))
+    flags = {"use-checkpoint-args": True, "use-mp-args-from-checkpoint-args": True}
+    loading = {"load": tmp_path / "ckpt", "ckpt-step": 2}
+    words = tiny_gpt(golden, tmp_path, **length, **forgotten, **flags, **loading)
+    runs = [run.check() for run in pretrain_gpt_ranks(2, words, tmp_path)]
+    assert runs[1].losses == {step: whole.losses[step] for step in (3, 4)}
+    assert "Setting tensor_model_parallel_size to 2 from checkpoint" in runs[0].output
+    assert "Setting glu_gate_last to True from checkpoint" in runs[0].output
+    assert "Setting" not in runs[1].output

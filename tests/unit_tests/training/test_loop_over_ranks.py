@@ -145,6 +145,17 @@ def test_evaluations_and_norms_equal_those_of_one_rank(tmp_path: Path):
         assert zeros == pytest.approx(found[0][2], abs=8), layout  # a few round to zero by chance
 
 
+def test_shards_may_be_dealt_out_to_another_number_of_ranks(tmp_path: Path):
+    keep = f"{NO_DROPOUT} --save {tmp_path / 'ckpt'} --save-interval 2"
+    whole = lines(run(Layout(dp=2, reduction="sharded"), tmp_path, keep))
+    load = f"{NO_DROPOUT} --load {tmp_path / 'ckpt'} --ckpt-step 2"
+    for layout in (Layout(dp=4, reduction="sharded-overlap-both"), Layout(cp=2, reduction="sharded")):
+        rest = lines(run(layout, tmp_path, load))
+        assert sorted(rest) == [3, 4]
+        for number, (loss, *_) in rest.items():
+            assert float(loss) == pytest.approx(float(whole[number][0]), rel=1e-5)
+
+
 def train_on_own_disk(argv: list[str], directory: str, flags: list[str]) -> tuple[str, str]:
     """Every rank is a host with a disk of its own."""
     own = os.path.join(directory, f"host{os.environ['RANK']}")
