@@ -3,19 +3,26 @@
 Specs and checkpoints written for TransformerEngine work on any device with them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron.core.errors import ConfigError
+from megatron.core.fusions.cross_entropy import split_cross_entropy
 from megatron.core.fusions.fused_layer_norm import NORMS
 from megatron.core.fusions.layer_norm import layer_norm
 from megatron.core.fusions.rms_norm import rms_norm
 from megatron.core.fusions.rotary import rotary
 from megatron.core.tensor_parallel.initial_weights import InitMethod, new_bias, new_weight
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, LinearBase, RowParallelLinear
-from megatron.core.tensor_parallel.random import CheckpointWithoutOutput, CudaRNGStatesTracker
+from megatron.core.tensor_parallel.random import (
+    CheckpointWithoutOutput,
+    CudaRNGStatesTracker,
+    checkpoint,
+)
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -29,6 +36,8 @@ __all__ = [
     "TENorm",
     "TERowParallelLinear",
     "fused_apply_rotary_pos_emb",
+    "te_checkpoint",
+    "te_parallel_cross_entropy",
 ]
 
 
@@ -253,6 +262,30 @@ class TECudaRNGStatesTracker(CudaRNGStatesTracker):
 
     def __init__(self, is_inference_rng_tracker: bool = False):
         super().__init__(is_inference_rng_tracker=is_inference_rng_tracker)
+
+
+def te_checkpoint(
+    forward_func: Callable[..., Any],
+    distribute_saved_activations: bool,
+    get_rng_state_tracker: Callable[..., CudaRNGStatesTracker],
+    tp_group: ProcessGroup | None,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    context: Tensor | None,
+    context_mask: Tensor | None,
+    rotary_pos_emb: Tensor | None,
+) -> Any:
+    """``forward_func`` of the last five arguments, recomputed in backward.
+
+    The tracker and the tensor-parallel group are this process's own, so those two arguments have no effect.
+    """
+    arguments = (hidden_states, attention_mask, context, context_mask, rotary_pos_emb)
+    return checkpoint(forward_func, distribute_saved_activations, *arguments)
+
+
+def te_parallel_cross_entropy(logits: Tensor, labels: Tensor, tp_group: ProcessGroup | None) -> Tensor:
+    """Per-token loss, fp32.  logits: [s, b, v/TP], labels: [s, b] -> [s, b]."""
+    return split_cross_entropy(logits, labels, 0.0, tp_group)
 
 
 def fused_apply_rotary_pos_emb(

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from megatron.core.extensions.transformer_engine import te_checkpoint
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -105,3 +107,17 @@ def test_streams_that_dropout_draws_from():
     assert moved(attention_dropout=0.0, hidden_dropout=0.0) == set()
     assert moved(attention_dropout=0.1, hidden_dropout=0.0) == {"model-parallel-rng"}
     assert moved(attention_dropout=0.0, hidden_dropout=0.1) == {"default"}
+
+
+def test_recomputation_under_transformer_engines_name():
+    model_parallel_cuda_manual_seed(8)
+    x = torch.randn(4, 3, requires_grad=True)
+
+    def scaled(hidden, mask, context, context_mask, angles):
+        assert (mask, context, context_mask) == (None, None, None)
+        return F.dropout(hidden * angles, 0.5)
+
+    out = te_checkpoint(scaled, False, get_cuda_rng_tracker, None, x, None, None, None, torch.full((), 3.0))
+    out.sum().backward()
+    assert torch.equal(x.grad, (out != 0) * 6.0)
+    assert 0 < int((out != 0).sum()) < 12
