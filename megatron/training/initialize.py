@@ -135,6 +135,22 @@ def _join_world(args: Namespace) -> None:
     )
 
 
+def _queue_communication_before_compute(args: Namespace) -> None:
+    """Under NCCL, one hardware queue keeps a collective ahead of the kernels that it is to overlap with.
+
+    The driver reads the variable when its context is made, which is later than this.
+    """
+    variable = "CUDA_DEVICE_MAX_CONNECTIONS"
+    splits = args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1
+    if accelerator.collective_backend(args.distributed_backend) != "nccl" or not splits:
+        return
+    if os.environ.setdefault(variable, "1") != "1":
+        print_rank_0(
+            f"WARNING: {variable}={os.environ[variable]}: tensor and context parallel communication overlaps "
+            f"better with {variable}=1"
+        )
+
+
 def _set_random_seed(
     seed_: int,
     data_parallel_random_init: bool = False,

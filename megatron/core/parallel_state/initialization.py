@@ -105,22 +105,12 @@ def initialize_model_parallel(
             ``destroy_model_parallel()``.
         NotBuiltYetError: an encoder on ranks of its own.
     """
-    if not dist.is_initialized():
-        raise ConfigError("call torch.distributed.init_process_group() before initialize_model_parallel()")
-    if is_initialized():
-        raise ConfigError("model parallel groups exist already: call destroy_model_parallel() first")
-    if encoder_pipeline_model_parallel_size or encoder_tensor_model_parallel_size:
-        raise NotBuiltYetError("an encoder on ranks of its own")
-    if pipeline_model_parallel_comm_backend not in _PIPELINE_BACKENDS:
-        raise ConfigError(
-            f"pipeline_model_parallel_comm_backend {pipeline_model_parallel_comm_backend!r}: use one of "
-            f"{', '.join(map(str, _PIPELINE_BACKENDS))}"
-        )
-    if virtual_pipeline_model_parallel_size is not None and pipeline_model_parallel_size < 2:
-        raise ConfigError(
-            f"virtual_pipeline_model_parallel_size {virtual_pipeline_model_parallel_size} with one pipeline "
-            "stage: leave it unset, or use 2 or more stages"
-        )
+    _check_request(
+        pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size,
+        pipeline_model_parallel_comm_backend,
+        bool(encoder_pipeline_model_parallel_size or encoder_tensor_model_parallel_size),
+    )
     grids = make_grids(
         dist.get_world_size(),
         tensor_model_parallel_size,
@@ -150,6 +140,28 @@ def initialize_model_parallel(
     if virtual_pipeline_model_parallel_size is not None:
         STATE.by_hand.update(vpp_size=virtual_pipeline_model_parallel_size, vpp_rank=0)
     STATE.memory_buffer = GlobalMemoryBuffer()
+
+
+def _check_request(
+    stages: int, virtual_stages: int | None, pipeline_backend: str | None, has_encoder: bool
+) -> None:
+    """What cannot work whatever the world."""
+    if not dist.is_initialized():
+        raise ConfigError("call torch.distributed.init_process_group() before initialize_model_parallel()")
+    if is_initialized():
+        raise ConfigError("model parallel groups exist already: call destroy_model_parallel() first")
+    if has_encoder:
+        raise NotBuiltYetError("an encoder on ranks of its own")
+    if pipeline_backend not in _PIPELINE_BACKENDS:
+        raise ConfigError(
+            f"pipeline_model_parallel_comm_backend {pipeline_backend!r}: use one of "
+            f"{', '.join(map(str, _PIPELINE_BACKENDS))}"
+        )
+    if virtual_stages is not None and stages < 2:
+        raise ConfigError(
+            f"virtual_pipeline_model_parallel_size {virtual_stages} with one pipeline "
+            "stage: leave it unset, or use 2 or more stages"
+        )
 
 
 def _nccl_settings(path: str | None) -> dict | None:
