@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 # Adam divides by the size of a gradient: its epsilon is large here, or rounding in gradients that are
 # almost zero would turn into whole steps. Large initial weights make attention prefer some tokens to others.
 _COMMON = f"""
-    --seq-length {SEQUENCE} --max-position-embeddings {SEQUENCE} --micro-batch-size 1
+    --seq-length {SEQUENCE} --max-position-embeddings {SEQUENCE}
     --global-batch-size {GLOBAL_BATCH} --train-iters {STEPS} --lr 5e-3 --adam-eps 1e-3
     --lr-decay-style constant --init-method-std 0.15
     --tokenizer-type NullTokenizer --vocab-size 500 --split 90,8,2 --log-interval 1 --eval-iters 0

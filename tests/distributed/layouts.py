@@ -69,7 +69,8 @@ class Layout:
 
     @property
     def microbatches(self) -> int:
-        return GLOBAL_BATCH // self.dp
+        """As few as show accumulation, and in a pipeline all its phases: a test mostly waits for them."""
+        return min(GLOBAL_BATCH // self.dp, {1: 2, 2: 4}.get(self.pp, 8))
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -95,6 +96,7 @@ class Layout:
         if self.cp > 1:
             words.append(CONTEXT[self.context].format(inner=2, outer=self.cp // 2))
         words += [REDUCTIONS[self.reduction], STAGES[self.stages], PIPELINE[self.pipeline]]
+        words.append(f"--micro-batch-size {GLOBAL_BATCH // self.dp // self.microbatches}")
         words.append(f"--make-vocab-size-divisible-by {PADDED_VOCAB // self.tp}")
         return " ".join(words).split()
 

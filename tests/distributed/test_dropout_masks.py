@@ -13,7 +13,9 @@ from tests.distributed.layouts import LAYERS, SEQUENCE, Layout
 from tests.distributed.pool import run_ranks
 
 P = 0.5
-EXTRA = f"--attention-dropout {P} --hidden-dropout {P} --train-iters 1 --global-batch-size 1"
+EXTRA = (
+    f"--attention-dropout {P} --hidden-dropout {P} --train-iters 1 --micro-batch-size 1 --global-batch-size 1"
+)
 HIDDEN = 32
 
 

@@ -21,15 +21,19 @@ class Case:
 
 CASES = {
     # Worlds that are no powers of two, for which the batch and the sequence change.
-    "three-replicas": Case(Layout(dp=3, reduction="sharded"), both="--global-batch-size 6"),
+    "three-replicas": Case(
+        Layout(dp=3, reduction="sharded"), both="--global-batch-size 6 --micro-batch-size 1"
+    ),
     "three-parts-of-a-sequence": Case(
         Layout(cp=3, model="llama"), both="--seq-length 24 --max-position-embeddings 24"
     ),
     "three-stages-of-six": Case(Layout(tp=2, pp=3, stages="account")),
     "six-stages-two-without-layers": Case(Layout(pp=6, stages="account", model="llama")),
-    "seven-replicas": Case(Layout(dp=7, reduction="sharded-overlap-both"), both="--global-batch-size 7"),
+    "seven-replicas": Case(
+        Layout(dp=7, reduction="sharded-overlap-both"), both="--global-batch-size 7 --micro-batch-size 1"
+    ),
     # Microbatches of unequal numbers of tokens.
-    "masked-tokens": Case(Layout(cp=2, dp=2), both="--eod-mask-loss"),
+    "masked-tokens": Case(Layout(cp=2, dp=2), both="--eod-mask-loss --micro-batch-size 1"),
     "per-token-loss": Case(
         Layout(pp=2, cp=2, dp=2, reduction="sharded-overlap-reduce"),
         both="--eod-mask-loss --calculate-per-token-loss",
@@ -38,8 +42,8 @@ CASES = {
         Layout(tp=2, dp=2, sequence_parallel=True, model="llama"),
         both="--eod-mask-loss --calculate-per-token-loss",
     ),
-    "bigger-microbatches": Case(
-        Layout(tp=2, pp=2, vpp=2, sequence_parallel=True), both="--micro-batch-size 2"
+    "smaller-microbatches": Case(
+        Layout(tp=2, pp=2, vpp=2, sequence_parallel=True), alone="--micro-batch-size 1"
     ),
     # Other ways to the same sums.
     "average-in-collective": Case(Layout(dp=4, reduction="sharded"), alone="--ddp-average-in-collective"),

@@ -22,7 +22,7 @@ SHAPES = {"gpt": (32, 32, True, 6 * 32, 2 * 32), "llama": (64, 32, False, 2 * 64
 BUCKET = 3000
 BATCH = 4
 # A step is metered until the next one starts; the first is left out.
-EXTRA = f"{NO_DROPOUT} --log-interval 100 --train-iters 3 --global-batch-size {BATCH}"
+EXTRA = f"{NO_DROPOUT} --log-interval 100 --train-iters 3 --micro-batch-size 1 --global-batch-size {BATCH}"
 
 
 @pytest.fixture(scope="session")
