@@ -133,9 +133,9 @@ def alone(tmp_path: Path) -> list[str]:
         --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
         --micro-batch-size 2 --global-batch-size 8 --train-iters 6 --lr 1.5e-4 --min-lr 1.0e-5
         --lr-decay-style cosine --lr-warmup-fraction 0.01 --weight-decay 0.01 --clip-grad 1.0
-        --adam-beta2 0.95 --init-method-std 0.006 --split 949,50,1
-        --data-path {tmp_path}/source/u16_text_document --log-interval 1 --eval-iters 0 --tokenizer-type NullTokenizer --vocab-size 500 --bf16 --num-workers 0
-        --data-cache-path {tmp_path}/cache_alone
+        --adam-beta2 0.95 --init-method-std 0.006 --split 949,50,1 --log-interval 1 --eval-iters 0
+        --data-path {tmp_path}/source/u16_text_document --data-cache-path {tmp_path}/cache_alone
+        --tokenizer-type NullTokenizer --vocab-size 500 --bf16 --num-workers 0
     """
     return words.split()
 

@@ -5,7 +5,9 @@ import torch
 import torch.distributed as dist
 
 from megatron.core import parallel_state
+from megatron.core.errors import ConfigError
 from megatron.core.parallel_state.initialization import GROUP_AXES
+from megatron.core.process_groups import load_nccl_settings
 from megatron.core.rank_grid import make_grids
 from tests.distributed.pool import run_ranks
 
@@ -145,6 +147,23 @@ def test_virtual_stages():
     inner = (False, False, False)
     assert first == (3, [(True, False, True), inner, inner], (1, 1))
     assert last == (3, [inner, inner, (False, True, True)], (0, 0))
+
+
+def test_nccl_settings_by_group(tmp_path):
+    path = tmp_path / "nccl.yaml"
+    path.write_text("dp: {cga_cluster_size: 2, max_ctas: 16}\n")
+    settings = load_nccl_settings(str(path))
+    assert settings == {"dp": {"cga_cluster_size": 2, "max_ctas": 16}}
+    assert parallel_state.get_nccl_options("tp", settings) is None
+    if not dist.is_nccl_available():
+        with pytest.raises(ConfigError, match="has no NCCL, so no options for dp"):
+            parallel_state.get_nccl_options("dp", settings)
+    else:
+        assert parallel_state.get_nccl_options("dp", settings).config.max_ctas == 16
+    for content, part in (("[1, 2]", "give names of groups"), ("{", "cannot be read")):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=part):
+            load_nccl_settings(str(path))
 
 
 @pytest.fixture
