@@ -97,7 +97,7 @@ def override(path: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
     def register(replacement: Callable[P, R]) -> Callable[P, R]:
         point = _find(path)
-        _check_signature(point, replacement)
+        check_signature(path, replacement)
         if point.replacement is not None and _name(point.replacement) != _name(replacement):
             raise OverrideError(
                 f"{path} is already replaced by {_name(point.replacement)}; "
@@ -110,13 +110,41 @@ def override(path: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return register
 
 
+def check_signature(path: str, replacement: Callable[..., Any]) -> None:
+    """Parameters must agree with the point's in name, order, kind and default; annotations may differ.
+
+    Raises:
+        OverrideError: they do not, or there is no such point.
+    """
+    default = _find(path).default
+    if _parameters(default) != _parameters(replacement):
+        raise OverrideError(
+            f"{_name(replacement)}{inspect.signature(replacement)} cannot replace {path}"
+            f"{inspect.signature(default)}: give it the same parameters, kinds and defaults"
+        )
+
+
 def load(device_type: str) -> bool:
-    """Imports the package of replacements ``megatron_<device_type>``; False when there is none installed."""
+    """Activates the package of replacements ``megatron_<device_type>``; False when there is none installed.
+
+    The package registers its replacements on import, or in a function ``activate()`` of its own.
+    """
     package = f"megatron_{device_type}"
     if importlib.util.find_spec(package) is None:
         return False
-    importlib.import_module(package)
+    activate = getattr(importlib.import_module(package), "activate", None)
+    if activate is not None:
+        activate()
     return True
+
+
+def default_of(path: str) -> Callable[..., Any]:
+    """The function that ``path`` was marked with, replaced or not.
+
+    Raises:
+        OverrideError: no such point.
+    """
+    return _find(path).default
 
 
 def disable(names: str | Iterable[str]) -> None:
@@ -205,16 +233,6 @@ def _suggest(name: str) -> str:
     short_names = {path.rpartition(".")[2]: path for path in _points}
     close = difflib.get_close_matches(name.rpartition(".")[2], short_names, n=1, cutoff=0.5)
     return f" Did you mean {short_names[close[0]]!r}?" if close else ""
-
-
-def _check_signature(point: _Point, replacement: Callable[..., Any]) -> None:
-    """Parameters must agree in name, order, kind and default; annotations may differ."""
-    expected, given = (_parameters(function) for function in (point.default, replacement))
-    if expected != given:
-        raise OverrideError(
-            f"{_name(replacement)}{inspect.signature(replacement)} cannot replace {point.path}"
-            f"{inspect.signature(point.default)}: give it the same parameters, kinds and defaults"
-        )
 
 
 def _parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:

@@ -72,9 +72,9 @@ def hidden_by_band(sq: int, sk: int, band: Band, device: torch.device) -> Tensor
     distance = torch.arange(sk, device=device)[None] - torch.arange(sq, device=device)[:, None]
     hidden = torch.zeros(sq, sk, dtype=torch.bool, device=device)
     if band.left is not None:
-        hidden |= distance < -band.left
+        hidden = hidden | (distance < -band.left)
     if band.right is not None:
-        hidden |= distance > band.right
+        hidden = hidden | (distance > band.right)
     return hidden
 
 

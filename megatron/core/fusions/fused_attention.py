@@ -1,4 +1,4 @@
-"""Attention in one operation, on operands in the layout of the Ascend operator."""
+"""Attention in one operation, on operands in the layouts that fused kernels take."""
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +31,12 @@ def fused_attention(
     """``dropout(softmax(hide(scale * Q K^T))) V`` for every head.
 
     Args:
-        query: [sq, b, n*d] for layout SBH, [b, sq, n*d] for BSH.
-        key: [sk, b, g*d] or [b, sk, g*d]; query head j uses group ``j // (n/g)``.
+        query: [sq, b, n*d] for layout SBH, [b, sq, n*d] for BSH, [b, n, sq, d] for BNSD.
+        key: [sk, b, g*d], [b, sk, g*d] or [b, g, sk, d]; query head j uses group ``j // (n/g)``.
         value: as ``key``, possibly with another width per head.
         num_heads: n.
         num_query_groups: g, a divisor of n.
-        layout: ``"SBH"`` or ``"BSH"``, of operands and result.
+        layout: ``"SBH"``, ``"BSH"`` or ``"BNSD"``, of operands and result.
         causal: hide keys after the query. The last query sits at the last key when lengths differ.
         window: (left, right): query i sees keys i-left..i+right only; -1 for no limit.
         attention_mask: bool [b or 1, 1, sq, sk], True hides; hides in addition to the two above.
@@ -44,7 +44,7 @@ def fused_attention(
         dropout_p: probability of dropping an attention weight, drawn from the current random stream.
 
     Returns:
-        [sq, b, n*dv] or [b, sq, n*dv], in the dtype of ``query``.
+        [sq, b, n*dv], [b, sq, n*dv] or [b, n, sq, dv], in the dtype of ``query``.
     """
     q, k, v = (
         split_heads(t, heads, layout)
@@ -72,14 +72,18 @@ def fused_attention(
 
 
 def split_heads(t: Tensor, heads: int, layout: str) -> Tensor:
-    """[s, b, n*d] (SBH) or [b, s, n*d] (BSH) -> [b, n, s, d], a view."""
+    """[s, b, n*d] (SBH), [b, s, n*d] (BSH) or [b, n, s, d] (BNSD) -> [b, n, s, d], a view."""
+    if layout == "BNSD":
+        return t
     t = t.unflatten(-1, (heads, -1))
     # [s, b, n, d] or [b, s, n, d] -> [b, n, s, d]
     return t.permute(1, 2, 0, 3) if layout == "SBH" else t.transpose(1, 2)
 
 
 def join_heads(t: Tensor, layout: str) -> Tensor:
-    """[b, n, s, d] -> [s, b, n*d] (SBH) or [b, s, n*d] (BSH)."""
+    """[b, n, s, d] -> [s, b, n*d] (SBH), [b, s, n*d] (BSH) or as it is (BNSD)."""
+    if layout == "BNSD":
+        return t
     return (t.permute(2, 0, 1, 3) if layout == "SBH" else t.transpose(1, 2)).flatten(2)
 
 

@@ -120,6 +120,7 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         return dist.group.WORLD if dist.is_initialized() else None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        self.start_overflow_watch()
         for main in self._main_params.values():
             main.grad = None
         for param in self._model_params:

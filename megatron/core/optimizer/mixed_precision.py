@@ -14,7 +14,7 @@ from megatron.core.optimizer.base import MegatronOptimizer, _create_nothing
 from megatron.core.optimizer.clip_grads import reduce_over
 from megatron.core.optimizer.grad_scaler import MegatronGradScaler
 from megatron.core.optimizer.inner_state import load_inner_state
-from megatron.core.optimizer.multi_tensor import unscale_and_check
+from megatron.core.optimizer.multi_tensor import unscale_and_check, watch_overflow
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.timing import timed
 
@@ -71,6 +71,11 @@ class MixedPrecisionOptimizer(MegatronOptimizer):
         with timed(self.config, "optimizer-copy-main-to-model-params"):
             self._copy_main_params_to_model_params()
         return True
+
+    def start_overflow_watch(self) -> None:
+        """For :meth:`zero_grad`, before the forward passes whose gradients will be checked."""
+        if self.grad_scaler is not None:
+            watch_overflow(self.grad_scaler.inv_scale)
 
     def _unscale_main_grads_and_check_for_nan(self) -> bool:
         """Divides the main gradients by the loss scale; True if any rank of the model met Inf or NaN."""
@@ -149,6 +154,7 @@ class Float16OptimizerWithFloat16Params(MixedPrecisionOptimizer):
         return [param for group in self.fp32_from_float16_groups for param in group]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        self.start_overflow_watch()
         # The copies' gradients are made anew in every step; holding on to them would only cost memory.
         for main_param in self._main_params():
             main_param.grad = None

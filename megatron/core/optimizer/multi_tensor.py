@@ -12,6 +12,18 @@ _CPU_NORM_PIECE = 1 << 16
 
 
 @overridable
+def watch_overflow(inv_scale: Tensor) -> None:
+    """Marks the beginning of the work whose overflow :func:`unscale_and_check` is to find.
+
+    Where overflow makes Inf and NaN, which stay in the gradients, there is nothing to remember. Where it
+    makes the largest finite number, a device keeps a flag that is to be lowered here.
+
+    Args:
+        inv_scale: [1] fp32 on the device that will compute.
+    """
+
+
+@overridable
 def unscale_and_check(grads: list[Tensor], inv_scale: Tensor) -> Tensor:
     """Multiplies ``grads`` in place by ``inv_scale`` ([1] fp32) and looks for Inf and NaN in the same pass.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron.core.fusions.fused_bias_geglu import gated_gelu
 from megatron.core.fusions.fused_bias_gelu import bias_gelu_impl
 from megatron.core.fusions.fused_bias_swiglu import swiglu
+from megatron.core.fusions.gelu import gelu
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module, get_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -89,7 +90,8 @@ class MLP(MegatronModule):
         if not config.gated_linear_unit:
             if fused and is_gelu and bias is not None:
                 return bias_gelu_impl(x, bias)
-            return self.activation_func(_add(x, bias))
+            x = _add(x, bias)
+            return gelu(x, "none") if is_gelu else self.activation_func(x)
         x = _add(x, bias)
         if is_gelu:
             return gated_gelu(x, "tanh" if fused else "none", config.glu_gate_last)

@@ -223,9 +223,9 @@ ACCEPTED = (
     Accepted(
         "asks for a faster kernel; the device's own is used where there is one, with the same result",
         (
-            switch("--use-fused-rmsnorm", help="NPU fused RMSNorm"),
-            switch("--use-fused-swiglu", help="NPU fused SwiGLU"),
-            switch("--use-fused-rotary-pos-emb", help="NPU fused RoPE"),
+            switch("--use-fused-rmsnorm", help="the device's fused RMSNorm"),
+            switch("--use-fused-swiglu", help="the device's fused SwiGLU"),
+            switch("--use-fused-rotary-pos-emb", help="the device's fused RoPE"),
             value(
                 "--cross-entropy-fusion-impl",
                 default="native",
@@ -345,7 +345,7 @@ ACCEPTED = (
     ),
     Accepted(
         "taken as --deterministic-mode",
-        (switch("--npu-deterministic", help="deterministic NPU kernels"),),
+        (switch("--npu-deterministic", help="deterministic kernels of the device"),),
         acts=True,
     ),
 )

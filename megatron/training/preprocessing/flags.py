@@ -1,4 +1,4 @@
-"""The command line of ``tools/preprocess_data.py``: Megatron's flags and its Ascend forks'."""
+"""The command line of ``tools/preprocess_data.py``: Megatron's flags and its forks'."""
 
 import argparse
 import os
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_dialect(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("spellings of Megatron's Ascend forks")
+    group = parser.add_argument_group("spellings of Megatron's forks")
     group.add_argument("--handler-name", default="", help=f"only {_DEFAULT_HANDLER}")
     group.add_argument("--dataset-impl", default="mmap", choices=["lazy", "cached", "mmap"], help="only mmap")
     group.add_argument("--chunk-size", type=_positive, help="accepted, without effect")
