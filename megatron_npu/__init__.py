@@ -1,6 +1,20 @@
 """Ascend NPU replacements for the overridable functions of ``megatron.core``.
 
-Loaded by ``megatron.core.overrides.load`` when the device in use is an NPU. A replacement lives under the
-path of the default it replaces: ``megatron_npu/core/fusions/rms_norm.py`` for
-``megatron/core/fusions/rms_norm.py``.
+``megatron.core.overrides.load`` calls :func:`activate` when the device in use is an NPU; a script of one's
+own says ``import megatron_npu.megatron_adaptor``. A replacement lives under the path of the default it
+replaces: ``megatron_npu/core/fusions/rms_norm.py`` for ``megatron/core/fusions/rms_norm.py``.
+
+``python -m megatron_npu`` prints what is active, ``python -m megatron_npu check`` compares every replacement
+with its default on the device at hand.
 """
+
+
+def activate() -> None:
+    """Puts every replacement in place that this chip and this torch_npu can run.
+
+    Raises:
+        ConfigError: versions of torch, torch_npu or CANN that do not fit each other.
+    """
+    from megatron_npu.activation import activate_all
+
+    activate_all()

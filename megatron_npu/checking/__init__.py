@@ -1,0 +1,1 @@
+"""Every replacement against its default: the calls, and how far the results lie apart."""

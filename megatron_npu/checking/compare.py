@@ -1,0 +1,164 @@
+"""Replacement against default, forward and backward, in every type, with fp64 as the judge."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.core import overrides
+from megatron.core.errors import MegatronError
+from megatron_npu import activation, chip
+from megatron_npu.checking.case import Call, Case, execute
+from megatron_npu.checking.cases import CASES
+from megatron_npu.registry import Replacement, replacements
+
+
+class NothingToCheckError(MegatronError):
+    """There is no device to compare on."""
+
+    exit_status = 2
+
+    def __init__(self, reason: str):
+        super().__init__(f"nothing to compare, {reason}")
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far some tensors are from their references."""
+
+    max_abs: float = 0.0
+    relative: float = 0.0
+
+    def __or__(self, other: "Distance") -> "Distance":
+        """The larger of each."""
+        return Distance(max(self.max_abs, other.max_abs), max(self.relative, other.relative))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line of the error table."""
+
+    case: Case
+    dtype: torch.dtype
+    forward: Distance
+    backward: Distance | None
+    default: Distance
+    bound: float
+    failure: str = ""
+
+    @property
+    def good(self) -> bool:
+        worst = max(self.forward.relative, self.backward.relative if self.backward else 0.0)
+        return not self.failure and worst <= self.bound
+
+
+def distance(found: Tensor, wanted: Tensor) -> Distance:
+    """Largest difference, and relative L2 norm of all; NaN counts as infinitely far.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if found.shape != wanted.shape:
+        raise ValueError(f"shape {tuple(found.shape)} where the default gives {tuple(wanted.shape)}")
+    found, wanted = found.detach().cpu().double(), wanted.detach().cpu().double()
+    difference = (found - wanted).abs()
+    if not wanted.numel():
+        return Distance()
+    if not bool(torch.isfinite(difference).all()):
+        return Distance(math.inf, math.inf)
+    error, scale = (float(torch.linalg.vector_norm(t)) for t in (difference, wanted))
+    return Distance(float(difference.max()), error / scale if scale else error)
+
+
+def judge(replacement: Replacement, case: Case, dtype: torch.dtype, device: torch.device) -> Finding:
+    """Runs one case in one type."""
+    default = overrides.default_of(case.path)
+    reference = execute(default, case, case.reference_call(dtype))
+    bound = replacement.bound[dtype]
+    try:
+        forward, backward = _distances(replacement.function, case, case.call(dtype, device), reference)
+    except Exception as error:  # a kernel may fail in any way; the others still want to be checked
+        failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        return Finding(case, dtype, Distance(), None, Distance(), bound, failure)
+    own_forward, own_backward = _distances(default, case, case.call(dtype, device), reference)
+    own = own_forward | (own_backward or Distance())
+    return Finding(case, dtype, forward, backward, own, bound)
+
+
+def _distances(
+    function: Callable[..., Any], case: Case, call: Call, reference: tuple[list[Tensor], list[Tensor]]
+) -> tuple[Distance, Distance | None]:
+    found = execute(function, case, call)
+    forward, backward = (
+        [distance(f, w) for f, w in zip(some, wanted, strict=True)]
+        for some, wanted in zip(found, reference, strict=True)
+    )
+    return _worst(forward), _worst(backward) if backward else None
+
+
+def _worst(distances: Iterable[Distance]) -> Distance:
+    worst = Distance()
+    for one in distances:
+        worst = worst | one
+    return worst
+
+
+def findings(
+    device: torch.device,
+    points: list[str] | None = None,
+    dtypes: list[str] | None = None,
+    everywhere: bool = False,
+) -> Iterator[Finding]:
+    """Every case of every replacement that this chip can run.
+
+    Args:
+        device: where to run them.
+        points: names of points to keep; None for all.
+        dtypes: types to keep.
+        everywhere: also those that this chip or its mode has no use for.
+    """
+    activation.declare_all()
+    half = () if chip.is_first_generation() else (torch.bfloat16,)
+    present = [t for t in (torch.float32, torch.float16, *half) if not dtypes or str(t)[6:] in dtypes]
+    for path, replacement in replacements().items():
+        if points and replacement.name not in points:
+            continue
+        if not everywhere and replacement.why_not_here() is not None:
+            continue
+        for case in (case for case in CASES if case.path == path):
+            for dtype in (t for t in present if t in (case.dtypes or replacement.dtypes)):
+                call = case.call(dtype, "cpu")
+                if replacement.why_not_now(call.args, call.kwargs) is None:
+                    yield judge(replacement, case, dtype, device)
+
+
+def main(device: torch.device, points: list[str] | None, dtypes: list[str] | None) -> int:
+    """Prints the table; 1 if an error is beyond its bound, else 0.
+
+    Raises:
+        NothingToCheckError: no case is left.
+    """
+    print(activation.device_line())
+    print(_line("point", "case", "dtype", ("max abs", "rel L2", "grad L2", "default", "bound"), ""))
+    count = bad = 0
+    for finding in findings(device, points, dtypes):
+        count, bad = count + 1, bad + (not finding.good)
+        backward = f"{finding.backward.relative:.1e}" if finding.backward else "-"
+        numbers = (
+            f"{finding.forward.max_abs:.1e}", f"{finding.forward.relative:.1e}", backward,
+            f"{finding.default.relative:.1e}", f"{finding.bound:.1e}",
+        )  # fmt: skip
+        verdict = "ok" if finding.good else f"BEYOND THE BOUND {finding.failure}".rstrip()
+        name = finding.case.path.rpartition(".")[2]
+        print(_line(name, finding.case.name, str(finding.dtype)[6:], numbers, verdict), flush=True)
+    if not count:
+        raise NothingToCheckError(f"no replacement named {points} can run here in {dtypes or 'any type'}")
+    print(f"{count - bad} of {count} comparisons within their bounds")
+    return 1 if bad else 0
+
+
+def _line(point: str, case: str, dtype: str, numbers: tuple[str, ...], verdict: str) -> str:
+    return f"{point:25}{case:37}{dtype:10}" + "".join(f"{number:>9}" for number in numbers) + f"  {verdict}"

@@ -1,0 +1,98 @@
+"""Flash attention."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.core.fusions.attention_bands import Band
+from megatron.core.fusions.fused_attention import Window
+from megatron_npu import chip
+from megatron_npu.core.fusions.attention_hiding import empty_rows, hiding
+from megatron_npu.registry import replaces
+
+WIDEST_HEAD = 512
+_MOST_HEADS = 256
+
+
+def _unsuitable(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    num_heads: int,
+    num_query_groups: int,
+    layout: str = "SBH",
+    causal: bool = True,
+    window: Window | None = None,
+    dropout_p: float = 0.0,
+    **_: Any,
+) -> str | None:
+    sq, sk = (_length(t, layout) for t in (query, key))
+    width = query.shape[-1] // (1 if layout == "BNSD" else num_heads)
+    value_width = value.shape[-1] // (1 if layout == "BNSD" else num_query_groups)
+    return why_not_shape(num_heads, width, value_width, dropout_p) or (
+        "queries without visible keys" if empty_rows(sq, sk, _band(sq, sk, causal, window)) else None
+    )
+
+
+def why_not_shape(heads: int, width: int, value_width: int, dropout_p: float) -> str | None:
+    """Why the operator does not take such heads; None if it does."""
+    if heads > _MOST_HEADS:
+        return f"more than {_MOST_HEADS} heads"
+    if width > WIDEST_HEAD:
+        return f"heads wider than {WIDEST_HEAD}"
+    if value_width > width:
+        return "values wider than keys"
+    return "dropout of everything" if dropout_p >= 1.0 else None
+
+
+@replaces(
+    "megatron.core.fusions.fused_attention.fused_attention",
+    operators=("npu_fusion_attention",),
+    since="5.0.rc3",
+    chips=chip.FROM_910B,
+    unless=_unsuitable,
+    limits=f"heads wider than {WIDEST_HEAD}, values wider than keys, queries without visible keys",
+    bound={torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2},
+)
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    num_heads: int,
+    num_query_groups: int,
+    layout: str = "SBH",
+    causal: bool = True,
+    window: Window | None = None,
+    attention_mask: Tensor | None = None,
+    softmax_scale: float = 1.0,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Keys and values of fewer groups than heads go in as they are; layouts are the operator's own.
+
+    Dropout draws from the NPU's default generator, and backward draws the same mask again.
+    """
+    sq, sk = (_length(t, layout) for t in (query, key))
+    band = _band(sq, sk, causal, window)
+    return torch.ops.npu.npu_fusion_attention(
+        query,
+        key,
+        value,
+        num_heads,
+        layout,
+        scale=softmax_scale,
+        keep_prob=1.0 - dropout_p,
+        **hiding(sq, sk, band, attention_mask, query.device),
+    )[0]
+
+
+def _length(t: Tensor, layout: str) -> int:
+    return t.shape[{"SBH": 0, "BSH": 1, "BNSD": 2}[layout]]
+
+
+def _band(sq: int, sk: int, causal: bool, window: Window | None) -> Band:
+    """Causality and window, whose last query stands at the last key, from the upper left corner."""
+    left, right = (None if side < 0 else side for side in window or (-1, -1))
+    return Band(left, 0 if causal else right).moved(sk - sq, 0)

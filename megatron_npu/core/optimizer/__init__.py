@@ -1,0 +1,1 @@
+"""Replacements, under the paths of what they replace."""

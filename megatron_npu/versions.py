@@ -1,0 +1,151 @@
+"""Whether torch, torch_npu, CANN and the driver are here and fit each other, said in one sentence each."""
+
+import ctypes
+import functools
+import glob
+import importlib.metadata
+import logging
+import os
+import re
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+from packaging.version import InvalidVersion, Version
+
+from megatron.core.errors import ConfigError
+from megatron_npu import chip
+
+logger = logging.getLogger(__name__)
+
+# CANN that each release of torch_npu was built for, as Ascend/pytorch lists them (COMPATIBILITY.en.md).
+_BUILT_FOR = {
+    "9.1.0": ("2.7.1.post8", "2.9.0.post6", "2.10.0.post4", "2.11.0", "2.12.0", "2.13.0"),
+    "9.0.0": ("2.7.1.post4", "2.8.0.post4", "2.9.0.post2"),
+    "8.5.0": ("2.6.0.post5", "2.7.1.post2", "2.8.0.post2", "2.9.0"),
+    "8.3.RC1": ("2.6.0.post3", "2.7.1", "2.8.0"),
+    "8.2.RC1": ("2.6.0",),
+}
+_DEVICE_FILES = "/dev/davinci[0-9]*"
+_DRIVER_INFO = Path("/usr/local/Ascend/driver/version.info")
+_SET_ENV = "source tests_gpt/env_npu.sh, or CANN's own set_env.sh, in this shell"
+
+
+@functools.cache
+def torch_npu_problem() -> str | None:
+    """Why torch_npu cannot be used in this process; None if it is loaded, or could be and now is.
+
+    CANN is looked for before torch_npu is imported: a failed import would leave half of it behind.
+    """
+    version = chip.torch_npu_version()
+    if version is None:
+        return "torch_npu is not installed: pip install -e '.[npu]' on a machine with Ascend cards"
+    mismatch = _torch_mismatch(version)
+    if mismatch is not None:
+        return mismatch
+    try:
+        ctypes.CDLL("libhccl.so")
+        import torch_npu  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"torch_npu {version} finds no CANN: {_first_line(error)}; {_SET_ENV}"
+    return None
+
+
+def why_no_npu() -> str | None:
+    """None if this process can compute on an NPU, else why not.
+
+    Raises:
+        ConfigError: the machine has an NPU, and its software does not work.
+    """
+    problem = torch_npu_problem()
+    if problem is not None:
+        if glob.glob(_DEVICE_FILES):
+            raise ConfigError(f"this machine has an NPU, but {problem}")
+        return problem
+    if not torch.npu.is_available():
+        return f"torch_npu {chip.torch_npu_version()} finds no device"
+    return None
+
+
+def require_torch_npu() -> None:
+    """Raises ConfigError if torch_npu cannot be used; warns if CANN is older than torch_npu expects."""
+    problem = torch_npu_problem()
+    if problem is not None:
+        raise ConfigError(problem)
+    complaint = cann_mismatch(chip.torch_npu_version(), cann_version())
+    if complaint is not None:
+        logger.warning(complaint)
+
+
+def cann_mismatch(torch_npu: str, cann: str | None) -> str | None:
+    """A sentence if ``cann`` is older than what this torch_npu was built for; None also if unknown."""
+    wanted = cann_built_for(torch_npu)
+    if cann is None or wanted is None or _parsed(cann) is None or _parsed(cann) >= Version(wanted):
+        return None
+    return (
+        f"torch_npu {torch_npu} was built for CANN {wanted}, CANN {cann} is installed: operators that it "
+        "lacks fail when they are called; install the CANN that belongs to torch_npu, or the torch_npu that "
+        "belongs to CANN"
+    )
+
+
+def cann_built_for(torch_npu: str) -> str | None:
+    """CANN release that a torch_npu version was built for; None for versions before 2.6."""
+    version = _parsed(torch_npu)
+    if version is None:
+        return None
+    listed = sorted((Version(name), cann) for cann, names in _BUILT_FOR.items() for name in names)
+    older = [(name, cann) for name, cann in listed if name <= version]
+    return older[-1][1] if older else None
+
+
+def cann_version() -> str | None:
+    """Version of the CANN in the environment; None if it does not say."""
+    if torch_npu_problem() is None:
+        import torch_npu
+
+        asked = torch_npu.npu.utils.get_cann_version()
+        if asked:
+            return str(asked)
+    home = os.environ.get("ASCEND_HOME_PATH")
+    places = ("ascend_*_install.info", "*/ascend_*_install.info", "../ascend_*_install.info")
+    files = [file for place in places for file in sorted(Path(home).glob(place))] if home else []
+    return _value(files[0], "version") if files else None
+
+
+def driver_version() -> str | None:
+    """Version of the NPU driver; None if there is none in its usual place."""
+    return _value(_DRIVER_INFO, "Version")
+
+
+def _torch_mismatch(torch_npu: str) -> str | None:
+    for text in importlib.metadata.requires("torch_npu") or ():
+        wanted = Requirement(text)
+        found = torch.__version__.partition("+")[0]
+        if wanted.name == "torch" and not wanted.specifier.contains(found, prereleases=True):
+            return (
+                f"torch_npu {torch_npu} needs torch{wanted.specifier}, torch {torch.__version__} is "
+                f"installed: pip install 'torch{wanted.specifier}' (the CPU build), or the torch_npu of "
+                f"torch {found}"
+            )
+    return None
+
+
+def _value(file: Path, name: str) -> str | None:
+    """What stands behind ``name=`` in a file; None without file or line."""
+    try:
+        found = re.search(rf"^{name}=(.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        return None
+    return found[1].strip() if found else None
+
+
+def _parsed(text: str) -> Version | None:
+    try:
+        return Version(text)
+    except InvalidVersion:
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
