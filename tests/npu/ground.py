@@ -1,0 +1,74 @@
+"""Processes in which the real torch_npu runs over the CANN stub, and why there may be none.
+
+torch_npu changes torch for good when it is imported, and emulated kernels replace those of a device, so
+nothing of it happens in the test process: tests of a level live in ``inner/`` and run in a pytest of their
+own, one process per chip.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.npu.cann_stub import build as cann_stub
+
+ROOT = Path(__file__).resolve().parents[2]
+INNER = Path(__file__).resolve().parent / "inner"
+WHEEL = "2.13.0"
+
+
+def why_not() -> str | None:
+    """None if torch_npu can be loaded over the stub here, else the reason."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return f"torch_npu {WHEEL} is not installed: pip install -e '.[npu-test]' (Linux, x86_64 or aarch64)"
+    found = importlib.metadata.version("torch_npu")
+    if found != WHEEL:
+        return f"torch_npu {found} is installed, the tests are written for the schemas of {WHEEL}"
+    if cann_stub.compiler() is None:
+        return "no C compiler: install cc or gcc, or set CC"
+    return None
+
+
+def environment(soc: str = "Ascend910B2", devices: int = 1, **more: str) -> dict[str, str]:
+    """Variables of a process that sees ``devices`` NPUs of a kind."""
+    return {
+        **os.environ,
+        "LD_LIBRARY_PATH": str(cann_stub.build()),
+        "STUB_NPU_COUNT": str(devices),
+        "STUB_NPU_SOC": soc,
+        "ASCEND_LAUNCH_BLOCKING": "1",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+        "MEGATRON_DEVICE": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        **more,
+    }
+
+
+def run(*words: str, soc: str = "Ascend910B2", devices: int = 1, **more: str) -> subprocess.CompletedProcess:
+    """``python WORDS`` over the stub; skips the calling test where that cannot be."""
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    return subprocess.run(
+        [sys.executable, *words],
+        env=environment(soc, devices, **more),
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=600,
+    )
+
+
+def run_inner(pattern: str, **where: str) -> str:
+    """Runs the tests of the files ``inner/PATTERN`` and returns pytest's summary; raises what they print."""
+    done = run(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", f"python_files={pattern}", str(INNER), **where
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout.strip().splitlines()[-1]
