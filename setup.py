@@ -30,7 +30,7 @@ EXTRAS = {
 }
 _FEATURES = ("tokenizers", "data", "tensorboard", "plots")
 EXTRAS["all"] = sorted({name for extra in _FEATURES for name in EXTRAS[extra]})
-# The real wheel over a stub of CANN, for tests/npu on machines without an NPU. Not part of "test": it exists for
+# The real wheel over a stub of CANN, for tests/npu on machines without an NPU. Not part of "test": it is for
 # Linux only, pins torch, and where it is installed "import torch" fails without CANN unless
 # TORCH_DEVICE_BACKEND_AUTOLOAD=0 is set, as tests/test.sh does.
 EXTRAS["npu-test"] = ["torch_npu==2.13.0"]

@@ -95,11 +95,11 @@ def device_line() -> str:
     if problem is not None:
         return f"no NPU in use: {problem}"
     if not torch.npu.is_available():
-        return f"no NPU in use: torch_npu {chip.torch_npu_version()} finds no device"
+        return f"no NPU in use: torch_npu {versions.torch_npu_version()} finds no device"
     mode = "saturation" if chip.saturates() else "INF/NAN"
     found = {
         "torch": torch.__version__,
-        "torch_npu": chip.torch_npu_version(),
+        "torch_npu": versions.torch_npu_version(),
         "CANN": versions.cann_version(),
         "driver": versions.driver_version(),
     }

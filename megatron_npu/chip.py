@@ -1,11 +1,10 @@
-"""Facts about the NPU in use and the torch_npu that drives it.
+"""Facts about the NPU in use and the operators that torch_npu has for it.
 
 Chips are told apart by torch_npu's SoC number, never by name: "Ascend910B" without a digit is a first
 generation part, 910B1 and later are not.
 """
 
 import functools
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -57,15 +56,6 @@ def saturates() -> bool:
     import torch_npu
 
     return not torch_npu.npu.utils.is_support_inf_nan()
-
-
-@functools.cache
-def torch_npu_version() -> str | None:
-    """Version of the installed torch_npu, found without importing it; None if there is none."""
-    try:
-        return importlib.metadata.version("torch_npu")
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def has_operator(name: str, *arguments: str) -> bool:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron.core import overrides
-from megatron_npu import chip
+from megatron_npu import chip, versions
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Replacement:
         missing = [name for name in self.operators if not chip.has_operator(name)]
         if missing:
             return (
-                f"torch_npu {chip.torch_npu_version()} has no {', '.join(missing)} "
+                f"torch_npu {versions.torch_npu_version()} has no {', '.join(missing)} "
                 f"(operator release {self.since} has)"
             )
         if not self.chips.include(chip.soc_number()):

@@ -1,4 +1,8 @@
-"""Whether torch, torch_npu, CANN and the driver are here and fit each other, said in one sentence each."""
+"""Whether torch, torch_npu, CANN and the driver are here and fit each other, said in one sentence each.
+
+``python -m megatron_npu.versions`` says it before torch is imported: launch scripts ask first, because a
+torch_npu without CANN ends ``import torch`` with a traceback.
+"""
 
 import ctypes
 import functools
@@ -7,14 +11,13 @@ import importlib.metadata
 import logging
 import os
 import re
+import sys
 from pathlib import Path
 
-import torch
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
 from megatron.core.errors import ConfigError
-from megatron_npu import chip
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +35,18 @@ _SET_ENV = "source tests_gpt/env_npu.sh, or CANN's own set_env.sh, in this shell
 
 
 @functools.cache
-def torch_npu_problem() -> str | None:
-    """Why torch_npu cannot be used in this process; None if it is loaded, or could be and now is.
+def torch_npu_version() -> str | None:
+    """Version of the installed torch_npu; None if there is none. Imports nothing."""
+    try:
+        return importlib.metadata.version("torch_npu")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
-    CANN is looked for before torch_npu is imported: a failed import would leave half of it behind.
-    """
-    version = chip.torch_npu_version()
+
+@functools.cache
+def software_problem() -> str | None:
+    """Why torch_npu cannot work here, as far as can be told without importing it or torch; or None."""
+    version = torch_npu_version()
     if version is None:
         return "torch_npu is not installed: pip install -e '.[npu]' on a machine with Ascend cards"
     mismatch = _torch_mismatch(version)
@@ -45,10 +54,28 @@ def torch_npu_problem() -> str | None:
         return mismatch
     try:
         ctypes.CDLL("libhccl.so")
-        import torch_npu  # noqa: F401
-    except (ImportError, OSError, RuntimeError) as error:
-        return f"torch_npu {version} finds no CANN: {_first_line(error)}; {_SET_ENV}"
+    except OSError as error:
+        return _without_cann(error)
     return None
+
+
+@functools.cache
+def torch_npu_problem() -> str | None:
+    """Why torch_npu cannot be used in this process; None if it is loaded, or could be and now is.
+
+    CANN is looked for before torch_npu is imported: a failed import would leave half of it behind.
+    """
+    problem = software_problem()
+    if problem is None:
+        try:
+            import torch_npu  # noqa: F401
+        except (ImportError, OSError, RuntimeError) as error:
+            return _without_cann(error)
+    return problem
+
+
+def _without_cann(error: Exception) -> str:
+    return f"torch_npu {torch_npu_version()} finds no CANN: {_first_line(error)}; {_SET_ENV}"
 
 
 def why_no_npu() -> str | None:
@@ -62,9 +89,9 @@ def why_no_npu() -> str | None:
         if glob.glob(_DEVICE_FILES):
             raise ConfigError(f"this machine has an NPU, but {problem}")
         return problem
-    if not torch.npu.is_available():
-        return f"torch_npu {chip.torch_npu_version()} finds no device"
-    return None
+    import torch
+
+    return None if torch.npu.is_available() else f"torch_npu {torch_npu_version()} finds no device"
 
 
 def require_torch_npu() -> None:
@@ -72,7 +99,7 @@ def require_torch_npu() -> None:
     problem = torch_npu_problem()
     if problem is not None:
         raise ConfigError(problem)
-    complaint = cann_mismatch(chip.torch_npu_version(), cann_version())
+    complaint = cann_mismatch(torch_npu_version(), cann_version())
     if complaint is not None:
         logger.warning(complaint)
 
@@ -101,10 +128,9 @@ def cann_built_for(torch_npu: str) -> str | None:
 
 def cann_version() -> str | None:
     """Version of the CANN in the environment; None if it does not say."""
-    if torch_npu_problem() is None:
-        import torch_npu
-
-        asked = torch_npu.npu.utils.get_cann_version()
+    loaded = sys.modules.get("torch_npu")
+    if loaded is not None:
+        asked = loaded.npu.utils.get_cann_version()
         if asked:
             return str(asked)
     home = os.environ.get("ASCEND_HOME_PATH")
@@ -121,10 +147,11 @@ def driver_version() -> str | None:
 def _torch_mismatch(torch_npu: str) -> str | None:
     for text in importlib.metadata.requires("torch_npu") or ():
         wanted = Requirement(text)
-        found = torch.__version__.partition("+")[0]
+        installed = importlib.metadata.version("torch")
+        found = installed.partition("+")[0]
         if wanted.name == "torch" and not wanted.specifier.contains(found, prereleases=True):
             return (
-                f"torch_npu {torch_npu} needs torch{wanted.specifier}, torch {torch.__version__} is "
+                f"torch_npu {torch_npu} needs torch{wanted.specifier}, torch {installed} is "
                 f"installed: pip install 'torch{wanted.specifier}' (the CPU build), or the torch_npu of "
                 f"torch {found}"
             )
@@ -149,3 +176,19 @@ def _parsed(text: str) -> Version | None:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def main() -> int:
+    """Prints what is wrong; 1 if torch_npu cannot work, else 0."""
+    problem = software_problem()
+    if problem is not None:
+        print(f"error: {problem}", file=sys.stderr)
+        return 1
+    complaint = cann_mismatch(torch_npu_version(), cann_version())
+    if complaint is not None:
+        print(f"warning: {complaint}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,7 +22,7 @@ Environment, all optional:
   NPROC_PER_NODE                processes on this machine (one per device found); GPUS_PER_NODE is the same
   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    as torchrun knows them
   PYTHON                        interpreter to use (python3)
-  CANN_SET_ENV                  CANN's set_env.sh, where it is not found by itself
+  CANN_SET_ENV                  CANN's set_env.sh, where env_npu.sh does not find it
   MEGATRON_CACHE                where the default data is kept
 EOF
 }
@@ -107,11 +107,11 @@ if missing:
 EOF
 }
 
-# find_device: sets DEVICE (cpu, cuda, npu ...) and DEVICE_COUNT, and makes CANN usable on an NPU.
+# find_device: sets DEVICE (cpu, cuda, npu ...) and DEVICE_COUNT, and reads env_npu.sh for an NPU.
 # Torch is asked only where the machine has a device file: its import takes seconds.
 find_device() {
     DEVICE=${MEGATRON_DEVICE:-} DEVICE_COUNT=0
-    if [[ -z $DEVICE ]] && ! device_files nvidia0 davinci0 kfd dxg dri/renderD128; then
+    if [[ -z $DEVICE ]] && ! device_files nvidia0 davinci0 davinci_manager kfd dxg dri/renderD128; then
         DEVICE=cpu
     fi
     if [[ ${DEVICE%%:*} == cpu ]]; then
@@ -123,8 +123,11 @@ find_device() {
         export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
         return
     fi
-    if [[ $DEVICE == npu* ]] || device_files davinci0; then
-        source_cann
+    if [[ $DEVICE == npu* ]] || device_files davinci0 davinci_manager; then
+        # shellcheck source=tests_gpt/env_npu.sh
+        source "$REPO/tests_gpt/env_npu.sh"
+        # Before torch is imported: with a torch_npu that does not work, that would end in a traceback.
+        "$PYTHON" -m megatron_npu.versions || die "MEGATRON_DEVICE=cpu trains without the NPU"
     fi
     local answer
     answer=$("$PYTHON" -c 'from megatron.core import accelerator as a; print(a.device_type(), a.device_count())') ||
@@ -139,52 +142,6 @@ device_files() {
         [[ -e ${DEV_DIR:-/dev}/$name ]] && return 0
     done
     return 1
-}
-
-# source_cann: reads CANN's set_env.sh unless the environment has it already.
-source_cann() {
-    if [[ -n $ASCEND_HOME_PATH && ":$LD_LIBRARY_PATH:" == *":$ASCEND_HOME_PATH/"* ]]; then
-        say "CANN: $ASCEND_HOME_PATH, already in the environment"
-    else
-        local file found=
-        while IFS= read -r file; do
-            if [[ -r $file ]]; then
-                found=$file
-                break
-            fi
-        done < <(cann_candidates)
-        if [[ -n $found ]]; then
-            say "CANN: $found"
-            set +e # not ours: it may end with a test that fails
-            # shellcheck disable=SC1090
-            source "$found"
-            set -e
-        else
-            say "CANN: no set_env.sh found, going on without; CANN_SET_ENV=FILE names one"
-        fi
-    fi
-    default_env HCCL_CONNECT_TIMEOUT 1200
-    default_env PYTORCH_NPU_ALLOC_CONF expandable_segments:True
-}
-
-# cann_candidates: prints the places of set_env.sh, best first.
-cann_candidates() {
-    local root name info=${ASCEND_INSTALL_INFO:-/etc/Ascend/ascend_cann_install.info}
-    if [[ -n $CANN_SET_ENV ]]; then
-        printf '%s\n' "$CANN_SET_ENV"
-        return
-    fi
-    for root in "$ASCEND_HOME_PATH" "$ASCEND_TOOLKIT_HOME"; do
-        [[ -n $root ]] && printf '%s\n' "$root/set_env.sh" "${root%/*}/set_env.sh"
-    done
-    local installed=
-    [[ -r $info ]] && installed=$(sed -n 's/^Install_Path=//p' "$info" | head -n 1)
-    for root in "$installed" "${ASCEND_ROOT:-/usr/local/Ascend}" "${HOME:+$HOME/Ascend}"; do
-        for name in cann ascend-toolkit nnae; do
-            [[ -n $root ]] && printf '%s\n' "${root%/}/$name/set_env.sh"
-        done
-    done
-    return 0
 }
 
 # default_env NAME VALUE: exports NAME unless the user has set it, and says so.

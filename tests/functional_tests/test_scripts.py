@@ -21,6 +21,7 @@ printf '%s\\n' "$@" -- >>"$FAKE_LOG"
 case "$1 $2" in
     "- "*) cat >/dev/null ;;
     "-c "*) echo "$FAKE_DEVICE" ;;
+    "-m megatron_npu.versions") exit "${FAKE_NPU_STATUS:-0}" ;;
     "-m megatron.training.default_data")
         echo "DATA_PATH='/data with blank/corpus'"; echo VOCAB_FILE=/v.json; echo MERGE_FILE=/m.txt ;;
     *pretrain_gpt.py*)
@@ -286,6 +287,13 @@ def test_cann_is_found(launch, cann: Path, tmp_path: Path, how: str) -> None:
     timeout = env.get("HCCL_CONNECT_TIMEOUT", "1200")
     assert f"CANN_MARK=found HCCL={timeout}" in run.output
     assert f"CANN: {cann}" in run.output
+
+
+def test_an_npu_whose_software_does_not_work_ends_the_launch_before_torch(launch) -> None:
+    run = launch(FP16, MEGATRON_DEVICE="npu", FAKE_NPU_STATUS="1", ASCEND_ROOT="none")
+    assert run.status == 2
+    assert "error: MEGATRON_DEVICE=cpu trains without the NPU" in run.output
+    assert run.calls[-1] == ["-m", "megatron_npu.versions"]
 
 
 def test_cann_is_not_read_twice_and_not_read_on_a_cpu(launch, cann: Path) -> None:

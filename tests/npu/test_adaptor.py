@@ -77,6 +77,13 @@ def test_missing_cann_is_one_sentence(installed) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_launchers_are_told_before_torch_is_imported(installed) -> None:
+    done = plain("-X", "importtime", "-m", "megatron_npu.versions", PYTHONPATH=installed("2.1.*"))
+    assert done.returncode == 1
+    assert "error: torch_npu 2.1.0 needs torch==2.1.*" in done.stderr
+    assert "| torch\n" not in done.stderr and "| megatron_npu\n" in done.stderr
+
+
 def test_another_torch_is_one_sentence(installed) -> None:
     done = plain("-m", "megatron_npu", PYTHONPATH=installed("2.1.*"))
     assert "torch_npu 2.1.0 needs torch==2.1.*" in done.stdout
@@ -113,7 +120,6 @@ def test_cann_tells_its_version_by_a_file(tmp_path: Path, monkeypatch: pytest.Mo
     info = tmp_path / "x86_64-linux" / "ascend_toolkit_install.info"
     info.write_text("package_name=Ascend-cann-toolkit\nversion=8.5.0\ninnerversion=V100\n")
     monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
-    monkeypatch.setattr(versions, "torch_npu_problem", lambda: "not loaded")
     assert versions.cann_version() == "8.5.0"
 
 
