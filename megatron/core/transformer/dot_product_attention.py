@@ -8,10 +8,11 @@ from torch import Tensor
 
 from megatron.core import accelerator
 from megatron.core.context_parallel.attention import ContextParallelAttention, comm_type_of_layer
-from megatron.core.errors import NotBuiltYetError
+from megatron.core.errors import ConfigError, NotBuiltYetError
 from megatron.core.fusions.dropout import dropout
 from megatron.core.fusions.fused_attention import fused_attention, hidden_keys
 from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
+from megatron.core.fusions.packed_attention import packed_attention
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
@@ -98,17 +99,21 @@ class DotProductAttention(MegatronModule):
             attention_mask: bool [b or 1, 1, sq, sk], True hides; or None. Where context-parallel ranks share
                 the sequence, operands are this rank's chunks and the mask has all keys: [.., sq, sk*CP].
             attn_mask_type: overrides the layer's own.
+            packed_seq_params: the sequences of a packed row, b = 1; then there is no other mask.
 
         Returns:
             [sq, b, n*dv]
         """
-        if packed_seq_params is not None:
-            raise NotBuiltYetError("attention over packed sequences", remedy="Pass packed_seq_params=None.")
         if attention_bias is not None:
             raise NotBuiltYetError("a bias on attention scores", remedy="Pass attention_bias=None.")
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         causal = mask_type in CAUSAL_TYPES
         dropout_p = self.attention_dropout if self.training else 0.0
+        if packed_seq_params is not None:
+            with self._random_stream(dropout_p):
+                return self._packed(
+                    query, key, value, attention_mask, packed_seq_params, causal=causal, dropout_p=dropout_p
+                )
         compute = self._fused if self.fused else self._unfused
         with self._random_stream(dropout_p):
             if self.split is None:
@@ -129,6 +134,40 @@ class DotProductAttention(MegatronModule):
         if dropout_p > 0.0 and not self.config.sequence_parallel:
             return get_cuda_rng_tracker().fork()
         return contextlib.nullcontext()
+
+    def _packed(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        params: PackedSeqParams,
+        *,
+        causal: bool,
+        dropout_p: float,
+    ) -> Tensor:
+        """Boundaries on the CPU cost no waiting for the device."""
+        if self.split is not None:
+            raise NotBuiltYetError("attention over packed sequences that ranks share")
+        if mask is not None or q.shape[1] != 1 or params.qkv_format != "thd":
+            raise ConfigError(
+                f"packed sequences are one row of format 'thd' without a mask of their own, not {q.shape[1]} "
+                f"rows of format {params.qkv_format!r}{'' if mask is None else ' with a mask'}"
+            )
+        query_ends, key_ends = (t.tolist()[1:] for t in (params.cu_seqlens_q, params.cu_seqlens_kv))
+        out = packed_attention(
+            q[:, 0],
+            k[:, 0],
+            v[:, 0],
+            query_ends=query_ends,
+            key_ends=key_ends,
+            causal=causal,
+            window=self.config.window_size,
+            softmax_scale=self.softmax_scale,
+            dropout_p=dropout_p,
+        )
+        # [t, n, dv] -> [t, 1, n*dv]
+        return out.flatten(1).unsqueeze(1)
 
     def _fused(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float
