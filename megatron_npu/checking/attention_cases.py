@@ -12,6 +12,7 @@ from megatron.core.fusions.block_attention_steps import NOTHING_VISIBLE
 from megatron_npu.checking.case import Call, Case, Draw
 
 _WHOLE = "megatron.core.fusions.fused_attention.fused_attention"
+_PACKED = "megatron.core.fusions.packed_attention.packed_attention"
 _BLOCK = "megatron.core.fusions.block_attention."
 
 
@@ -77,6 +78,37 @@ _WHOLE_CASES = {
 
 _SOME_TYPES = (torch.float32, torch.bfloat16)
 
+
+def _packed(
+    causal: bool = True, window: tuple[int, int] | None = None, groups: int = 2, ends: tuple = (5, 6, 6, 24),
+    key_ends: tuple = (), value_width: int = 16,
+) -> Any:  # fmt: skip
+    """Sequences of 5, 1, 0 and 18 tokens."""
+
+    def make(draw: Draw) -> Call:
+        keys = list(key_ends or ends)
+        operands = (
+            draw.normal(ends[-1], 4, 16),
+            draw.normal(keys[-1], groups, 16),
+            draw.normal(keys[-1], groups, value_width),
+        )
+        fixed = dict(query_ends=list(ends), key_ends=keys, causal=causal, window=window)
+        return Call(operands, fixed | dict(softmax_scale=0.25, dropout_p=0.0), wanted=(0, 1, 2))
+
+    return make
+
+
+_PACKED_CASES = {
+    "causal, 2 groups": _packed(),
+    "causal, as many groups as heads": _packed(groups=4),
+    "not causal": _packed(causal=False),
+    "window 3 back": _packed(window=(3, 0)),
+    "window 3 back, 2 ahead, not causal": _packed(causal=False, window=(3, 2)),
+    "more keys than queries": _packed(ends=(4, 9), key_ends=(6, 20)),
+    "values narrower than keys": _packed(value_width=8),
+    "one beyond the compressed mask": _packed(window=(64, 0), ends=(40, 2150)),
+}
+
 # Blocks of a ring: whole, causal, beside the diagonal, beyond a window, and with rows that see nothing.
 _BANDS = {
     "whole": Band(),
@@ -136,6 +168,10 @@ ATTENTION_CASES: list[Case] = [
     *(
         Case(_WHOLE, name, make, dtypes=_SOME_TYPES if name.startswith("long") else None)
         for name, make in _WHOLE_CASES.items()
+    ),
+    *(
+        Case(_PACKED, name, make, dtypes=_SOME_TYPES if "beyond" in name else None)
+        for name, make in _PACKED_CASES.items()
     ),
     *(Case(_BLOCK + "block_attention", n, _block(b), _with_blind_rows_named) for n, b in _BANDS.items()),
     Case(_BLOCK + "block_attention", "masked triangle", _block(Band(None, 0), 2), _with_blind_rows_named),

@@ -66,7 +66,8 @@ def test_another_quantity(tool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("reference", "other", "error"),
     [(2.0, 2.0, 0.0), (2.0, 1.0, 0.5), (-2.0, -1.0, 0.5), (0.0, 0.0, 0.0), (0.0, 1e-9, math.inf),
-     (math.nan, math.nan, 0.0), (math.inf, math.inf, 0.0), (1.0, math.nan, math.inf), (math.inf, 1.0, math.inf)],
+     (math.nan, math.nan, 0.0), (math.inf, math.inf, 0.0), (1.0, math.nan, math.inf),
+     (math.inf, 1.0, math.inf)],
 )  # fmt: skip
 def test_relative_error(tool, reference: float, other: float, error: float) -> None:
     assert tool.relative_error(reference, other) == error

@@ -126,7 +126,7 @@ def test_cann_tells_its_version_by_a_file(tmp_path: Path, monkeypatch: pytest.Mo
 def test_one_line_activates_everything() -> None:
     done = ground.run("-c", PROBE)
     assert done.returncode == 0, done.stdout
-    assert done.stdout.splitlines()[-1] == "active 13"
+    assert done.stdout.splitlines()[-1] == "active 14"
 
 
 def test_the_product_needs_no_line() -> None:
@@ -136,7 +136,7 @@ def test_the_product_needs_no_line() -> None:
         "overrides.load(accelerator.device_type()); overrides.import_all_points()\n"
         "print('active', sum(row.active for row in overrides.table()))",
     )
-    assert done.stdout.splitlines()[-1] == "active 13", done.stdout
+    assert done.stdout.splitlines()[-1] == "active 14", done.stdout
 
 
 def test_the_table_of_a_910a_and_a_disabled_name() -> None:

@@ -16,6 +16,7 @@ from megatron_npu.checking.case import Call, Case
 from megatron_npu.checking.cases import CASES
 from megatron_npu.kept_defaults import KEPT_DEFAULTS
 from megatron_npu.registry import Replacement, replacements
+from tests.npu import documented_table
 from tests.npu.ground import INNER, ROOT
 
 activation.declare_all()
@@ -148,3 +149,12 @@ def test_replacements_never_import_the_library_on_import() -> None:
 @pytest.mark.parametrize("path", sorted(KEPT_DEFAULTS))
 def test_a_kept_default_says_why(path: str) -> None:
     assert len(KEPT_DEFAULTS[path]) > 20
+
+
+def test_the_document_says_what_the_code_does() -> None:
+    """``python -m tests.npu.documented_table`` prints the tables of docs/npu.md."""
+    text = (ROOT / "docs" / "npu.md").read_text(encoding="utf-8")
+    for lines in (documented_table.replaced_lines(), documented_table.kept_lines()):
+        assert "\n".join(lines) in text
+    for name in re.findall(r"`((?:tests|megatron_npu|tools|tests_gpt)/[\w./]+)`", text):
+        assert (ROOT / name).exists(), name

@@ -53,6 +53,25 @@ def hiding(
     return _compressed(sq, sk, band, device)
 
 
+def hiding_in_packed_rows(
+    causal: bool, window: tuple[int, int] | None, device: torch.device
+) -> dict[str, Any]:
+    """Keywords for packed sequences: the mode counts from the lower right corner of each.
+
+    Args:
+        causal: hide keys after the query.
+        window: (left, right) around a query that sits at its sequence's last keys; below 0 is open.
+        device: of the operands.
+    """
+    left, right = (None if side < 0 else side for side in window or (-1, -1))
+    right = 0 if causal else right
+    if left is None and right is None:
+        return {}
+    if left is None and right == 0:
+        return {"atten_mask": compressed_mask(device), "sparse_mode": _RIGHT_DOWN}
+    return {"atten_mask": compressed_mask(device), "sparse_mode": _BAND, **_limits(left, right)}
+
+
 def empty_rows(sq: int, sk: int, band: Band) -> bool:
     """True if the band leaves some query without any key."""
     right_of_all = band.left is not None and sq - 1 - band.left > sk - 1
