@@ -5,6 +5,10 @@ from pathlib import Path
 
 # Before torch is imported: test models are tiny, and xdist workers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A device's package that is installed without its driver would end "import torch". Tests are for the CPU
+# unless MEGATRON_DEVICE says otherwise.
+if os.environ.get("MEGATRON_DEVICE", "cpu") == "cpu":
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import pytest
 
