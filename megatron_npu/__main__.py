@@ -1,6 +1,7 @@
 """``python -m megatron_npu``: the table of replacements; ``python -m megatron_npu check``: their errors."""
 
 import argparse
+import os
 import sys
 
 import megatron_npu
@@ -19,6 +20,8 @@ def main(argv: list[str] | None = None) -> int:
         help="only this type; repeatable",
     )
     words = parser.parse_args(argv)
+    # torch_npu is imported here, after a look at CANN; by torch itself it would end in a traceback without.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     try:
         return _check(words.point, words.dtype) if words.command == "check" else _table()
     except MegatronError as error:

@@ -69,6 +69,22 @@ def test_the_table_says_why_nothing_is_active() -> None:
 
 
 @pytest.mark.skipif(NPU_HERE, reason="this machine has an NPU")
+def test_the_table_needs_no_variable_where_torch_would_load_the_package_itself(installed) -> None:
+    """With an installed torch_npu and no CANN, ``import torch`` by itself ends in a traceback."""
+    path = Path(installed(torch.__version__.partition("+")[0]))
+    entry = path / "torch_npu-2.1.0.dist-info" / "entry_points.txt"
+    entry.write_text("[torch.backends]\ntorch_npu = torch_npu:_autoload\n")
+    plainly = plain("-c", "import torch", PYTHONPATH=str(path), TORCH_DEVICE_BACKEND_AUTOLOAD="1")
+    assert plainly.returncode == 1 and "Traceback" in plainly.stderr
+    env = {key: value for key, value in os.environ.items() if key != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
+    env |= {"PYTHONPATH": os.pathsep.join([str(path), str(ground.ROOT)]), "LD_LIBRARY_PATH": ""}
+    command = [sys.executable, "-m", "megatron_npu"]
+    done = subprocess.run(command, env=env, cwd=ground.ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("no NPU in use: torch_npu 2.1.0 finds no CANN")
+
+
+@pytest.mark.skipif(NPU_HERE, reason="this machine has an NPU")
 def test_missing_cann_is_one_sentence(installed) -> None:
     path = installed(torch.__version__.partition("+")[0])
     done = plain("-c", PROBE, PYTHONPATH=path)
