@@ -30,6 +30,7 @@ def _whole(
     batch: int = 2,
     value_width: int = 16,
     masks: int = 0,
+    blind: bool = False,
     **keywords: Any,
 ) -> Any:
     def make(draw: Draw) -> Call:
@@ -38,6 +39,7 @@ def _whole(
         if masks:
             mask = draw.hidden(masks, 1, sq, keys)
             mask[..., 0] = False
+            mask[:, :, 3] |= blind
         operands = (
             _operand(draw, sq, batch, heads, width, layout),
             _operand(draw, keys, batch, groups, width, layout),
@@ -69,6 +71,7 @@ _WHOLE_CASES = {
     "mask over causal": _whole(masks=1),
     "a mask each, over a window": _whole("BSH", masks=2, window=(7, 0)),
     "mask, not causal, fewer queries": _whole(sq=16, sk=24, causal=False, masks=2),
+    "mask that hides all from a query": _whole(causal=False, masks=1, blind=True),
     "long causal": _whole(**_LONG),
     "long causal, fewer queries": _whole(sq=2080, sk=2112, **_FEW),
     "long window 64 back SBH": _whole(**_LONG, window=(64, 0)),
