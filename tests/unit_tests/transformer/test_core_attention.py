@@ -7,7 +7,6 @@ from megatron.core.errors import NotBuiltYetError
 from megatron.core.fusions import attention_masks
 from megatron.core.fusions.fused_attention import fused_attention
 from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -163,8 +162,6 @@ def test_layout_of_the_fused_operation():
 
 def test_what_is_not_built_says_so():
     layer = attention(AttnBackend.fused)
-    with pytest.raises(NotBuiltYetError, match="packed"):
-        layer(*operands(), None, packed_seq_params=PackedSeqParams())
     with pytest.raises(NotBuiltYetError, match="bias"):
         layer(*operands(), None, attention_bias=torch.zeros(1))
 
