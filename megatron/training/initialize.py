@@ -122,6 +122,7 @@ def _initialize_distributed(
 
 def _join_world(args: Namespace) -> None:
     """Meet the other ranks, unless that has been done."""
+    _queue_communication_before_compute(args)
     accelerator.set_device(args.local_rank)
     if torch.distributed.is_initialized():
         return
