@@ -197,8 +197,10 @@ class _Runner:
             microbatch,
         )
         self.num_forwards += 1
-        self.total_tokens = self.total_tokens.to(num_tokens.device) + num_tokens
-        if not self._is_last(chunk):
+        if self._is_last(chunk):
+            # The loss function's count is on the device. Asking for its value here would stop the host.
+            self.total_tokens = num_tokens + self.total_tokens
+        else:
             output = [
                 make_viewless_tensor(tensor, tensor.requires_grad, keep_graph=True) for tensor in output
             ]

@@ -148,6 +148,26 @@ def test_ranks_that_share_a_sequence_count_their_loss_as_often_as_they_are(loss,
         torch.testing.assert_close(found, wanted["weight"] * factor, rtol=1e-11, atol=1e-13)
 
 
+def tokens_counted_elsewhere(num_microbatches):
+    """Device of the count handed to the finalizing hook; the loss function's count has no value to read."""
+    config, models = start("interleaved", 2, calculate_per_token_loss=True)
+    seen = []
+    config.finalize_model_grads_func = lambda chunks, tokens: seen.append(tokens.device.type)
+
+    def func(data_iterator, model):
+        def loss_func(output):
+            return output.sum(), torch.ones((), dtype=torch.int64, device="meta"), {}
+
+        return model(next(data_iterator) if data_iterator is not None else None), loss_func
+
+    step(models, num_microbatches, func)
+    return seen
+
+
+def test_counting_tokens_does_not_wait_for_the_device():
+    assert run_ranks(2, tokens_counted_elsewhere, 4) == [["cpu"], ["meta"]]
+
+
 def seen_under_autocast(enable):
     config, models = start("1f1b", 1)
     config.enable_autocast, config.autocast_dtype = enable, torch.bfloat16
