@@ -235,7 +235,14 @@ def setup_model_and_optimizer(
     model = get_model(model_provider_func, model_type)
     optimizer_config = optimizer_config_from_args(args)
     optimizer_config.timers = timers
-    optimizer = get_megatron_optimizer(optimizer_config, model, no_wd_decay_cond, scale_lr_cond, lr_mult)
+    optimizer = get_megatron_optimizer(
+        optimizer_config,
+        model,
+        no_wd_decay_cond,
+        scale_lr_cond,
+        lr_mult,
+        use_gloo_process_groups=args.enable_gloo_process_groups,
+    )
     scheduler = get_optimizer_param_scheduler(optimizer)
     args.iteration = 0
     args.num_floating_point_operations_so_far = 0

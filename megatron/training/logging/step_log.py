@@ -99,9 +99,11 @@ def training_log(
     _accumulate(loss_dict, total_loss_dict, bool(skipped_iter))
     if get_tensorboard_writer() is not None and iteration % args.tensorboard_log_interval == 0:
         write_step(args, iteration, _scalars(args, figures, loss_dict))
-        if args.log_timers_to_tensorboard:
-            counted = max(total_loss_dict[ADVANCED] + total_loss_dict[SKIPPED], 1)
-            timers.write(TIMERS_TO_LOG, get_tensorboard_writer(), iteration, normalizer=counted, reset=False)
+    writes_timers = args.log_timers_to_tensorboard and args.tensorboard_dir
+    if writes_timers and iteration % args.tensorboard_log_interval == 0:
+        # On all ranks, although one alone has a writer: the slowest rank's times are written.
+        counted = max(total_loss_dict[ADVANCED] + total_loss_dict[SKIPPED], 1)
+        timers.write(TIMERS_TO_LOG, get_tensorboard_writer(), iteration, normalizer=counted, reset=False)
     if iteration % args.log_interval != 0:
         return report_memory_flag
 

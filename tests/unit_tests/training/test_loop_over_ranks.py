@@ -111,6 +111,20 @@ def test_each_rank_prints_its_part(tmp_path: Path):
         assert f"[Rank {rank}] (after 1 iterations) memory (MB)" in output
 
 
+def test_timers_of_all_ranks_reach_tensorboard(tmp_path: Path):
+    curves = tmp_path / "curves"
+    flags = f"--tensorboard-dir {curves} --log-timers-to-tensorboard --timing-log-level 1"
+    assert len(lines(run(Layout(dp=2), tmp_path, f"{NO_DROPOUT} {flags}"))) == 4
+    (events,) = curves.iterdir()
+    assert b"forward-backward-time" in events.read_bytes()
+
+
+def test_the_sharded_optimizer_does_without_groups_over_gloo(tmp_path: Path):
+    layout = Layout(dp=2, reduction="sharded")
+    with_twins = lines(run(layout, tmp_path, NO_DROPOUT))
+    assert lines(run(layout, tmp_path, f"{NO_DROPOUT} --disable-gloo-process-groups")) == with_twins
+
+
 # Untied: the gradient of an embedding row is exactly zero where its word does not occur.
 LAYOUTS = [
     Layout(model="llama"),
