@@ -1,7 +1,7 @@
 """Rules about how the world and the model divide among ranks."""
 
 from argparse import Namespace
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from math import lcm, prod
 
 from megatron.training.arguments.derive_parallel import CLAMP
@@ -176,19 +176,39 @@ def interleaving_has_full_groups(args: Namespace, given: Collection[str]) -> lis
         return []
     if group is not None and group < pp:
         return [Problem(flag, group, f"is below the {pp} pipeline stages", f"use {flag} {pp} or more")]
-    unit = (args.micro_batch_size or 0) * args.data_parallel_size
-    if unit < 1 or not args.global_batch_size or args.global_batch_size % unit or args.rampup_batch_size:
+    return _partial_groups(args, group or pp)
+
+
+def _partial_groups(args: Namespace, group: int) -> list[Problem]:
+    """The first batch size of the run whose last group of microbatches is too small."""
+    pp, unit = args.pipeline_model_parallel_size, (args.micro_batch_size or 0) * args.data_parallel_size
+    if unit < 1:
         return []
-    microbatches = args.global_batch_size // unit
-    rest = microbatches % (group or pp)
-    if rest == 0 or rest >= pp:
-        return []
-    rule = (
-        f"makes {microbatches} micro-batches per data-parallel rank; the last {rest} cannot be interleaved "
-        f"over {pp} pipeline stages"
-    )
-    remedy = f"use --global-batch-size {_next(microbatches, pp) * unit}, or leave out the virtual stages"
-    return [Problem("--global-batch-size", args.global_batch_size, rule, remedy)]
+    for size in _batch_sizes(args):
+        microbatches, left_over = divmod(size, unit)
+        rest = microbatches % group
+        if (left_over and not args.decrease_batch_size_if_needed) or rest == 0 or rest >= pp:
+            continue
+        rule = (
+            f"makes {microbatches} micro-batches per data-parallel rank{{}}; the last {rest} cannot be "
+            f"interleaved over {pp} pipeline stages"
+        )
+        otherwise = "or leave out the virtual stages"
+        if size == args.global_batch_size:
+            remedy = f"use --global-batch-size {_next(microbatches, pp) * unit}, {otherwise}"
+            return [Problem("--global-batch-size", size, rule.format(""), remedy)]
+        remedy = f"use multiples of {pp * unit} as start size and increment, {otherwise}"
+        at_size = rule.format(f" at size {size}")
+        return [Problem("--rampup-batch-size", args.rampup_batch_size, at_size, remedy)]
+    return []
+
+
+def _batch_sizes(args: Namespace) -> Sequence[int]:
+    """Global batch sizes of the run, in order; only the last one where the ramp is not what it should be."""
+    ramp, total = args.rampup_batch_size, args.global_batch_size or 0
+    if ramp and len(ramp) == 3 and all(isinstance(number, int) and number > 0 for number in ramp):
+        return range(ramp[0], total + 1, ramp[1])
+    return [total] if total else []
 
 
 def width_divides(args: Namespace, given: Collection[str]) -> list[Problem]:

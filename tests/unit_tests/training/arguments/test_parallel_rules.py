@@ -129,6 +129,12 @@ VIRTUAL = f"{PIPE} --num-virtual-stages-per-pipeline-rank 2"
         (f"{VIRTUAL} --pipeline-schedule zb-h1", "--pipeline-schedule zb-h1", "one virtual stage"),
         ("--pipeline-schedule 1f1b", "--pipeline-schedule 1f1b", "several pipeline stages"),
         (f"{VIRTUAL} --global-batch-size 6", "--global-batch-size 6", "use --global-batch-size 8"),
+        (f"{VIRTUAL} --global-batch-size 24", "--global-batch-size 24", "the last 1 cannot be interleaved"),
+        (
+            f"{VIRTUAL} --train-samples 64 --rampup-batch-size 8 8 32 --global-batch-size 16",
+            "--rampup-batch-size",
+            "1 micro-batches per data-parallel rank at size 8; the last 1 cannot be interleaved",
+        ),
         (
             f"{VIRTUAL} --microbatch-group-size-per-virtual-pipeline-stage 1",
             "--microbatch-group-size",
