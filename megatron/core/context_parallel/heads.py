@@ -1,7 +1,5 @@
 """All-to-all: from all heads of a part of the sequence to some heads of the whole (Jacobs et al., 2023)."""
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -9,26 +7,7 @@ from torch import Tensor
 from megatron.core.context_parallel.zigzag import to_rank_order, to_sequence_order
 from megatron.core.errors import ConfigError
 from megatron.core.tensor_parallel.collectives import all_gather
-
-
-class _AllToAll(torch.autograd.Function):
-    """Part p of rank r goes to place r of rank p: its own inverse, so backward is the same exchange."""
-
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _exchange(t, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _exchange(grad, ctx.group), None
-
-
-def _exchange(t: Tensor, group: dist.ProcessGroup) -> Tensor:
-    t = t.contiguous()
-    received = torch.empty_like(t)
-    dist.all_to_all_single(received, t, group=group)
-    return received
+from megatron.core.tensor_parallel.mappings import all_to_all
 
 
 def check_heads(heads: int, groups: int, size: int) -> None:
@@ -82,7 +61,7 @@ def to_heads(
     sizes = [part.shape[-1] for part in parts]
     # [s, b, size, w] -> [size, s, b, w]
     packed = torch.cat(parts, dim=-1).permute(2, 0, 1, 3)
-    whole = to_sequence_order(_AllToAll.apply(packed, group))
+    whole = to_sequence_order(all_to_all(group, packed))
     # [s*size, b, w] -> heads
     q, k, v = (
         part.unflatten(-1, (-1, width))
@@ -93,7 +72,7 @@ def to_heads(
 
 def from_heads(out: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The way back, for results.  [s*size, b, w] -> [s, b, size*w]; one all-to-all."""
-    received = _AllToAll.apply(to_rank_order(out, dist.get_world_size(group)), group)
+    received = all_to_all(group, to_rank_order(out, dist.get_world_size(group)))
     # [size, s, b, w] -> [s, b, size*w]
     return received.permute(1, 2, 0, 3).flatten(2)
 

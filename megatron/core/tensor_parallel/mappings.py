@@ -31,7 +31,7 @@ def _sum(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """Sum over the ranks, in a tensor of its own: autograd may still need ``x``."""
     if group_size(group) == 1:
         return x
-    total = x.contiguous().clone()
+    total = x.clone(memory_format=torch.contiguous_format)
     collectives.all_reduce(total, group)
     return total
 

@@ -101,8 +101,9 @@ def _broadcast(
     if sample is None:
         message = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     else:
-        parts = [sample[key].contiguous().view(-1).view(torch.uint8) for key in layout]
-        message = torch.cat(parts).to(device, non_blocking=True)
+        # To the device one by one: from the loader's pinned memory, which a joined copy would not be in.
+        parts = [sample[key].to(device, non_blocking=True).contiguous().view(-1) for key in layout]
+        message = torch.cat([part.view(torch.uint8) for part in parts])
     torch.distributed.broadcast(
         message,
         src=parallel_state.get_tensor_model_parallel_src_rank(),
