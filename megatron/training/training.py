@@ -20,6 +20,7 @@ from megatron.core.rerun_state_machine import DataIterators, get_rerun_state_mac
 from megatron.core.utils import get_model_config
 from megatron.training.agreement import failing_together
 from megatron.training.checkpointing import check_save_directory
+from megatron.training.data.batch import next_sample
 from megatron.training.data.loaders import (
     build_data_iterators_of_chunks,
     build_train_valid_test_data_iterators,
@@ -306,7 +307,7 @@ def dummy_train_step(data_iterator: DataIterators) -> None:
         for _ in range(get_num_microbatches()):
             for iterator in iterators:
                 if iterator is not None:
-                    next(iterator)
+                    next_sample(iterator)
 
 
 def train_step(

@@ -59,6 +59,21 @@ def stage_tensors(args: Namespace) -> dict[str, tuple[torch.dtype, tuple[int, ..
     }
 
 
+def next_sample(data_iterator: Iterator) -> dict[str, Any]:
+    """The next micro-batch as the data set gives it.
+
+    Raises:
+        DataError: there is none.
+    """
+    try:
+        return next(data_iterator)
+    except StopIteration:
+        raise DataError(
+            "the data set is used up before the run is: use more data, or train for fewer samples "
+            "(--train-iters, --train-samples)"
+        ) from None
+
+
 def get_batch_on_this_tp_rank(data_iterator: Iterator | None) -> Batch:
     """Next micro-batch on the device of every tensor-parallel rank; only the first of them reads.
 
@@ -70,7 +85,7 @@ def get_batch_on_this_tp_rank(data_iterator: Iterator | None) -> Batch:
         bool; None where this stage needs none.
 
     Raises:
-        DataError: a sample is not what the arguments announce.
+        DataError: a sample is not what the arguments announce, or there is none left.
     """
     args = get_args()
     layout = stage_tensors(args)
@@ -78,7 +93,7 @@ def get_batch_on_this_tp_rank(data_iterator: Iterator | None) -> Batch:
     if not layout:
         return batch
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
-        sample, device = next(data_iterator), accelerator.current_device()
+        sample, device = next_sample(data_iterator), accelerator.current_device()
         # A mask that nobody announced is used all the same: here it costs no message.
         wanted = [key for key in KEYS if key in layout or key == "attention_mask"]
         batch |= {
@@ -87,7 +102,7 @@ def get_batch_on_this_tp_rank(data_iterator: Iterator | None) -> Batch:
         return batch
     sample = None
     if parallel_state.get_tensor_model_parallel_rank() == 0:
-        sample = next(data_iterator)
+        sample = next_sample(data_iterator)
         _check_sample(sample, layout)
     return batch | _broadcast(sample, layout)
 

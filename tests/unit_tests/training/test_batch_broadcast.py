@@ -124,6 +124,21 @@ def complaint(given: dict[str, torch.Tensor]) -> str:
     return str(caught.value)
 
 
+def read_beyond_the_end() -> str:
+    parallel_state.initialize_model_parallel(1)
+    args = argparse.Namespace(
+        micro_batch_size=B, seq_length=S, reset_attention_mask=False, create_attention_mask_in_dataloader=True
+    )
+    with mock.patch.object(batch, "get_args", lambda: args), pytest.raises(DataError) as error:
+        batch.get_batch_on_this_tp_rank(iter([]))
+    return str(error.value)
+
+
+def test_data_that_ends_too_early_is_named():
+    (message,) = run_ranks(1, read_beyond_the_end)
+    assert message.startswith("the data set is used up before the run is")
+
+
 def test_a_sample_of_another_length_is_named():
     longer = sample() | {"labels": torch.zeros(B, S + 1, dtype=torch.int64)}
     message = run_ranks(2, complaint, longer)[0]
