@@ -1,13 +1,11 @@
 """The last word on gradients, between backward and the optimizer's step."""
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core import accelerator, parallel_state
+from megatron.core.optimizer.timing import timed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 
@@ -32,13 +30,13 @@ def finalize_model_grads(model: list[torch.nn.Module], num_tokens: Tensor | None
         TrainingError: NaN or Inf among the gradients, if the chunks check for that.
     """
     config = get_model_config(model[0])
-    with _timed(config, "all-grads-sync"):
+    with timed(config, "all-grads-sync"):
         for chunk in model:
             chunk.finish_grad_sync()
     if parallel_state.model_parallel_is_initialized():
-        with _timed(config, "layernorm-grads-all-reduce"):
+        with timed(config, "layernorm-grads-all-reduce"):
             _allreduce_layernorm_grads(model, config)
-        with _timed(config, "embedding-grads-all-reduce"):
+        with timed(config, "embedding-grads-all-reduce"):
             _allreduce_word_embedding_grads(model, config)
             _allreduce_position_embedding_grads(model, config)
     if num_tokens is not None:
@@ -125,15 +123,3 @@ def _sum_tokens(num_tokens: Tensor) -> Tensor:
         if data.size() > 1:
             dist.all_reduce(total, group=data)
     return total
-
-
-@contextlib.contextmanager
-def _timed(config: TransformerConfig, name: str) -> Iterator[None]:
-    """Times the block under ``name`` (level 1) if the configuration carries timers."""
-    if config.timers is None:
-        yield
-        return
-    timer = config.timers(name, log_level=1)
-    timer.start(barrier=config.barrier_with_L1_time)
-    yield
-    timer.stop()
