@@ -111,6 +111,22 @@ def test_each_rank_prints_its_part(tmp_path: Path):
         assert f"[Rank {rank}] (after 1 iterations) memory (MB)" in output
 
 
+@pytest.mark.parametrize("pipeline", [{"vpp": 2}, {"pipeline": "zb-h1"}], ids=["interleaved", "zb-h1"])
+def test_collectives_may_start_as_soon_as_a_stage_is_ready(pipeline: dict, tmp_path: Path):
+    layout = Layout(pp=2, dp=2, reduction="sharded-overlap-both", **pipeline)
+
+    def losses(flags: str) -> list[str]:
+        # No norms of parameters: they would gather all of them before the next step.
+        argv = command_line(layout, tmp_path / "cache", f"{NO_DROPOUT} {flags}")
+        results = run_ranks(4, train, argv, timeout=120)
+        assert {ended for _, ended in results} == {"well"}
+        return re.findall(r"lm loss: (\S+) \|.* grad norm: (\S+)", results[-1][0])
+
+    together = losses("")
+    assert len(together) == 4
+    assert losses("--no-align-grad-reduce --no-align-param-gather") == together
+
+
 def test_timers_of_all_ranks_reach_tensorboard(tmp_path: Path):
     curves = tmp_path / "curves"
     flags = f"--tensorboard-dir {curves} --log-timers-to-tensorboard --timing-log-level 1"
@@ -241,7 +257,9 @@ def test_a_signal_to_one_rank_saves_and_stops_all(tmp_path: Path):
 
 
 def test_masks_between_documents_reach_every_stage(tmp_path: Path):
-    extra = f"{NO_DROPOUT} --reset-attention-mask --reset-position-ids --eod-mask-loss"
+    # Layouts differ in the size of their microbatches; only the mean per token does not depend on it.
+    per_token = "--eod-mask-loss --calculate-per-token-loss"
+    extra = f"{NO_DROPOUT} --reset-attention-mask --reset-position-ids {per_token}"
     alone = lines(run(Layout(), tmp_path, extra))
     for layout in (Layout(pp=4), Layout(tp=2, pp=2)):
         split = lines(run(layout, tmp_path, extra))
