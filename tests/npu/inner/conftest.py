@@ -6,4 +6,5 @@ An ordinary pytest reads this file while it looks for tests, and finds none here
 import os
 
 if "STUB_NPU_COUNT" in os.environ:
+    import torch  # noqa: F401  (first: it is torch that loads a virtual NPU)
     import torch_npu  # noqa: F401

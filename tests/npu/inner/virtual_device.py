@@ -1,0 +1,169 @@
+"""The virtual NPU as a device of torch, before any training."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tests.npu.virtual.operators import CALLS
+
+DEVICE = "npu:0"
+
+
+def test_torch_sees_devices() -> None:
+    assert torch.npu.is_available() and torch.npu.device_count() == 2
+    assert torch.accelerator.current_accelerator().type == "npu"
+    assert torch.npu.get_device_name(0) == "Ascend910B2"
+    assert torch.distributed.get_default_backend_for_device("npu") == "hccl"
+
+
+def both(function, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
+    """Holds a function and its gradients on the NPU to those on the CPU."""
+    generator = torch.Generator().manual_seed(3)
+    drawn = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+    def run(device: str) -> list[Tensor]:
+        leaves = [t.to(device).requires_grad_() for t in drawn]
+        result = function(*leaves)
+        assert result.device.type == torch.device(device).type
+        factors = torch.linspace(-1, 1, result.numel(), device=device).view(result.shape)
+        (result * factors).sum().backward()
+        return [t.detach().cpu() for t in (result, *(leaf.grad for leaf in leaves))]
+
+    for found, wanted in zip(run(DEVICE), run("cpu"), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (torch.matmul, [(5, 2, 8), (8, 3)]),
+        (torch.matmul, [(4, 5, 6), (4, 6, 3)]),
+        (torch.matmul, [(2, 1, 5, 6), (3, 6, 4)]),
+        (torch.matmul, [(6,), (6, 3)]),
+        (torch.matmul, [(2, 5, 6), (6,)]),
+        (torch.matmul, [(6,), (6,)]),
+        (F.linear, [(5, 2, 8), (3, 8), (3,)]),
+        (lambda x, w, b: F.layer_norm(x, (8,), w, b), [(5, 8), (8,), (8,)]),
+        (lambda x: F.gelu(x, approximate="tanh"), [(5, 8)]),
+        (lambda x: x.transpose(0, 1)[1:].softmax(-1), [(5, 8)]),
+        (lambda x: torch.cat(x.split(2, dim=1)[::-1], dim=1).cumsum(0), [(5, 8)]),
+        (lambda x: F.cross_entropy(x, torch.arange(5, device=x.device), reduction="none"), [(5, 8)]),
+        (lambda w: F.embedding(torch.tensor([[1, 1], [0, 3]], device=w.device), w), [(5, 8)]),
+        (lambda x: x[torch.tensor([2, 0, 2], device=x.device)], [(5, 8)]),
+        (lambda x: x.masked_fill(x > 0, -3.0).logsumexp(0), [(5, 8)]),
+    ],
+)  # fmt: skip
+def test_operations_and_their_gradients_are_those_of_the_cpu(function, shapes) -> None:
+    both(function, *shapes)
+
+
+def test_products_of_half_precision_are_summed_in_fp32() -> None:
+    ones = torch.ones(1, 4096, dtype=torch.float16, device=DEVICE)
+    tenths = torch.full((4096, 1), 0.1, dtype=torch.float16, device=DEVICE)
+    # 4096 times the fp16 number next to 0.1, rounded to fp16
+    assert (ones @ tenths).item() == 409.5
+
+
+def test_what_a_call_writes_is_on_the_device() -> None:
+    t = torch.zeros(4, 6, device=DEVICE)
+    t[:, 1::2].add_(2.0).mul_(torch.arange(3.0, device=DEVICE))
+    torch.add(t, 1.0, out=t[:])
+    torch._foreach_mul_([t, t[0]], 2.0)
+    assert t[1].tolist() == [2, 2, 2, 6, 2, 10] and t[0].tolist() == [4, 4, 4, 12, 4, 20]
+    grown = torch.empty(0, device=DEVICE)
+    torch.cat([t, t], out=grown)
+    assert grown.shape == (8, 6) and torch.equal(grown[4:], t)
+    assert torch.equal(t.to("npu:1").cpu(), t.cpu())
+
+
+def test_operands_of_two_devices_are_refused() -> None:
+    t = torch.ones(3, device=DEVICE)
+    for other in (torch.ones(3), torch.ones(3, device="npu:1")):
+        with pytest.raises(RuntimeError, match="expected all tensors on npu:0"):
+            t + other
+    assert (t + torch.tensor(1.0)).tolist() == [2, 2, 2]
+    assert t[torch.tensor([0, 2])].shape == (2,)
+
+
+def test_a_seed_gives_the_numbers_of_the_cpu_first() -> None:
+    torch.npu.manual_seed(5)
+    found = torch.empty(20, device=DEVICE).normal_()
+    assert torch.equal(found.cpu(), torch.empty(20).normal_(generator=torch.Generator().manual_seed(5)))
+    assert not torch.equal(torch.empty(20, device=DEVICE).normal_(), found)
+
+
+def test_a_saved_state_replays_draws() -> None:
+    ones = torch.ones(64, device=DEVICE)
+
+    def draw() -> list[Tensor]:
+        order = torch.randperm(9, device=DEVICE)
+        return [t.cpu() for t in (torch.randn(3, device=DEVICE), F.dropout(ones, 0.5), order)]
+
+    state = torch.npu.get_rng_state()
+    first, second = draw(), draw()
+    torch.npu.set_rng_state(state)
+    for found, wanted, later in zip(draw(), first, second, strict=True):
+        assert torch.equal(found, wanted) and not torch.equal(wanted, later)
+
+
+def test_recomputed_attention_drops_the_same() -> None:
+    import torch_npu
+
+    def attention(x: Tensor) -> Tensor:
+        return torch_npu.npu_fusion_attention(x, x, x, 2, "SBH", scale=0.5, keep_prob=0.5)[0]
+
+    x = torch.randn(8, 1, 16, device=DEVICE, requires_grad=True)
+    torch.npu.manual_seed(1)
+    (wanted,) = torch.autograd.grad(attention(x).square().sum(), x)
+    torch.npu.manual_seed(1)
+    (found,) = torch.autograd.grad(checkpoint(attention, x, use_reentrant=False).square().sum(), x)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_dropout_keeps_its_share_and_its_mean() -> None:
+    x = torch.ones(20_000, device=DEVICE, requires_grad=True)
+    y = F.dropout(x, 0.25)
+    y.sum().backward()
+    assert (y == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert torch.equal(x.grad, y.detach())
+    assert torch.equal(F.dropout(x, 0.25, training=False), x)
+
+
+def test_memory_is_counted() -> None:
+    torch.npu.empty_cache()
+    torch.npu.reset_peak_memory_stats()
+    before = torch.accelerator.memory_allocated()
+    t = torch.ones(1 << 20, device=DEVICE)
+    assert 0 <= torch.accelerator.memory_allocated() - before - t.nbytes <= 1024
+    del t
+    assert torch.accelerator.memory_allocated() == before
+    assert torch.accelerator.max_memory_allocated() - before >= 4 << 20
+    assert torch.npu.mem_get_info()[1] == 64 << 30
+
+
+def test_streams_and_events() -> None:
+    start, end = (torch.npu.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    with torch.npu.stream(torch.npu.Stream()):
+        result = torch.ones(300, 300, device=DEVICE).matmul(torch.ones(300, 300, device=DEVICE))
+    end.record()
+    torch.npu.synchronize()
+    assert start.elapsed_time(end) > 0 and result[0, 0].item() == 300
+
+
+def test_tensors_are_saved_and_loaded(tmp_path) -> None:
+    torch.save(torch.arange(5.0, device="npu:1"), tmp_path / "t")
+    assert torch.load(tmp_path / "t").device == torch.device("npu:1")
+    assert torch.load(tmp_path / "t", map_location="cpu").tolist() == [0, 1, 2, 3, 4]
+
+
+def test_ascends_operators_are_counted_or_refused() -> None:
+    import torch_npu
+
+    before = CALLS["npu_rms_norm"]
+    torch_npu.npu_rms_norm(torch.ones(2, 8, device=DEVICE), torch.ones(8, device=DEVICE))
+    assert CALLS["npu_rms_norm"] == before + 1
+    with pytest.raises(NotImplementedError, match="npu_sign_bits_pack"):
+        torch_npu.npu_sign_bits_pack(torch.ones(8, device=DEVICE), 1)

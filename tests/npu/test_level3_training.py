@@ -1,0 +1,206 @@
+"""Level 3: ``pretrain_gpt.py`` on virtual NPUs gives the losses of one plain CPU process.
+
+The CPU's runs know nothing of torch_npu. Initial weights are equal, because a virtual NPU's generator starts
+like the CPU's; dropout is off where losses are compared.
+"""
+
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.layouts import GLOBAL_BATCH, SEQUENCE, Layout
+from tests.functional_tests.launcher import Run, pretrain_gpt, pretrain_gpt_ranks
+from tests.npu.virtual import runs
+from tests.npu.virtual.environment import why_not
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no virtual NPU: {why_not()}")
+
+STEPS = 6
+MODELS = {
+    "llama": "--num-layers 4 --hidden-size 64 --num-attention-heads 8 --group-query-attention"
+    " --num-query-groups 4 --position-embedding-type rope --normalization RMSNorm --swiglu"
+    " --ffn-hidden-size 96 --untie-embeddings-and-output-weights --disable-bias-linear",
+    "gpt": "--num-layers 4 --hidden-size 64 --num-attention-heads 8",
+}
+COMMON = f"""
+    --seq-length {SEQUENCE} --max-position-embeddings {SEQUENCE} --global-batch-size {GLOBAL_BATCH}
+    --train-iters {STEPS} --lr 2e-3 --lr-decay-style constant --init-method-std 0.1
+    --tokenizer-type NullTokenizer --vocab-size 500 --split 90,8,2 --log-interval 1
+    --eval-iters 1 --eval-interval 1000 --num-workers 0 --transformer-impl local --ckpt-format torch
+    --use-flash-attn
+"""
+NO_DROPOUT = "--attention-dropout 0 --hidden-dropout 0"
+# Largest relative difference of a loss; half precisions round in other places on the two devices.
+PRECISIONS = {
+    "fp32": ("", 1e-4),
+    "bf16": ("--bf16", 5e-3),
+    "fp16": ("--fp16 --initial-loss-scale 1048576 --hysteresis 1", 1e-3),
+}
+# Operators of Ascend's that a run of the model has to call, whatever its layout.
+OPERATORS = {
+    "npu_rms_norm", "npu_rms_norm_backward", "npu_swiglu", "npu_swiglu_backward", "npu_rotary_mul",
+    "npu_fusion_attention", "npu_fusion_attention_grad", "npu_apply_adam_w.out",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def npus() -> Iterator[runs.Machine]:
+    with runs.machine() as machine:
+        yield machine
+
+
+@pytest.fixture
+def report(capsys: pytest.CaptureFixture) -> Callable[[str], None]:
+    """Prints a figure past pytest's capture."""
+
+    def print_it(text: str) -> None:
+        with capsys.disabled():
+            print(f"\nNPU level 3, {text}")
+
+    return print_it
+
+
+Words = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def words(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Words:
+    """Makes command lines; runs of the module share an index cache."""
+    data = ["--data-path", str(golden / "data" / "u16_text_document")]
+    data += ["--data-cache-path", str(tmp_path_factory.mktemp("cache"))]
+
+    def make(layout: Layout, extra: str = "", dropout: str = NO_DROPOUT) -> list[str]:
+        # The padded vocabulary may not depend on the layout, or initial weights would.
+        text = f"{COMMON} {MODELS[layout.model]} {dropout} {extra}"
+        return [*text.split(), *layout.words(), *data]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def on_cpu(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Run]:
+    """The run of one plain CPU process, by model and precision."""
+
+    @functools.cache
+    def run(model: str, precision: str) -> Run:
+        layout = Layout(model=model)
+        return pretrain_gpt(words(layout, PRECISIONS[precision][0]), tmp_path_factory.mktemp("cpu")).check()
+
+    return run
+
+
+def worst(found: Run, wanted: Run) -> float:
+    """Largest relative difference of a loss, in training or evaluation."""
+    assert found.losses.keys() == wanted.losses.keys() and len(wanted.losses) >= 1
+    assert found.evaluations.keys() == wanted.evaluations.keys()
+    pairs = [(found.losses[step], wanted.losses[step]) for step in wanted.losses]
+    pairs += [(found.evaluations[label], wanted.evaluations[label]) for label in wanted.evaluations]
+    assert all(math.isfinite(value) for pair in pairs for value in pair)
+    return max(abs(a - b) / abs(b) for a, b in pairs)
+
+
+def scales(run: Run) -> list[tuple[str, str]]:
+    """Loss scale and skipped iterations of each log line."""
+    return re.findall(r"loss scale: ([0-9.]+) .*skipped iterations: +([0-9]+)", run.output)
+
+
+def operators(tmp_path: Path, rank: int) -> set[str]:
+    return set(json.loads((tmp_path / f"calls_{rank}.json").read_text()))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_one_npu(npus, words, on_cpu, tmp_path: Path, precision: str, report) -> None:
+    flags, bound = PRECISIONS[precision]
+    (run,) = npus.pretrain_gpt(1, words(Layout(model="llama"), flags), tmp_path)
+    wanted = on_cpu("llama", precision)
+    difference = worst(run, wanted)
+    report(f"one NPU, {precision}: losses differ by {difference:.1e} (bound {bound:.0e})")
+    assert difference < bound
+    assert operators(tmp_path, 0) >= OPERATORS
+    assert scales(run) == scales(wanted)
+    if precision == "fp16":
+        assert {skipped for _, skipped in scales(run)} == {"0", "1"}, "no step overflowed, or all did"
+
+
+LAYOUTS = {
+    "tensor and sequence parallel": Layout(tp=2, sequence_parallel=True, model="llama"),
+    "two stages of two chunks": Layout(pp=2, vpp=2, model="llama"),
+    "a ring over the sequence": Layout(cp=2, model="llama"),
+    "a sharded optimizer": Layout(dp=2, reduction="sharded-overlap-both", model="llama"),
+}
+MORE = {
+    "everything at once": Layout(tp=2, pp=2, vpp=2, sequence_parallel=True, model="llama"),
+    "a ring, sharded": Layout(cp=2, dp=2, reduction="sharded", model="llama"),
+    "zb-h1": Layout(pp=2, pipeline="zb-h1", model="llama"),
+    "gathered keys": Layout(tp=2, cp=2, context="all_gather", model="llama"),
+    "gpt": Layout(tp=2, dp=2, sequence_parallel=True, model="gpt"),
+}
+
+
+def hold_to_the_cpu(npus, words, on_cpu, tmp_path: Path, layout: Layout, precision: str) -> str:
+    flags, bound = PRECISIONS[precision]
+    all_runs = npus.pretrain_gpt(layout.world_size, words(layout, flags), tmp_path)
+    difference = worst(all_runs[-1], on_cpu(layout.model, precision))
+    assert difference < bound
+    for rank in range(layout.world_size):
+        assert {"npu_fusion_attention_grad", "npu_apply_adam_w.out"} <= operators(tmp_path, rank)
+    return f"{layout}, {precision}: losses differ by {difference:.1e} (bound {bound:.0e})"
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_several_npus(npus, words, on_cpu, tmp_path: Path, name: str, report) -> None:
+    report(hold_to_the_cpu(npus, words, on_cpu, tmp_path, LAYOUTS[name], "fp32"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_several_npus_in_half_precision(npus, words, on_cpu, tmp_path, name, precision, report) -> None:
+    report(hold_to_the_cpu(npus, words, on_cpu, tmp_path, LAYOUTS[name], precision))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_more_layouts(npus, words, on_cpu, tmp_path: Path, name: str, report) -> None:
+    report(hold_to_the_cpu(npus, words, on_cpu, tmp_path, MORE[name], "fp32"))
+
+
+RESUMED = {
+    "alone": Layout(model="llama"),
+    "tensor parallel, sharded": Layout(tp=2, model="llama", sequence_parallel=True),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["alone", pytest.param("tensor parallel, sharded", marks=pytest.mark.slow)],
+)
+def test_checkpoints_cross_over(npus, words, on_cpu, tmp_path: Path, name: str, report) -> None:
+    layout = RESUMED[name]
+    saving = f"--save {tmp_path / 'npu'} --save-interval 2"
+    npus.pretrain_gpt(layout.world_size, words(layout, saving), tmp_path)
+    loading = f"--load {tmp_path / 'npu'} --ckpt-step 2 --save {tmp_path / 'cpu'} --save-interval 2"
+    there = pretrain_gpt_ranks(layout.world_size, words(layout, loading), tmp_path)[-1].check()
+    loading = f"--load {tmp_path / 'cpu'} --ckpt-step 4"
+    back = npus.pretrain_gpt(layout.world_size, words(layout, loading), tmp_path)[-1]
+    wanted = on_cpu("llama", "fp32")
+    for run, first in ((there, 3), (back, 5)):
+        assert list(run.losses) == list(range(first, STEPS + 1))
+        difference = max(abs(loss / wanted.losses[step] - 1) for step, loss in run.losses.items())
+        report(f"{name}, resumed at {first}: losses differ by {difference:.1e}")
+        assert difference < 1e-4
+
+
+def test_resuming_on_an_npu_repeats_dropout(npus, words, tmp_path: Path) -> None:
+    recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    extra = f"{recompute} --save {tmp_path} --save-interval 3"
+    dropout = "--attention-dropout 0.2 --hidden-dropout 0.2"
+    (whole,) = npus.pretrain_gpt(1, words(Layout(model="llama"), extra, dropout), tmp_path)
+    line = words(Layout(model="llama"), f"{extra} --load {tmp_path} --ckpt-step 3", dropout)
+    (resumed,) = npus.pretrain_gpt(1, line, tmp_path)
+    assert resumed.losses == {step: whole.losses[step] for step in (4, 5, 6)}

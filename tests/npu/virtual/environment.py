@@ -1,0 +1,62 @@
+"""The variables under which a process, and all that it starts, sees virtual NPUs."""
+
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from tests.npu.cann_stub import build as cann_stub
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+WHEEL = "2.13.0"
+
+
+def why_not() -> str | None:
+    """None if virtual NPUs can be had on this machine, else the reason and a remedy."""
+    if not sys.platform.startswith("linux"):
+        return f"torch_npu is for Linux, this is {sys.platform}"
+    if importlib.util.find_spec("torch_npu") is None:
+        return f"torch_npu {WHEEL} is not installed: pip install -e '.[npu-test]' (Linux, x86_64 or aarch64)"
+    found = importlib.metadata.version("torch_npu")
+    if found != WHEEL:
+        return f"torch_npu {found} is installed, virtual NPUs are made for {WHEEL}"
+    if cann_stub.compiler() is None:
+        return "no C compiler: install cc or gcc, or set CC"
+    return None
+
+
+def environment(devices: int, soc: str, memory_gib: float = 64.0) -> dict[str, str]:
+    """Variables of a process that sees virtual NPUs; builds the stand-in for CANN.
+
+    Args:
+        devices: how many.
+        soc: as the driver spells it, for instance Ascend910B2.
+        memory_gib: what each claims to have; host memory is taken only as it is used.
+    """
+    cann = cann_stub.build()
+    for part in ("runtime", "compiler", "opp"):  # torch_npu wants to see them
+        (cann / part).mkdir(exist_ok=True)
+    return {
+        **os.environ,
+        "STUB_NPU_COUNT": str(devices),
+        "STUB_NPU_SOC": soc,
+        "STUB_NPU_MEM": str(int(memory_gib * (1 << 30))),
+        # The slash makes env_npu.sh see that CANN is in the environment already.
+        "ASCEND_HOME_PATH": str(cann),
+        "ASCEND_OPP_PATH": str(cann / "opp"),
+        "LD_LIBRARY_PATH": _before(f"{cann}/", "LD_LIBRARY_PATH"),
+        "PYTHONPATH": _before(f"{HERE / 'autoload'}{os.pathsep}{ROOT}", "PYTHONPATH"),
+        "PATH": _before(str(Path(sys.executable).parent), "PATH"),
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "1",
+        "MEGATRON_DEVICE": "npu",
+        # Errors come from the call that made them, and no thread of torch_npu's calls kernels.
+        "ASCEND_LAUNCH_BLOCKING": "1",
+        # Virtual memory is not emulated, and env_npu.sh asks for it unless told otherwise.
+        "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:False",
+    }
+
+
+def _before(first: str, variable: str) -> str:
+    return os.pathsep.join(filter(None, (first, os.environ.get(variable))))
