@@ -183,11 +183,12 @@ class TELayerNormColumnParallelLinear(TEColumnParallelLinear):
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """[..., in] -> [..., out/TP], and the bias or None."""
+        """As of :class:`ColumnParallelLinear`, of what the norm makes of ``input_``."""
         if not (self.recompute_norm and self.training):
-            return super().forward(self._normed(input_), weight)
+            return super().forward(self._normed(input_), weight, runtime_gather_output)
         recompute = CheckpointWithoutOutput()
-        output, bias = super().forward(recompute.checkpoint(self._normed, input_), weight)
+        normed = recompute.checkpoint(self._normed, input_)
+        output, bias = super().forward(normed, weight, runtime_gather_output)
         recompute.discard_output_and_register_recompute(output)
         return output, bias
 

@@ -292,7 +292,10 @@ def check_norm_and_linear(ranks):
         scale = torch.ones(IN, dtype=torch.float64, requires_grad=True)
         F.linear(F.layer_norm(x, (IN,), scale, None, 1e-5), w).backward(G)
         mine = world.sequence(X).clone().requires_grad_()
-        layer(mine)[0].backward(world.part(G, -1))
+        out = layer(mine)[0]
+        whole, _ = layer(mine.detach(), runtime_gather_output=True)
+        torch.testing.assert_close(world.part(whole, -1), out)
+        out.backward(world.part(G, -1))
         torch.testing.assert_close(mine.grad, world.sequence(x.grad))
         torch.testing.assert_close(layer.weight.grad, world.part(w.grad, 0))
         grad = layer.layer_norm_weight.grad
