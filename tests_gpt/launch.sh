@@ -19,6 +19,7 @@ Environment, all optional:
   VOCAB_FILE, MERGE_FILE        GPT-2 BPE files of that data
   CKPT_PATH                     directory to save to, and to resume from
   MEGATRON_DEVICE               cpu, cuda or npu instead of the device found
+  MEGATRON_RECIPE_SIZE          small or published: the model (small on a CPU, published elsewhere)
   NPROC_PER_NODE                processes on this machine (one per device found); GPUS_PER_NODE is the same
   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    as torchrun knows them
   PYTHON                        interpreter to use (python3)

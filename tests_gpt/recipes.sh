@@ -1,5 +1,5 @@
 # What the pretrain_gpt_distributed*.sh scripts train: the published model on an accelerator, a small one
-# of the same kind on a CPU. Sourced by launch.sh.
+# of the same kind on a CPU, or what MEGATRON_RECIPE_SIZE says. Sourced by launch.sh.
 
 # recipe_flags plain|fp16|bf16: sets the array RECIPE_FLAGS from DEVICE, EMBEDDED, PROCESSES and WORLD.
 recipe_flags() {
@@ -8,12 +8,16 @@ recipe_flags() {
         --lr-decay-style cosine
         --distributed-backend nccl --no-gradient-accumulation-fusion
     )
-    if [[ $DEVICE == cpu || $DEVICE == mps ]]; then
-        small_model
-    else
-        published_model
-        if [[ $EMBEDDED == 1 ]]; then first_try_schedule; else published_schedule; fi
-    fi
+    local size=published
+    if [[ $DEVICE == cpu || $DEVICE == mps ]]; then size=small; fi
+    case ${MEGATRON_RECIPE_SIZE:-$size} in
+        small) small_model ;;
+        published)
+            published_model
+            if [[ $EMBEDDED == 1 ]]; then first_try_schedule; else published_schedule; fi
+            ;;
+        *) die "MEGATRON_RECIPE_SIZE=$MEGATRON_RECIPE_SIZE: small or published is needed" ;;
+    esac
     case $1 in
         plain) RECIPE_FLAGS+=(--fp16 --recompute-granularity full --recompute-method uniform) ;;
         fp16) RECIPE_FLAGS+=(--fp16 --use-flash-attn) ;;

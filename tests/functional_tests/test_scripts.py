@@ -218,6 +218,14 @@ def test_an_accelerator_gets_the_published_model(launch) -> None:
     assert run.trainer[0] == str(ROOT / "pretrain_gpt.py")
 
 
+def test_the_size_of_the_model_can_be_asked_for(launch) -> None:
+    accelerator = {"MEGATRON_DEVICE": "npu", "FAKE_DEVICE": "npu 2", "DATA_PATH": "d"}
+    assert launch(FP16, MEGATRON_RECIPE_SIZE="small", **accelerator).value("--hidden-size") == "256"
+    assert launch(FP16, MEGATRON_RECIPE_SIZE="published").value("--hidden-size") == "5120"
+    wrong = launch(FP16, MEGATRON_RECIPE_SIZE="tiny")
+    assert wrong.status == 2 and "MEGATRON_RECIPE_SIZE=tiny: small or published" in wrong.output
+
+
 # A sequence of 32, so that a window of 8 is smaller than it and 2048 is not.
 TINY = shlex.split("""
     --num-layers 1 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32

@@ -1,7 +1,12 @@
 """Level 3: the virtual NPU as a device, its collectives, and what is said where there can be none."""
 
+import json
+import os
+import re
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,13 +15,14 @@ from tests.npu.virtual.environment import ROOT, why_not
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 
-def on_virtual_npus(*words: str) -> subprocess.CompletedProcess:
+def on_virtual_npus(*words: str, **variables: str) -> subprocess.CompletedProcess:
     """``python -m tests.npu.virtual WORDS``; skips the calling test where that cannot be."""
     reason = why_not()
     if reason is not None:
         pytest.skip(f"no virtual NPU: {reason}")
     return subprocess.run(
         [sys.executable, "-m", "tests.npu.virtual", *words],
+        env=os.environ | variables,
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
@@ -39,6 +45,35 @@ def test_a_command_gets_the_devices_that_were_asked_for() -> None:
     options = ("--devices", "3", "--soc", "Ascend910_9382", "--memory", "32")
     done = on_virtual_npus(*options, "--", "python", "-c", f"{code}; {memory}")
     assert done.stdout.split()[-3:] == ["3", "Ascend910_9382", "32"], done.stdout
+
+
+def test_a_launch_script_trains(golden: Path, tmp_path: Path) -> None:
+    """Two ranks under torchrun that share each layer, in fp16."""
+    tiny = """
+        --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64
+        --train-iters 3 --lr-decay-iters 3 --eval-iters 1 --log-interval 1 --num-workers 0 --split 90,8,2
+        --tokenizer-type NullTokenizer --vocab-size 500 --initial-loss-scale 1024
+        --tensor-model-parallel-size 2 --sequence-parallel
+    """
+    script = ("bash", "tests_gpt/pretrain_gpt_distributed_fp16.sh", "--shape_order=SBH")
+    words = [*script, *tiny.split(), "--data-cache-path", str(tmp_path / "cache")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    variables = {
+        "DATA_PATH": str(golden / "data" / "u16_text_document"),
+        "CKPT_PATH": str(tmp_path / "checkpoint"),
+        "VIRTUAL_NPU_CALLS": str(tmp_path),
+        "MASTER_PORT": port,
+    }
+    done = on_virtual_npus("--", *words, **variables)
+    assert done.returncode == 0, done.stdout
+    assert "launch: device npu, 2 process(es), recipe fp16, window --pre 65536 --next 0 SBH" in done.stdout
+    assert len(re.findall(r"iteration +[123]/ +3 .* lm loss: 6\.", done.stdout)) == 3, done.stdout
+    assert (tmp_path / "checkpoint" / "latest_checkpointed_iteration.txt").read_text() == "3"
+    for rank in range(2):
+        called = json.loads((tmp_path / f"calls_{rank}.json").read_text())
+        assert {"npu_fusion_attention_grad", "npu_gelu_backward", "npu_apply_adam_w.out"} <= called.keys()
 
 
 def test_status_of_the_command_is_ours() -> None:

@@ -32,7 +32,10 @@ def _copy_from_and_resize(source: Tensor, target: Tensor) -> Tensor:
 
 
 def _clone(self: Tensor, memory_format: torch.memory_format | None = None) -> Tensor:
-    return _copy(torch.empty_like(self, memory_format=memory_format or torch.preserve_format), self)
+    # torch_npu's empty_like warns about a memory format of its own.
+    like = torch.empty_strided(self.size(), self.stride(), device="meta")
+    strides = torch.empty_like(like, memory_format=memory_format or torch.preserve_format).stride()
+    return _copy(torch.empty_strided(self.size(), strides, dtype=self.dtype, device=self.device), self)
 
 
 def _contiguous(self: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:

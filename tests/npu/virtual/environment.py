@@ -51,6 +51,8 @@ def environment(devices: int, soc: str, memory_gib: float = 64.0) -> dict[str, s
         "PATH": _before(str(Path(sys.executable).parent), "PATH"),
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "1",
         "MEGATRON_DEVICE": "npu",
+        # Host memory and the CPU carry the model.
+        "MEGATRON_RECIPE_SIZE": os.environ.get("MEGATRON_RECIPE_SIZE", "small"),
         # Errors come from the call that made them, and no thread of torch_npu's calls kernels.
         "ASCEND_LAUNCH_BLOCKING": "1",
         # Virtual memory is not emulated, and env_npu.sh asks for it unless told otherwise.
