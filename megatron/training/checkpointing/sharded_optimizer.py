@@ -23,10 +23,9 @@ def gathered_state(optimizer: Any) -> Any | None:
     """
     if not is_sharded(optimizer):
         return None
-    states = [member.get_parameter_state_dp_zero() for member in _members(optimizer)]
-    if all(state is None for state in states):
-        return None
-    return states[0] if len(states) == 1 else states
+    state = optimizer.get_parameter_state_dp_zero()
+    parts = state if isinstance(state, list) else [state]
+    return None if all(part is None for part in parts) else state
 
 
 def read_state(optimizer: Any, model_file: str) -> Any | None:
@@ -48,9 +47,5 @@ def read_state(optimizer: Any, model_file: str) -> Any | None:
 
 def distribute_state(optimizer: Any, state: Any | None) -> None:
     """Hand the content of the file out to the shards. Takes all ranks."""
-    if not is_sharded(optimizer):
-        return
-    members = _members(optimizer)
-    states = state if isinstance(state, list) else [state] * len(members)
-    for member, own in zip(members, states, strict=True):
-        member.load_parameter_state_from_dp_zero(own)
+    if is_sharded(optimizer):
+        optimizer.load_parameter_state_from_dp_zero(state)
