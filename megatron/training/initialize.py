@@ -93,7 +93,8 @@ def _initialize_distributed(
     get_embedding_ranks: Callable | None,
     get_position_embedding_ranks: Callable | None,
 ) -> None:
-    print_rank_0("> initializing torch distributed ...")
+    if args.rank == 0:  # print_rank_0 knows the rank only when that is done
+        print("> initializing torch distributed ...", flush=True)
     _join_world(args)
     if parallel_state.model_parallel_is_initialized():
         print_rank_0("model parallel is already initialized")
@@ -145,10 +146,11 @@ def _queue_communication_before_compute(args: Namespace) -> None:
     splits = args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1
     if accelerator.collective_backend(args.distributed_backend) != "nccl" or not splits:
         return
-    if os.environ.setdefault(variable, "1") != "1":
-        print_rank_0(
+    if os.environ.setdefault(variable, "1") != "1" and args.rank == 0:
+        print(
             f"WARNING: {variable}={os.environ[variable]}: tensor and context parallel communication overlaps "
-            f"better with {variable}=1"
+            f"better with {variable}=1",
+            flush=True,
         )
 
 

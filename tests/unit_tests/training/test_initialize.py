@@ -18,9 +18,8 @@ def seen_by_the_driver(monkeypatch):
     seen = []
     monkeypatch.setattr(accelerator, "set_device", lambda rank: seen.append(os.environ.get(VARIABLE)))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(initialize, "print_rank_0", print)
 
-    def join(backend: str, tensor: int = 1, context: int = 1, given: str | None = None) -> str | None:
+    def join(backend: str, tensor: int = 1, context: int = 1, given: str | None = None, rank: int = 0):
         monkeypatch.setattr(accelerator, "collective_backend", lambda requested: backend)
         monkeypatch.delenv(VARIABLE, raising=False)
         if given is not None:
@@ -29,6 +28,7 @@ def seen_by_the_driver(monkeypatch):
             monkeypatch.setenv(VARIABLE, "")
             monkeypatch.delenv(VARIABLE)
         args = Namespace(
+            rank=rank,
             local_rank=0,
             distributed_backend=None,
             tensor_model_parallel_size=tensor,
@@ -50,6 +50,7 @@ def test_whole_layers_keep_the_default(seen_by_the_driver):
     assert seen_by_the_driver("nccl") is None
 
 
-def test_a_value_of_the_users_stays_and_is_mentioned(seen_by_the_driver, capsys):
-    assert seen_by_the_driver("nccl", tensor=2, given="8") == "8"
-    assert f"{VARIABLE}=8" in capsys.readouterr().out
+def test_a_value_of_the_users_stays_and_is_mentioned_once(seen_by_the_driver, capsys):
+    for rank in (0, 1):
+        assert seen_by_the_driver("nccl", tensor=2, given="8", rank=rank) == "8"
+    assert capsys.readouterr().out.count(f"{VARIABLE}=8") == 1
