@@ -88,16 +88,19 @@ def loss_func(loss_mask: torch.Tensor, output_tensor: torch.Tensor):
     loss, num_tokens = totals[0], totals[1].detach().to(torch.int64)
 
     machine = get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad or args.check_for_spiky_loss:
+        # On the host, so that several questions wait for the device once.
+        value = loss.detach().cpu()
     if args.check_for_nan_in_loss_and_grad:
         machine.validate_result(
-            loss, rejection_func=torch.isnan, message="found NaN in local forward loss calculation"
+            value, rejection_func=torch.isnan, message="found NaN in local forward loss calculation"
         )
         machine.validate_result(
-            loss, rejection_func=torch.isinf, message="found Inf in local forward loss calculation"
+            value, rejection_func=torch.isinf, message="found Inf in local forward loss calculation"
         )
     if args.check_for_spiky_loss:
         machine.validate_result(
-            loss,
+            value,
             rejection_func=partial(
                 machine.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss"
             ),

@@ -139,7 +139,8 @@ class _ParamAndGradBucketGroup:
         """
         machine = get_rerun_state_machine()
         for bucket in self.buckets:
-            norm = l2_norm([bucket.grad_data])
+            # On the host, so that several questions wait for the device once.
+            norm = l2_norm([bucket.grad_data]).cpu()
             where = f"in the local norm of the {bucket.grad_data.dtype} gradients after backward"
             if check_for_nan_or_inf:
                 machine.validate_result(norm, rejection_func=torch.isnan, message=f"found NaN {where}")
