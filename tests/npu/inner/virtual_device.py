@@ -52,6 +52,9 @@ def both(function, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32)
         (lambda x: F.cross_entropy(x, torch.arange(5, device=x.device), reduction="none"), [(5, 8)]),
         (lambda w: F.embedding(torch.tensor([[1, 1], [0, 3]], device=w.device), w), [(5, 8)]),
         (lambda x: x[torch.tensor([2, 0, 2], device=x.device)], [(5, 8)]),
+        (lambda x: x.repeat_interleave(3), [(5, 2)]),
+        (lambda x: x.repeat_interleave(3, dim=-2), [(4, 5, 2)]),
+        (lambda x: x.repeat_interleave(torch.tensor([2, 0, 1], device=x.device), dim=0), [(3, 2)]),
         (lambda x: x.masked_fill(x > 0, -3.0).logsumexp(0), [(5, 8)]),
     ],
 )  # fmt: skip

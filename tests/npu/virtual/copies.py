@@ -1,9 +1,10 @@
-"""What the CPU has no kernel for, or not for two devices: copies, and the derivative of a product."""
+"""Copies, between devices too."""
 
 import torch
 from torch import Tensor
 
 from tests.npu.virtual.host_memory import NPU, host
+from tests.npu.virtual.saturation import saturated
 
 
 def install(library: torch.library.Library) -> None:
@@ -13,7 +14,6 @@ def install(library: torch.library.Library) -> None:
         "_copy_from_and_resize": _copy_from_and_resize,
         "clone": _clone,
         "contiguous": _contiguous,
-        "matmul_backward": _matmul_backward,
     }.items():
         library.impl(name, function, "PrivateUse1")
 
@@ -23,7 +23,7 @@ def _host(t: Tensor) -> Tensor:
 
 
 def _copy(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    _host(self).copy_(_host(source))
+    saturated(_host(self).copy_, _host(source))
     return self
 
 
@@ -40,20 +40,3 @@ def _clone(self: Tensor, memory_format: torch.memory_format | None = None) -> Te
 
 def _contiguous(self: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
     return self if self.is_contiguous(memory_format=memory_format) else _clone(self, memory_format)
-
-
-def _matmul_backward(
-    grad: Tensor, self: Tensor, other: Tensor, mask: list[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """torch_npu differentiates matmul through an operator of which the CPU has no kernel."""
-    a = self.unsqueeze(0) if self.dim() == 1 else self
-    b = other.unsqueeze(1) if other.dim() == 1 else other
-    if self.dim() == 1:
-        grad = grad.unsqueeze(-1 if other.dim() == 1 else -2)
-    if other.dim() == 1:
-        grad = grad.unsqueeze(-1)
-    if b.dim() == 2 and a.dim() > 2:  # one product over all rows, not one per batch and a sum of them
-        a, grad = a.flatten(0, -2), grad.flatten(0, -2)
-    grad_a = (grad @ b.mT).sum_to_size(a.shape).view(self.shape) if mask[0] else None
-    grad_b = (a.mT @ grad).sum_to_size(b.shape).view(other.shape) if mask[1] else None
-    return grad_a, grad_b

@@ -17,6 +17,7 @@ from torch import Tensor
 from tests.npu.kernels.registration import KERNELS
 from tests.npu.virtual.host_memory import Crossing
 from tests.npu.virtual.random_numbers import drawing_from, host_generator
+from tests.npu.virtual.saturation import saturated
 
 KEY = "PrivateUse1"
 # Calls of Ascend's own operators in this process, by name; written to the directory in the variable, if any.
@@ -136,8 +137,8 @@ def _by_cpu_kernel(name: str, operator: torch._ops.OpOverload) -> Callable[..., 
             kwargs["generator"], args = host_generator(kwargs.get("generator"), crossing.device), ()
         elif is_random:
             with drawing_from(host_generator(None, crossing.device)):
-                return crossing.up(compute(*args, **kwargs))
-        return crossing.up(compute(*args, **kwargs))
+                return crossing.up(saturated(compute, *args, **kwargs))
+        return crossing.up(saturated(compute, *args, **kwargs))
 
     return kernel
 
@@ -160,7 +161,7 @@ def _by_kernel(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         args = crossing.down(args)
         kwargs = {key: crossing.down(value) for key, value in kwargs.items()}
         crossing.check()
-        return crossing.up(function(*args, **kwargs))
+        return crossing.up(saturated(function, *args, **kwargs))
 
     return kernel
 
