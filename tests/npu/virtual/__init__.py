@@ -7,7 +7,7 @@
 * ``environment`` prepares the variables of a process, among them a directory that makes ``import torch`` call
   ``device.load`` in it;
 * ``host_memory`` sees tensors of an NPU as CPU tensors;
-* ``operators``, ``copies``, ``derivatives`` and ``random_numbers`` compute on those, ``saturation`` makes them
-  compute as a 910A would;
+* ``operators``, ``copies``, ``derivatives`` and ``random_numbers`` compute on those, ``saturation`` makes
+  them compute as a 910A would;
 * ``collectives`` lets gloo carry ``hccl``.
 """
