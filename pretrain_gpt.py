@@ -2,6 +2,9 @@
 
 from functools import partial
 
+import megatron.core.device_backends  # noqa: F401  (before torch: explains what it cannot load)
+
+# isort: split
 import torch
 
 from megatron.core import parallel_state

@@ -9,6 +9,19 @@ with its default on the device at hand.
 """
 
 
+def is_wanted() -> bool:
+    """Whether torch is to load torch_npu in this process; imports neither.
+
+    True where the machine has an NPU or ``MEGATRON_DEVICE`` asks for one.
+
+    Raises:
+        ConfigError: one is wanted, and its software does not work.
+    """
+    from megatron_npu import versions
+
+    return versions.is_wanted()
+
+
 def activate() -> None:
     """Puts every replacement in place that this chip and this torch_npu can run.
 

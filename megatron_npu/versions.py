@@ -30,6 +30,7 @@ _BUILT_FOR = {
     "8.2.RC1": ("2.6.0",),
 }
 _DEVICE_FILES = "/dev/davinci[0-9]*"
+_HAS_NPU = "this machine has an NPU"
 _DRIVER_INFO = Path("/usr/local/Ascend/driver/version.info")
 _SET_ENV = "source tests_gpt/env_npu.sh, or CANN's own set_env.sh, in this shell"
 
@@ -78,16 +79,38 @@ def _without_cann(error: Exception) -> str:
     return f"torch_npu {torch_npu_version()} finds no CANN: {_first_line(error)}; {_SET_ENV}"
 
 
+def is_wanted() -> bool:
+    """Whether this process is to use an NPU; imports neither torch nor torch_npu.
+
+    Raises:
+        ConfigError: it is, and software is missing or does not fit.
+    """
+    asked = _asked_device()
+    here = bool(glob.glob(_DEVICE_FILES))
+    if not (asked.startswith("npu") or (here and not asked)):
+        return False
+    problem = software_problem()
+    if problem is not None:
+        raise ConfigError(f"{_HAS_NPU if here else f'MEGATRON_DEVICE={asked}'}, but {problem}")
+    return True
+
+
+def _asked_device() -> str:
+    return os.environ.get("MEGATRON_DEVICE", "").strip().lower()
+
+
 def why_no_npu() -> str | None:
     """None if this process can compute on an NPU, else why not.
 
     Raises:
         ConfigError: the machine has an NPU, and its software does not work.
     """
+    if _asked_device() == "cpu":
+        return "MEGATRON_DEVICE=cpu"
     problem = torch_npu_problem()
     if problem is not None:
         if glob.glob(_DEVICE_FILES):
-            raise ConfigError(f"this machine has an NPU, but {problem}")
+            raise ConfigError(f"{_HAS_NPU}, but {problem}")
         return problem
     import torch
 

@@ -12,6 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import megatron.core.device_backends  # noqa: F401  (before torch: explains what it cannot load)
+
+# isort: split
 import torch
 
 from megatron.core import accelerator

@@ -16,6 +16,9 @@ import time
 from types import ModuleType
 from typing import Any
 
+from megatron.core import device_backends  # before torch
+
+# isort: split
 import torch
 
 from megatron.core.errors import ConfigError
@@ -29,7 +32,8 @@ def device_type() -> str:
     """Kind of device in use: ``"cpu"``, ``"cuda"``, ``"npu"``, ... (``MEGATRON_DEVICE`` overrides).
 
     Raises:
-        ConfigError: ``MEGATRON_DEVICE`` names a device that this machine or this torch does not have.
+        ConfigError: ``MEGATRON_DEVICE`` names a device that this machine or this torch does not have, or
+            the software of the only device does not work.
     """
     return _detect_device_type(os.environ.get("MEGATRON_DEVICE", "").strip().lower())
 
@@ -38,6 +42,9 @@ def device_type() -> str:
 def _detect_device_type(requested: str) -> str:
     found = torch.accelerator.current_accelerator(check_available=True)
     present = found.type if found is not None else CPU
+    if present == CPU != requested and device_backends.PROBLEMS:
+        problems = "; ".join(device_backends.PROBLEMS.values())
+        raise ConfigError(f"{problems}. MEGATRON_DEVICE={CPU} goes on without it")
     if requested and requested not in (CPU, present):
         raise ConfigError(
             f"MEGATRON_DEVICE={requested}: this machine offers {present!r} to torch {torch.__version__}; "
