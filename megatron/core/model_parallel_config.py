@@ -61,6 +61,10 @@ class ModelParallelConfig:
     tp_comm_atomic_ag: bool = False  # old TE overlap switch
     tp_comm_split_rs: bool = True  # old TE overlap switch
     tp_comm_atomic_rs: bool = False  # old TE overlap switch
+    # pieces into which products of split layers are cut, so that one travels while the next is multiplied
+    tp_comm_chunks: int = 1
+    # products of split layers in one kernel with the traffic of sequence parallelism, where the device has it
+    tp_comm_fused_matmul: bool = False
     cross_entropy_loss_fusion: bool = False  # fused vocabulary-parallel cross entropy
     cross_entropy_fusion_impl: str = "native"  # native or TE kernel for fused cross entropy
     tp_comm_overlap_disable_qkv: bool = False  # leave QKV out of TE overlap
@@ -138,6 +142,10 @@ class ModelParallelConfig:
             (
                 deferral and self.wgrad_deferral_limit < 0,
                 f"wgrad_deferral_limit: {self.wgrad_deferral_limit} is negative; 0 means no limit",
+            ),
+            (
+                self.tp_comm_chunks < 1,
+                f"tp_comm_chunks: {self.tp_comm_chunks} is not positive; 1 leaves products whole",
             ),
             (
                 warmup_overlap and (not self.overlap_p2p_comm or self.batch_p2p_comm),

@@ -147,6 +147,11 @@ def default_of(path: str) -> Callable[..., Any]:
     return _find(path).default
 
 
+def is_replaced(point: Callable[..., Any]) -> bool:
+    """Whether calls of ``point``, a function marked with :func:`overridable`, go to a replacement."""
+    return _status(_find(f"{point.__module__}.{point.__qualname__}")).active
+
+
 def disable(names: str | Iterable[str]) -> None:
     """Puts the defaults back for the named points, now and for replacements registered later.
 

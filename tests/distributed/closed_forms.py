@@ -22,24 +22,37 @@ def batch(tp: Ranks, tokens: int, first: bool, last: bool) -> Traffic:
     return _many("broadcast", tp, 1 if size else 0, size)
 
 
-def tensor_parallel(tp: Ranks, layers: int, activation: int, first: bool, last: bool) -> Traffic:
+def tensor_parallel(
+    tp: Ranks, layers: int, activation: int, first: bool, last: bool, chunks: int = 1
+) -> Traffic:
     """One microbatch: each layer sums the outputs of its two row-parallel products in forward, and the input
     gradients of its two column-parallel ones in backward; the embedding sums in forward, the output layer in
-    backward (Shoeybi et al. 2019, section 3)."""
-    return _many("all_reduce", tp, 4 * layers + first + last, activation)
+    backward (Shoeybi et al. 2019, section 3). Products may be cut into chunks, each sent by itself."""
+    return add(
+        _many("all_reduce", tp, (4 * layers + last) * chunks, activation // chunks),
+        _many("all_reduce", tp, int(first), activation),
+    )
 
 
 def sequence_parallel(
-    tp: Ranks, layers: int, activation: int, first: bool, last: bool, learned_positions: bool
+    tp: Ranks,
+    layers: int,
+    activation: int,
+    first: bool,
+    last: bool,
+    learned_positions: bool,
+    chunks: int = 1,
 ) -> Traffic:
     """One microbatch: every sum becomes a reduce-scatter, every copy an all-gather, of the same bytes; two
     column-parallel inputs per layer, and the output layer's, are gathered again in backward instead of being
     kept (Korthikanti et al. 2022, section 4.2.2). Learned positions are added to whole sequences: there the
-    embedding sums, and cuts without a message."""
-    scattered = 4 * layers + last + (first and not learned_positions)
+    embedding sums, and cuts without a message. Products may be cut into chunks, which are gathered before
+    them or scattered after them one by one; what backward gathers for a weight comes whole."""
     return add(
-        _many("reduce_scatter", tp, scattered, activation),
-        _many("all_gather", tp, 6 * layers + 2 * last + first, activation),
+        _many("reduce_scatter", tp, (4 * layers + last) * chunks, activation // chunks),
+        _many("reduce_scatter", tp, int(first and not learned_positions), activation),
+        _many("all_gather", tp, (4 * layers + last) * chunks, activation // chunks),
+        _many("all_gather", tp, 2 * layers + last + first, activation),
         _many("all_reduce", tp, int(first and learned_positions), activation),
     )
 

@@ -59,6 +59,13 @@ CASES = {
     "no-fusion-of-gradient-accumulation": Case(
         Layout(tp=2, pp=2, model="llama"), alone="--no-gradient-accumulation-fusion"
     ),
+    # Products cut into chunks whose traffic overlaps; 16 and 8 rows of a rank make 2 and 8 chunks.
+    "chunked-products": Case(
+        Layout(tp=2, sequence_parallel=True), alone="--use-ascend-coc --coc-parallel-num 2"
+    ),
+    "chunked-products-summed-everywhere": Case(
+        Layout(tp=4, dp=2, model="llama"), alone="--use-ascend-coc --coc-parallel-num 8"
+    ),
     "q-and-k-norms": Case(Layout(tp=2, cp=2, model="llama"), both="--qk-layernorm"),
 }
 
@@ -73,9 +80,31 @@ def reference(model: str, both: str, data_cache) -> Result:
     return run(Layout(model=model), data_cache, f"{NO_DROPOUT} {both}")
 
 
+# Chunks beside what else moves or puts off products and their gradients.
+CHUNKED = {
+    f"{layout}-{chunks}-chunks": Case(layout, alone=f"--use-ascend-coc --coc-parallel-num {chunks}")
+    for layout, chunks in (
+        (Layout(tp=2, pp=2, pipeline="zb-h1", sequence_parallel=True), 2),
+        (Layout(tp=2, pp=2, pipeline="zb-h1", model="llama"), 4),
+        (Layout(tp=2, dp=2, reduction="sharded-overlap-both", sequence_parallel=True, model="llama"), 4),
+        (Layout(tp=2, pp=2, vpp=2, dp=2, reduction="sharded", sequence_parallel=True), 2),
+        (Layout(tp=4, cp=2, sequence_parallel=True), 8),
+    )
+}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_more_of_the_same(name, data_cache):
-    case = CASES[name]
+    check(CASES[name], name, data_cache)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHUNKED)
+def test_chunked_products_among_others(name, data_cache):
+    check(CHUNKED[name], name, data_cache)
+
+
+def check(case, name, data_cache):
     result = run(case.layout, data_cache, f"{NO_DROPOUT} {case.both} {case.alone}")
     worst = worst_difference(result, reference(case.layout.model, case.both, data_cache))
     print(name, {key: f"{worst[key]:.1e}" for key in sorted(worst, key=worst.get)[-2:]})

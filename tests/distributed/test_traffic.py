@@ -78,8 +78,8 @@ class Place:
         return group[(self.index(axis) + distance) % len(group)]
 
 
-def expected(layout, rank):
-    """Traffic of one step, all reasons together."""
+def expected(layout, rank, chunks=1):
+    """Traffic of one step, all reasons together; products of split layers in some chunks."""
     place = Place(layout, rank)
     stage, tp = place.index("pp"), place.group("tp")
     first, last = stage == 0, stage == layout.pp - 1
@@ -88,9 +88,9 @@ def expected(layout, rank):
     activation = length * width * forms.NUMBER
     each = [forms.batch(tp, SEQUENCE, first, last), *(_attention(layout, place) for _ in range(layers))]
     if layout.sequence_parallel:
-        each.append(forms.sequence_parallel(tp, layers, activation, first, last, learned))
+        each.append(forms.sequence_parallel(tp, layers, activation, first, last, learned, chunks))
     elif layout.tp > 1:
-        each.append(forms.tensor_parallel(tp, layers, activation, first, last))
+        each.append(forms.tensor_parallel(tp, layers, activation, first, last, chunks))
     if last:
         each.append(forms.split_vocabulary_loss(tp, length))
         each.append(forms.reported_loss(place.group("cp"), place.group("dp")))
@@ -185,6 +185,16 @@ def test_a_step_sends_what_the_closed_forms_say(layout, data_cache):
     for rank, found in enumerate(run_ranks(layout.world_size, steps, argv, timeout=120)):
         (traffic,) = found
         assert traffic == expected(layout, rank), f"rank {rank}"
+
+
+@pytest.mark.parametrize("chunks", [2, 4])
+@pytest.mark.parametrize(
+    "layout", [Layout(tp=2, model="llama"), Layout(tp=2, pp=2, sequence_parallel=True)], ids=str
+)
+def test_chunks_send_the_same_bytes_in_more_messages(layout, chunks, data_cache):
+    argv = command_line(layout, data_cache, f"{EXTRA} --use-ascend-coc --coc-parallel-num {chunks}")
+    for rank, (traffic,) in enumerate(run_ranks(layout.world_size, steps, argv, timeout=120)):
+        assert traffic == expected(layout, rank, chunks), f"rank {rank}"
 
 
 def test_one_rank_sends_nothing(data_cache):

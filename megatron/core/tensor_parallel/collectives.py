@@ -69,6 +69,28 @@ def reduce_scatter(
     return getattr(dist, _REDUCE_SCATTER)(output, input_.contiguous(), op=op, group=group, async_op=async_op)
 
 
+class OnItsWay:
+    """A result that asynchronous collectives are still writing; keeps what they send."""
+
+    def __init__(self, result: Tensor):
+        self._result = result
+        self._works: list[Work] = []
+        self._sources: list[Tensor] = []
+
+    def add(self, work: Work | None, *sources: Tensor) -> None:
+        """Notes a collective that writes into the result, if there is one, and what it reads."""
+        if work is not None:
+            self._works.append(work)
+            self._sources += sources
+
+    def wait(self) -> Tensor:
+        """The result, to be read from now on."""
+        for work in self._works:
+            work.wait()
+        self._works, self._sources = [], []
+        return self._result
+
+
 def all_gather_uneven(input_: Tensor, sizes: list[int], group: ProcessGroup | None) -> Tensor:
     """Joins every rank's ``input_`` [sizes[rank], ...] along the first dimension.  -> [sum(sizes), ...]"""
     longest = max(sizes)

@@ -34,12 +34,14 @@ from megatron.core.tensor_parallel.linear import (
     linear_with_frozen_weight,
     linear_with_grad_accumulation_and_async_allreduce,
 )
+from megatron.core.tensor_parallel.linear_then_sum import LinearThenSum
 from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
     scatter_to_tensor_model_parallel_region,
 )
+from megatron.core.tensor_parallel.overlap import overlap_of
 from megatron.core.tensor_parallel.utils import VocabUtility
 
 __all__ = [
@@ -82,6 +84,7 @@ class LinearBase(_StatelessExtra):
         bias: [out/TP] or [out], or None.
         place: of this rank among those that share the weight.
         sequence_parallel: activations outside hold this rank's part of the sequence.
+        overlap: how products overlap with the layer's traffic; None if they do not.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class LinearBase(_StatelessExtra):
         self.communicates = many and not self.explicit_expert_comm
         self.sequence_parallel = many and config.sequence_parallel
         self.gradient_accumulation_fusion = config.gradient_accumulation_fusion
+        self.overlap = overlap_of(config) if self.communicates else None
 
     def _linear(
         self, input_: Tensor, weight: Tensor, bias: Tensor | None, reduce_input_gradient: bool, **buffers: Any
@@ -109,11 +113,11 @@ class LinearBase(_StatelessExtra):
         ``reduce_input_gradient``: all ranks have the same input (or a part of it each, under sequence
         parallelism), and the gradients that they find for it belong together.
         """
-        function = (
-            linear_with_grad_accumulation_and_async_allreduce
-            if weight.requires_grad
-            else linear_with_frozen_weight
-        )
+        function = linear_with_grad_accumulation_and_async_allreduce
+        if self.overlap is not None and reduce_input_gradient:
+            buffers["overlap"] = self.overlap
+        elif not weight.requires_grad:
+            function = linear_with_frozen_weight
         gathers = self.sequence_parallel and reduce_input_gradient
         return function(
             input_,
@@ -131,16 +135,21 @@ class LinearBase(_StatelessExtra):
         if not self.communicates:
             added = None if self.skip_bias_add else self.bias
             return self._linear(input_, weight, added, False), self.bias if self.skip_bias_add else None
-        partial = self._linear(input_, weight, None, False)
-        group = self.place.group()
-        if self.sequence_parallel:
-            # [s, b, out] -> [s/TP, b, out]
-            out = reduce_scatter_to_sequence_parallel_region(partial, group)
-        else:
-            out = reduce_from_tensor_model_parallel_region(partial, group)
+        out = self._summed_product(input_, weight)
         if self.skip_bias_add:
             return out, self.bias
         return out if self.bias is None else out + self.bias, None
+
+    def _summed_product(self, input_: Tensor, weight: Tensor) -> Tensor:
+        """[s, b, in/TP] -> [s, b, out], or [s/TP, b, out] under sequence parallelism."""
+        group = self.place.group()
+        if self.overlap is not None:
+            fusion = self.gradient_accumulation_fusion
+            return LinearThenSum.apply(input_, weight, fusion, self.sequence_parallel, group, self.overlap)
+        partial = self._linear(input_, weight, None, False)
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(partial, group)
+        return reduce_from_tensor_model_parallel_region(partial, group)
 
     def extra_repr(self) -> str:
         ranks = f", ranks={self.place.size}" if self.place.size > 1 else ""

@@ -2,41 +2,25 @@
 and sends what a split layer must send while it computes."""
 
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
-from megatron.core import accelerator, parallel_state
+from megatron.core import parallel_state
 from megatron.core.fusions.weight_gradient import accumulate_weight_gradient, weight_gradient
 from megatron.core.tensor_parallel import collectives, deferred_gradients
-from megatron.core.tensor_parallel.collectives import group_size, tensor_group
+from megatron.core.tensor_parallel.collectives import OnItsWay, group_size, tensor_group
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.products import as_rows, input_gradient, product
+
+if TYPE_CHECKING:
+    from megatron.core.tensor_parallel.overlap import OverlappedProducts
 
 # The scratch buffer of gathered inputs is not the one of the mappings, whose results may still be in use.
 _GATHERED_INPUT = "linear_input"
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x weight^T + bias`` in the dtype of ``x``, computed in what this device multiplies fast."""
-    compute = accelerator.matmul_compute_dtype(x.dtype, x.device)
-    if compute == x.dtype:
-        return F.linear(x, weight, bias)
-    wide_bias = None if bias is None else bias.to(compute)
-    return F.linear(x.to(compute), weight.to(compute), wide_bias).to(x.dtype)
-
-
-def _input_gradient(grad_output: Tensor, weight: Tensor) -> Tensor:
-    """``grad_output weight``.  [..., out], [out, in] -> [..., in]"""
-    compute = accelerator.matmul_compute_dtype(grad_output.dtype, grad_output.device)
-    return grad_output.to(compute).matmul(weight.to(compute)).to(grad_output.dtype)
-
-
-def _rows(t: Tensor) -> Tensor:
-    """[s, b, h] -> [s*b, h]"""
-    return t.reshape(-1, t.shape[-1])
 
 
 def _has_main_grad(weight: Tensor) -> bool:
@@ -45,7 +29,7 @@ def _has_main_grad(weight: Tensor) -> bool:
 
 def _weight_gradient(weight: Tensor, grad_output: Tensor, x: Tensor, into_main_grad: bool) -> Tensor:
     """The gradient to hand to autograd: the real one, or a stand-in once ``main_grad`` holds it."""
-    grad_output, x = _rows(grad_output), _rows(x)
+    grad_output, x = as_rows(grad_output), as_rows(x)
     if not into_main_grad:
         return weight_gradient(grad_output, x)
     accumulate_weight_gradient(weight.main_grad, grad_output, x)
@@ -56,17 +40,44 @@ def _weight_gradient(weight: Tensor, grad_output: Tensor, x: Tensor, into_main_g
     return make(weight.shape, dtype=weight.dtype, device=weight.device)
 
 
-def _defer_weight_gradient(weight: Tensor, grad_output: Tensor, x: Tensor, ctx: Any) -> None:
-    """Leaves the weight's gradient to the schedule, which runs it when there is nothing better to do."""
-    sequence_parallel, group = ctx.sequence_parallel, ctx.group
+def may_be_late(weight: Tensor) -> bool:
+    """Whether the weight's gradient may come after this backward pass, and the schedule wants it to."""
+    # A weight with two uses is ready once autograd has both gradients: none of them may come later.
+    return deferred_gradients.is_deferring() and not getattr(weight, "zero_out_wgrad", False)
 
+
+def weight_gradient_or_later(
+    weight: Tensor,
+    grad_output: Tensor,
+    x: Tensor,
+    into_main_grad: bool,
+    late: bool,
+    whole_of: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Tensor | None:
+    """The gradient to hand to autograd, or None if it is left to the schedule.
+
+    Args:
+        weight: [out, in].
+        grad_output: [..., out].
+        x: [..., in], or what ``whole_of`` makes that from when a late gradient is computed at last.
+        into_main_grad: add it to ``weight.main_grad``, if there is one.
+        late: leave it to the schedule, which runs it when there is nothing better to do.
+        whole_of: gathers ``x``.
+    """
+    if late:
+        _defer_weight_gradient(weight, grad_output, lambda: whole_of(x))
+        return None
+    return _weight_gradient(weight, grad_output, x, into_main_grad and _has_main_grad(weight))
+
+
+def _defer_weight_gradient(weight: Tensor, grad_output: Tensor, get_x: Callable[[], Tensor]) -> None:
     def compute() -> None:
-        whole = _start_gather(x, group)[0] if sequence_parallel else x
+        whole = get_x()
         if _has_main_grad(weight):
-            accumulate_weight_gradient(weight.main_grad, _rows(grad_output), _rows(whole))
+            accumulate_weight_gradient(weight.main_grad, as_rows(grad_output), as_rows(whole))
             weight.grad_added_to_main_grad = True
         else:
-            grad = weight_gradient(_rows(grad_output), _rows(whole))
+            grad = weight_gradient(as_rows(grad_output), as_rows(whole))
             weight.grad = grad if weight.grad is None else weight.grad + grad
         ready = getattr(weight, "gradient_ready", None)
         if ready is not None:
@@ -84,27 +95,21 @@ def _start_gather(
     return whole, collectives.all_gather(whole, x, group, async_op)
 
 
-class _InputGradientOnItsWay:
-    """Sum over the ranks of an input gradient, under way while the weight's gradient is computed.
+def _send_input_gradient(grad_input: Tensor, ctx: Any) -> OnItsWay:
+    """Starts to sum an input gradient over the ranks.
 
-    ``sequence_parallel`` leaves every rank its part of the sequence; otherwise all get the whole sum.
+    Sequence parallelism leaves every rank its part of the sequence; otherwise all get the whole sum.
     """
-
-    def __init__(self, grad_input: Tensor, ctx: Any):
-        # Kept until it has been sent.
-        self._source = grad_input.contiguous()
-        self._result, self._work = self._source, None
-        if ctx.sequence_parallel:
-            length = grad_input.shape[0] // group_size(ctx.group)
-            self._result = grad_input.new_empty(length, *grad_input.shape[1:])
-            self._work = collectives.reduce_scatter(self._result, self._source, ctx.group, async_op=True)
-        elif ctx.allreduce_dgrad:
-            self._work = collectives.all_reduce(self._source, ctx.group, async_op=True)
-
-    def wait(self) -> Tensor:
-        if self._work is not None:
-            self._work.wait()
-        return self._result
+    source = grad_input.contiguous()
+    if ctx.sequence_parallel:
+        part = source.new_empty(source.shape[0] // group_size(ctx.group), *source.shape[1:])
+        sending = OnItsWay(part)
+        sending.add(collectives.reduce_scatter(part, source, ctx.group, async_op=True), source)
+        return sending
+    sending = OnItsWay(source)
+    if ctx.allreduce_dgrad:
+        sending.add(collectives.all_reduce(source, ctx.group, async_op=True))
+    return sending
 
 
 class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
@@ -127,44 +132,64 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
         grad_output_buffer: list[Tensor] | None,
         wgrad_deferral_limit: int | None,
         group: ProcessGroup | None = None,
+        overlap: "OverlappedProducts | None" = None,
     ) -> Tensor:
-        ctx.save_for_backward(input, weight)
-        ctx.group = tensor_group(group)
+        ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight)
+        ctx.group, ctx.overlap = tensor_group(group), overlap
         many = group_size(ctx.group) > 1
         ctx.sequence_parallel, ctx.allreduce_dgrad = many and sequence_parallel, many and allreduce_dgrad
         ctx.has_bias = bias is not None
         ctx.into_main_grad = gradient_accumulation_fusion
         ctx.grad_output_buffer, ctx.deferral_limit = grad_output_buffer, wgrad_deferral_limit
+        if ctx.sequence_parallel and overlap is not None:
+            return overlap.gather_then_multiply(input, weight.t(), bias, ctx.group, keep=False)[0]
         whole = _start_gather(input, ctx.group)[0] if ctx.sequence_parallel else input
-        return _product(whole, weight, bias)
+        return product(whole, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         needs_weight = ctx.needs_input_grad[1] and not _left_to_the_flush(ctx, grad_output)
-        # A weight with two uses is ready once autograd has both gradients: none of them may come later.
-        used_twice = getattr(weight, "zero_out_wgrad", False)
-        late = needs_weight and deferred_gradients.is_deferring() and not used_twice
+        late = needs_weight and may_be_late(weight)
         whole, gathering = input, None
         if ctx.sequence_parallel and needs_weight and not late:
             whole, gathering = _start_gather(input, ctx.group, async_op=True)
         sending = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_input = _input_gradient(grad_output, weight)
-            if gathering is not None:
-                gathering.wait()
-            sending = _InputGradientOnItsWay(grad_input, ctx)
+            sending = _input_gradient_on_its_way(ctx, grad_output, weight, gathering)
         elif gathering is not None:
             gathering.wait()
-        if late:
-            _defer_weight_gradient(weight, grad_output, input, ctx)
-        elif needs_weight:
-            into_main_grad = ctx.into_main_grad and _has_main_grad(weight)
-            grad_weight = _weight_gradient(weight, grad_output, whole, into_main_grad)
+        if needs_weight:
+            grad_weight = weight_gradient_or_later(
+                weight, grad_output, whole, ctx.into_main_grad, late, _gatherer(ctx)
+            )
         if ctx.has_bias and ctx.needs_input_grad[2]:
-            grad_bias = _rows(grad_output).sum(dim=0)
+            grad_bias = as_rows(grad_output).sum(dim=0)
         grad_input = None if sending is None else sending.wait()
-        return grad_input, grad_weight, grad_bias, None, None, None, None, None, None
+        return grad_input, grad_weight, grad_bias, None, None, None, None, None, None, None
+
+
+def _input_gradient_on_its_way(
+    ctx: Any, grad_output: Tensor, weight: Tensor, gathering: Work | None
+) -> OnItsWay:
+    """The input's gradient, whose sum over the ranks may go on while the weight's is computed."""
+    if ctx.overlap is not None and (ctx.sequence_parallel or ctx.allreduce_dgrad):
+        sending = ctx.overlap.multiply_then_reduce(
+            grad_output, weight, ctx.group, scatter=ctx.sequence_parallel
+        )
+        if gathering is not None:
+            gathering.wait()
+        return sending
+    grad_input = input_gradient(grad_output, weight)
+    if gathering is not None:
+        gathering.wait()
+    return _send_input_gradient(grad_input, ctx)
+
+
+def _gatherer(ctx: Any) -> Callable[[Tensor], Tensor]:
+    """What makes the whole input from this rank's part when a late weight gradient is computed."""
+    sequence_parallel, group = ctx.sequence_parallel, ctx.group
+    return lambda x: _start_gather(x, group)[0] if sequence_parallel else x
 
 
 def _left_to_the_flush(ctx: Any, grad_output: Tensor) -> bool:
@@ -188,6 +213,7 @@ def linear_with_grad_accumulation_and_async_allreduce(
     async_grad_allreduce: bool | None = None,
     *,
     group: ProcessGroup | None = None,
+    overlap: "OverlappedProducts | None" = None,
 ) -> Tensor:
     """``input weight^T + bias``.  input: [..., in], weight: [out, in], bias: [out] -> [..., out].
 
@@ -203,6 +229,8 @@ def linear_with_grad_accumulation_and_async_allreduce(
         wgrad_deferral_limit: how many it takes; 0 means any number.
         async_grad_allreduce: old name of ``allreduce_dgrad``.
         group: ranks among which the layer is split; the tensor-parallel ones by default.
+        overlap: how products overlap with the traffic before and after them; by default a product is whole,
+            and only what the weight's gradient does not wait for travels behind it.
     """
     if async_grad_allreduce is not None:
         warnings.warn("async_grad_allreduce is the old name of allreduce_dgrad", DeprecationWarning)
@@ -217,6 +245,7 @@ def linear_with_grad_accumulation_and_async_allreduce(
         grad_output_buffer,
         wgrad_deferral_limit,
         group,
+        overlap,
     )
 
 
@@ -234,18 +263,18 @@ class LinearWithFrozenWeight(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.has_bias, ctx.allreduce_dgrad, ctx.group = bias is not None, allreduce_dgrad, tensor_group(group)
-        return _product(input, weight, bias)
+        return product(input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         grad_input = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_input = _input_gradient(grad_output, weight).contiguous()
+            grad_input = input_gradient(grad_output, weight).contiguous()
             if ctx.allreduce_dgrad:
                 collectives.all_reduce(grad_input, ctx.group)
         if ctx.has_bias and ctx.needs_input_grad[2]:
-            grad_bias = _rows(grad_output).sum(dim=0)
+            grad_bias = as_rows(grad_output).sum(dim=0)
         return grad_input, None, grad_bias, None, None
 
 

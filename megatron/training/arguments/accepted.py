@@ -54,9 +54,19 @@ ACCEPTED = (
             ),
             off_switch("--disable-tp-comm-split-ag", "tp_comm_split_ag", help="old TE overlap switch"),
             off_switch("--disable-tp-comm-split-rs", "tp_comm_split_rs", help="old TE overlap switch"),
-            switch("--use-ascend-mc2", help="fused TP matmul+collective ops"),
-            switch("--use-ascend-coc", help="chunked TP communication"),
         ),
+    ),
+    Accepted(
+        "under --sequence-parallel, kernels that send while they multiply serve where the device has them; "
+        "results are the same",
+        (switch("--use-ascend-mc2", help="fused TP matmul+collective ops"),),
+        acts=True,
+    ),
+    Accepted(
+        "products of tensor-parallel layers are cut into --coc-parallel-num chunks, and one travels while the "
+        "next is computed; results are the same within rounding",
+        (switch("--use-ascend-coc", help="chunked TP communication"),),
+        acts=True,
     ),
     Accepted(
         "there is no fp8 arithmetic here; the model runs in the parameter dtype",

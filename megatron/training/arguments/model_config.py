@@ -45,6 +45,8 @@ SPECIAL: dict[str, Callable[[Namespace], Any]] = {
     "init_method": _initialiser,
     "output_layer_init_method": _initialiser,
     "cp_comm_type": _cp_comm_type,
+    "tp_comm_chunks": lambda a: a.coc_parallel_num if a.use_ascend_coc else 1,
+    "tp_comm_fused_matmul": lambda a: a.use_ascend_mc2,
     "use_cpu_initialization": lambda a: bool(a.use_cpu_initialization),
 }
 

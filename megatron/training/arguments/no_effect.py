@@ -64,6 +64,17 @@ NO_EFFECT = (
         lambda a: a.tensorboard_dir or a.wandb_project,
     ),
     NoEffect("no-data-sharding", "--dataloader-type cyclic", lambda a: a.dataloader_type == "cyclic"),
+    NoEffect("coc-parallel-num", "--use-ascend-coc", lambda a: a.use_ascend_coc),
+    NoEffect(
+        "use-ascend-coc",
+        "--tensor-model-parallel-size 2 or more",
+        lambda a: a.tensor_model_parallel_size > 1,
+    ),
+    NoEffect(
+        "use-ascend-mc2",
+        "--sequence-parallel and --tensor-model-parallel-size 2 or more",
+        lambda a: a.sequence_parallel and a.tensor_model_parallel_size > 1,
+    ),
     NoEffect("next-tockens", "--pre-tockens", lambda a: a.pre_tockens is not None),
 )
 

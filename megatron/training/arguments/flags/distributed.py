@@ -61,6 +61,14 @@ GROUP = Group(
             dest="overlap_p2p_comm_warmup_flush",
             help="overlap sends in warmup and flush too",
         ),
+        value(
+            "--coc-parallel-num",
+            type=int,
+            default=4,
+            choices=(1, 2, 4, 8),
+            help="chunks of products of split layers with --use-ascend-coc: one travels while the next is "
+            "computed; 1 leaves them whole",
+        ),
         value("--distributed-backend", default="nccl", choices=("nccl", "gloo"), help="collective backend"),
         value("--distributed-timeout-minutes", type=int, default=10, help="collective timeout"),
         switch("--overlap-grad-reduce", help="reduce gradient buckets during backward"),
