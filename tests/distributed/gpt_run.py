@@ -1,5 +1,6 @@
 """Command lines of small runs, and what all their ranks saw together."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,10 +46,19 @@ def command_line(layout: Layout, cache: Path, extra: str = NO_DROPOUT) -> list[s
     return [*_COMMON.split(), *MODELS[layout.model].split(), *layout.words(), *extra.split(), *data]
 
 
-def run(layout: Layout, cache: Path, extra: str = NO_DROPOUT, timeout: float = 120) -> Result:
-    """Train on ``layout.world_size`` ranks of the pool and put the ranks' gradients together."""
+def run(
+    layout: Layout,
+    cache: Path,
+    extra: str = NO_DROPOUT,
+    timeout: float = 120,
+    job: Callable[[list[str]], Record] = train,
+) -> Result:
+    """Train on ``layout.world_size`` ranks of the pool and put the ranks' gradients together.
+
+    ``job`` is what every rank runs, with the words of the command line.
+    """
     argv = command_line(layout, cache, extra)
-    records = run_ranks(layout.world_size, train, argv, timeout=timeout)
+    records = run_ranks(layout.world_size, job, argv, timeout=timeout)
     for rank, record in enumerate(records):
         assert record.sizes == layout.sizes, (rank, record.sizes)
     losses = [record.losses for record in records if None not in record.losses]
