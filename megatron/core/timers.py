@@ -279,4 +279,4 @@ def _gather(values: list[float]) -> list[list[float]]:
     own = torch.tensor(values, dtype=torch.float32, device=accelerator.current_device())
     gathered = [torch.empty_like(own) for _ in range(_world_size())]  # [world, timers]
     dist.all_gather(gathered, own)
-    return [tensor.tolist() for tensor in gathered]
+    return torch.stack(gathered).tolist()

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron.core import accelerator
 from megatron.core.errors import MegatronError
+from megatron.core.process_groups import message_device
 
 
 def world_size() -> int:
@@ -28,7 +28,7 @@ def any_rank_each(flags: list[bool]) -> list[bool]:
     """:func:`any_rank` of several flags, in one message."""
     if world_size() == 1:
         return flags
-    tensor = torch.tensor(flags, dtype=torch.int64, device=accelerator.current_device())
+    tensor = torch.tensor(flags, dtype=torch.int64, device=message_device())
     torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
     return [bool(flag) for flag in tensor.tolist()]
 
@@ -38,9 +38,10 @@ def extremes(value: int) -> tuple[int, int]:
     if world_size() == 1:
         return value, value
     # One message: the largest of -value is the smallest value, negated.
-    pair = torch.tensor([-value, value], dtype=torch.int64, device=accelerator.current_device())
+    pair = torch.tensor([-value, value], dtype=torch.int64, device=message_device())
     torch.distributed.all_reduce(pair, op=torch.distributed.ReduceOp.MAX)
-    return -int(pair[0]), int(pair[1])
+    negated, largest = pair.tolist()
+    return -negated, largest
 
 
 @contextmanager

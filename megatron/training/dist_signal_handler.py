@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron.core import accelerator
+from megatron.core.process_groups import message_device
 
 
 def get_world_size() -> int:
@@ -15,15 +15,19 @@ def get_world_size() -> int:
 
 
 def get_device(local_rank: int | None = None) -> torch.device:
-    """Device on which collectives of the default group expect their tensors.
+    """Device on which a flag travels in the default group.
 
     Args:
-        local_rank: index of the device; None takes the current one.
+        local_rank: index of the device, where it is one; None takes the current one.
     """
-    if not torch.distributed.is_initialized() or torch.distributed.get_backend() == "gloo":
+    return _device_of(None, local_rank)
+
+
+def _device_of(group: torch.distributed.ProcessGroup | None, local_rank: int | None) -> torch.device:
+    if not torch.distributed.is_initialized():
         return torch.device("cpu")
-    device = accelerator.current_device()
-    return device if local_rank is None else torch.device(device.type, local_rank)
+    device = message_device(group)
+    return device if local_rank is None or device.type == "cpu" else torch.device(device.type, local_rank)
 
 
 def all_gather_item(
@@ -44,10 +48,11 @@ def all_gather_item(
     """
     if not torch.distributed.is_initialized():
         return [item]
-    own = torch.tensor([item], dtype=dtype, device=get_device(local_rank))
+    own = torch.tensor([item], dtype=dtype, device=_device_of(group, local_rank))
     gathered = [torch.zeros_like(own) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(gathered, own, group=group)
-    return [value.item() for value in gathered]
+    # On the host in one go: each answer asked for would wait for the device once more.
+    return torch.cat(gathered).tolist()
 
 
 class DistributedSignalHandler:
