@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.core import accelerator
 from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
 from megatron.core.distributed.bucket_group import _ParamAndGradBucketGroup, partition_buckets
 from megatron.core.distributed.buffer_building import (
@@ -35,7 +36,7 @@ _NOT_BUILT = {
 }
 # Mixed-type addition makes a temporary of the whole operand on a CPU; beyond some 32 MiB that memory comes
 # fresh from the kernel every time, at 6 times the cost of the addition itself.
-_ADDITION_PIECE = 1 << 20
+_ADDITION_PIECE = 1 << 20  # elements; other devices convert as they add, and pay for every launch
 
 
 class DistributedDataParallel(_BaseDataParallel):
@@ -295,7 +296,8 @@ def _add_to_main_grad(param: torch.nn.Parameter) -> None:
 
 def _accumulate(main_grad: Tensor, grad: Tensor) -> None:
     """``main_grad += grad``, of any two types."""
-    if main_grad.dtype == grad.dtype or main_grad.numel() <= _ADDITION_PIECE:
+    on_cpu = main_grad.device.type == accelerator.CPU
+    if main_grad.dtype == grad.dtype or main_grad.numel() <= _ADDITION_PIECE or not on_cpu:
         main_grad.add_(grad)
         return
     pieces = zip(

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -17,6 +18,18 @@ from megatron.core.rerun_state_machine import destroy_rerun_state_machine
 from megatron.core.timers import Timers
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that reach the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(function.name().split(".")[0])
+        return function(*args, **(kwargs or {}))
 
 
 class Toy(MegatronModule):
@@ -153,6 +166,14 @@ def test_long_gradients_of_another_type_are_added_in_pieces(monkeypatch: pytest.
     grad = torch.full((6, 5), 0.5, dtype=torch.bfloat16).t()
     distributed_data_parallel._accumulate(main_grad, grad)
     assert torch.equal(main_grad, torch.arange(30.0).view(5, 6) + 0.5)
+
+
+def test_elsewhere_than_on_a_cpu_an_addition_is_one_launch() -> None:
+    main_grad = torch.empty(3 * distributed_data_parallel._ADDITION_PIECE, device="meta")
+    grad = torch.empty_like(main_grad, dtype=torch.bfloat16)
+    with Operators() as operators:
+        distributed_data_parallel._accumulate(main_grad, grad)
+    assert operators.names == ["aten::add_"]
 
 
 def test_state_passes_through_without_prefix() -> None:
