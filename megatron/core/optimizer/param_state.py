@@ -22,6 +22,9 @@ _PARAM = "param"
 # Optimizer -> what it keeps per element.
 _STATE_KEYS = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 _COALESCED = "buckets_coalesced"
+# Elements of all ranks together that travel at a time: a bucket may be as large as the model, and without
+# groups for host memory it passes through the devices (of all ranks, where a backend gathers on all).
+_AT_ONCE = 1 << 26
 
 
 class _Exchange:
@@ -37,22 +40,36 @@ class _Exchange:
         self._first = None if self._group is None else dist.get_global_rank(self._group, 0)
 
     def gather(self, own: Tensor) -> Tensor | None:
-        """[size] of every rank -> [ranks * size] on the first, in host memory; None on the others."""
-        own = own.to(self._device)
+        """[size] of every rank -> [ranks * size] on the first; None on the others. Both in host memory."""
         if self.ranks == 1:
             return own
-        pieces = [torch.empty_like(own) for _ in range(self.ranks)] if self.is_first else None
-        dist.gather(own, pieces, dst=self._first, group=self._group)
-        return torch.cat(pieces).cpu() if self.is_first else None
+        whole = torch.empty(self.ranks, own.numel()) if self.is_first else None
+        for part in self._parts(own.numel()):
+            piece = own[part].to(self._device)
+            pieces = None
+            if self.is_first:
+                pieces = list(torch.empty(self.ranks, piece.numel(), device=self._device))
+            dist.gather(piece, pieces, dst=self._first, group=self._group)
+            for row, arrived in zip(() if whole is None else whole, pieces or (), strict=True):
+                row[part] = arrived
+        return None if whole is None else whole.view(-1)
 
     def scatter(self, whole: Tensor | None, size: int) -> Tensor:
-        """[ranks * size] of the first rank -> [size] of every rank."""
+        """[ranks * size] of the first rank -> [size] of every rank. Both in host memory."""
         if self.ranks == 1:
             return whole
-        own = torch.empty(size, dtype=torch.float32, device=self._device)
-        pieces = [piece.to(self._device) for piece in whole.split(size)] if self.is_first else None
-        dist.scatter(own, pieces, src=self._first, group=self._group)
+        own = torch.empty(size)
+        for part in self._parts(size):
+            piece = torch.empty(part.stop - part.start, device=self._device)
+            pieces = [row[part].to(self._device) for row in whole.view(-1, size)] if self.is_first else None
+            dist.scatter(piece, pieces, src=self._first, group=self._group)
+            own[part] = piece
         return own
+
+    def _parts(self, size: int) -> Iterator[slice]:
+        """Cuts a rank's [size] into what travels at a time; the same on all ranks."""
+        length = max(1, _AT_ONCE // self.ranks)
+        return (slice(start, min(start + length, size)) for start in range(0, size, length))
 
     def raise_everywhere(self, error: Exception | None) -> None:
         """Raises the first rank's error on all ranks."""
@@ -124,8 +141,8 @@ def _entries(
 
 @torch.no_grad()
 def _flatten(optimizer: "DistributedOptimizer", shard: "BucketShard", key: str) -> Tensor:
-    """[size of the slice] fp32, zeros between the parameters."""
-    flat = torch.zeros_like(shard.main_data)
+    """[size of the slice] fp32 in host memory, zeros between the parameters."""
+    flat = torch.zeros(shard.main_data.numel())
     for param, values in _entries(optimizer, shard, key):
         shard.part(flat, param).copy_(values)
     return flat

@@ -2,15 +2,22 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.errors import CheckpointError, ConfigError, NotBuiltYetError
-from megatron.core.optimizer import DistributedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    DistributedOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    param_state,
+)
 from megatron.core.optimizer.distrib_optimizer import Range
 from tests.distributed.pool import run_ranks
 from tests.unit_tests.distributed.small_training import WIDTH, Net, Training, make_config
@@ -173,6 +180,49 @@ def test_going_on_gives_the_same_bits(tmp_path: Path, precision: str, ddp: dict[
     for key in ("param", "exp_avg", "exp_avg_sq"):
         assert torch.equal(resumed[0]["again"][0][types][key], file[0][types][key])
     assert resumed[1]["again"] is None
+
+
+def collect_in_pieces(at_once: int, on_host: bool) -> dict[str, Any]:
+    """State collected and handed out whole and in pieces, and the largest message on the way."""
+    training = Training(SHARDED)
+    training.step(0)
+    (member,) = training.optimizer.chained_optimizers
+    if not on_host:
+        member.data_parallel_group_gloo = None
+    whole = member.get_parameter_state_dp_zero()
+    largest, gather, scatter = [0], dist.gather, dist.scatter
+
+    def measured(function: Any) -> Any:
+        def call(own: Tensor, pieces: list[Tensor] | None, **kwargs: Any) -> None:
+            largest[0] = max(largest[0], sum(piece.numel() for piece in pieces or [own]))
+            function(own, pieces, **kwargs)
+
+        return call
+
+    with (
+        mock.patch.object(param_state, "_AT_ONCE", at_once),
+        mock.patch.object(dist, "gather", measured(gather)),
+        mock.patch.object(dist, "scatter", measured(scatter)),
+    ):
+        in_pieces = member.get_parameter_state_dp_zero()
+        for main in member.get_parameters():
+            main.data.zero_()
+        member.load_parameter_state_from_dp_zero(whole)
+    again = member.get_parameter_state_dp_zero()
+    return {"whole": whole, "pieces": in_pieces, "again": again, "largest": largest[0]}
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_state_travels_in_pieces_that_do_not_grow_with_the_model(on_host: bool) -> None:
+    first, second, _ = run_ranks(3, collect_in_pieces, 100, on_host)
+    assert 0 < first["largest"] <= 100 and second["largest"] <= 33
+    assert second["whole"] is second["pieces"] is second["again"] is None
+    (expected,) = first["whole"][0].values()
+    for other in ("pieces", "again"):
+        (found,) = first[other][0].values()
+        assert found.keys() == expected.keys()
+        for key in ("param", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(found[key], expected[key]), (other, key)
 
 
 def test_other_numbers_of_ranks_may_go_on_while_buckets_stay(tmp_path: Path) -> None:
