@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed.gpt_run import Result, run, worst_difference
+from tests.distributed.gpt_run import NO_DROPOUT, Result, run, worst_difference
 from tests.distributed.late_delivery import delivered_late
 from tests.distributed.layouts import Layout
 from tests.distributed.pool import run_ranks
@@ -124,8 +124,9 @@ def train_late(argv: list[str]) -> Record:
     return record
 
 
-def check(layout: Layout, data_cache: Path) -> None:
-    worst = worst_difference(run(layout, data_cache, job=train_late), reference(layout.model, data_cache))
+def check(layout: Layout, data_cache: Path, extra: str = "") -> None:
+    result = run(layout, data_cache, f"{NO_DROPOUT} {extra}", job=train_late)
+    worst = worst_difference(result, reference(layout.model, data_cache))
     assert worst.pop("loss") < LOSS_TOLERANCE
     assert max(worst.values()) < GRADIENT_TOLERANCE
 
@@ -139,3 +140,16 @@ def test_training_waits_for_what_it_reads(layout: Layout, data_cache: Path) -> N
 @pytest.mark.parametrize("layout", MORE, ids=str)
 def test_training_in_more_layouts_waits_for_what_it_reads(layout: Layout, data_cache: Path) -> None:
     check(layout, data_cache)
+
+
+def test_evaluating_and_saving_wait_for_the_parameters(data_cache: Path, tmp_path: Path) -> None:
+    between_steps = f"--eval-interval 2 --eval-iters 1 --save {tmp_path} --save-interval 2 --log-params-norm"
+    check(Layout(dp=2, reduction=BOTH), data_cache, between_steps)
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "4"
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(tp=2, sequence_parallel=True), Layout(tp=2, model="llama")], ids=str
+)
+def test_products_in_chunks_wait_for_what_they_read(layout: Layout, data_cache: Path) -> None:
+    check(layout, data_cache, "--use-ascend-coc --coc-parallel-num 2")
