@@ -4,9 +4,15 @@
 own says ``import megatron_npu.megatron_adaptor``. A replacement lives under the path of the default it
 replaces: ``megatron_npu/core/fusions/rms_norm.py`` for ``megatron/core/fusions/rms_norm.py``.
 
+The other functions here are what ``megatron.core`` asks the package of the device in use for by name
+(``accelerator.companion``). None of them imports torch_npu before it is called.
+
 ``python -m megatron_npu`` prints what is active, ``python -m megatron_npu check`` compares every replacement
 with its default on the device at hand.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 
 def is_wanted() -> bool:
@@ -31,3 +37,17 @@ def activate() -> None:
     from megatron_npu.activation import activate_all
 
     activate_all()
+
+
+def communicator_options(labels: tuple[str, ...], buffers_mb: Mapping[str, int]) -> Any:
+    """Options of a group's communicator: see :func:`megatron_npu.communicators.options`."""
+    from megatron_npu import communicators
+
+    return communicators.options(labels, buffers_mb)
+
+
+def describe_communicators(groups: list[tuple[tuple[str, ...], int]], buffers_mb: Mapping[str, int]) -> str:
+    """What the communicators of a rank cost: see :func:`megatron_npu.communicators.describe`."""
+    from megatron_npu import communicators
+
+    return communicators.describe(groups, buffers_mb)

@@ -9,10 +9,13 @@ then the device, its generator the device generator, the process's memory the de
 
 import contextlib
 import functools
+import importlib
+import importlib.util
 import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -130,6 +133,34 @@ def collective_backend(requested: str | None = None) -> str:
     if requested is None or requested.lower() in _NATIVE_BACKEND_NAMES:
         return torch.distributed.get_default_backend_for_device(device_type())
     return requested.lower()
+
+
+def world_backend(requested: str | None = None, carries_host_tensors: bool = True) -> str:
+    """Backend for the group of all ranks: :func:`collective_backend`, and gloo beside it for host memory.
+
+    What ranks tell each other (errors, signals, objects) then needs no queue and no memory of the device.
+
+    Args:
+        requested: as for :func:`collective_backend`.
+        carries_host_tensors: False leaves gloo out, for worlds in which it may not connect.
+    """
+    backend = collective_backend(requested)
+    native = torch.distributed.get_default_backend_for_device(device_type())
+    if not is_accelerated() or backend != native or not carries_host_tensors:
+        return backend
+    return f"{CPU}:gloo,{device_type()}:{backend}"
+
+
+def companion(name: str) -> Callable[..., Any] | None:
+    """Function ``name`` of the package ``megatron_<device type>``; None without package or function.
+
+    It is how a device's package offers what is no replacement of a function: its own profiler, options of
+    its communicators.
+    """
+    package = f"megatron_{device_type()}"
+    if importlib.util.find_spec(package) is None:
+        return None
+    return getattr(importlib.import_module(package), name, None)
 
 
 # --- random numbers ---------------------------------------------------------------------------------------

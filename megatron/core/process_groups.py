@@ -2,7 +2,7 @@
 
 import hashlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
@@ -12,10 +12,41 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup, distributed_c10d
 
+from megatron.core import accelerator
 from megatron.core.errors import ConfigError
 
 # World -> numbers of the factories made in it. Every rank makes the same factories in the same order.
 _FACTORIES: "weakref.WeakKeyDictionary[ProcessGroup, count]" = weakref.WeakKeyDictionary()
+
+
+def backends(group: ProcessGroup | None = None) -> dict[str, str]:
+    """Name of the backend by the kind of device whose tensors it carries in a group (None: the world)."""
+    return dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+
+
+def device_backend(group: ProcessGroup | None = None) -> str | None:
+    """Name of the backend that carries this device's tensors in a group; None where it is not told apart."""
+    return backends(group).get(accelerator.device_type())
+
+
+def message_device(group: ProcessGroup | None = None) -> torch.device:
+    """Where a few numbers that the host has, and wants back at once, should lie to travel in a group.
+
+    In host memory where the group carries it: they then wait for no work that is queued on the device, and
+    the group needs no buffers there. Otherwise on the device.
+    """
+    return torch.device("cpu") if "cpu" in backends(group) else accelerator.current_device()
+
+
+def communicator_options(labels: Iterable[str], buffers_mb: Mapping[str, int]) -> Any:
+    """Options of a group that the device's package chooses by what the group is for; None for defaults.
+
+    Args:
+        labels: names of what shares the group, as in ``parallel_state.initialization.GROUP_AXES``; "world".
+        buffers_mb: sizes of communication buffers that were asked for, by such names.
+    """
+    choose = accelerator.companion("communicator_options")
+    return None if choose is None else choose(tuple(labels), buffers_mb)
 
 
 class GroupFactory:
@@ -30,9 +61,10 @@ class GroupFactory:
 
     Args:
         timeout: of the collectives; None for the backend's default.
-        backend: None for the world's own.
+        backend: None for the one that carries the device's tensors in the world.
         nccl_settings: see ``get_nccl_options``.
         options: of the backend, for every group.
+        buffers_mb: see ``communicator_options``.
     """
 
     def __init__(
@@ -41,10 +73,13 @@ class GroupFactory:
         backend: str | None = None,
         nccl_settings: dict | None = None,
         options: Any = None,
+        buffers_mb: Mapping[str, int] | None = None,
     ):
-        self._timeout, self._backend = timeout, backend
-        self._settings, self._options = nccl_settings, options
+        self._timeout, self._backend = timeout, backend or device_backend()
+        self._settings, self._options = nccl_settings or {}, options
+        self._buffers_mb = buffers_mb or {}
         self._number = next(_FACTORIES.setdefault(dist.group.WORLD, count()))
+        self._labels: dict[tuple[int, ...], list[str]] = {}
         self._made: dict[tuple[int, ...], ProcessGroup] = {}
 
     @property
@@ -52,13 +87,27 @@ class GroupFactory:
         """Number of groups made so far."""
         return len(self._made)
 
+    @property
+    def labelled(self) -> list[tuple[tuple[str, ...], int]]:
+        """Labels and number of members of the groups made so far."""
+        return [(tuple(self._labels.get(key, ())), len(key)) for key in self._made]
+
+    def expect(self, ranks: list[int], label: str) -> None:
+        """Announces what a group is for, before it is made: everything that shares it has a say in how."""
+        self._labels.setdefault(tuple(ranks), []).append(label)
+
     def make(self, ranks: list[int], label: str | None = None) -> ProcessGroup:
-        """The group of ``ranks``, which must hold the calling rank; ``label`` finds its NCCL settings."""
+        """The group of ``ranks``, which must hold the calling rank.
+
+        Args:
+            ranks: global ranks.
+            label: shown in debug output; what the group is for, if nothing was announced.
+        """
         key = tuple(ranks)
         if key not in self._made:
-            options = self._options
-            if self._settings is not None and label is not None:
-                options = get_nccl_options(label, self._settings)
+            if label is not None and key not in self._labels:
+                self.expect(ranks, label)
+            options = self._options_of(self._labels.get(key, []))
             with self._own_names():
                 self._made[key] = create_group(
                     ranks,
@@ -69,6 +118,17 @@ class GroupFactory:
                     group_desc=label,
                 )
         return self._made[key]
+
+    def _options_of(self, labels: list[str]) -> Any:
+        """The caller's for every group, else those in a file, else those of the device's package."""
+        named = [label for label in labels if label in self._settings]
+        if self._options is not None or not labels:
+            return self._options
+        if named:
+            return get_nccl_options(named[0], self._settings)
+        if self._backend != accelerator.collective_backend():
+            return None
+        return communicator_options(labels, self._buffers_mb)
 
     @contextmanager
     def _own_names(self) -> Iterator[None]:

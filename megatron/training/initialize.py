@@ -8,15 +8,18 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
 
 from megatron.core import accelerator, overrides, parallel_state
 from megatron.core.errors import ConfigError
+from megatron.core.process_groups import communicator_options
 from megatron.core.rerun_state_machine import initialize_rerun_state_machine
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.training.arguments import parse_args, print_args, validate_args
+from megatron.training.buffer_sizes import communicator_buffers
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import get_args, get_tensorboard_writer, set_global_variables
 from megatron.training.log_handler import CustomHandler
@@ -113,6 +116,7 @@ def _initialize_distributed(
         get_embedding_ranks=get_embedding_ranks,
         get_position_embedding_ranks=get_position_embedding_ranks,
         create_gloo_process_groups=args.enable_gloo_process_groups,
+        communicator_buffers_mb=communicator_buffers(args),
     )
     for label, size in (
         ("tensor", parallel_state.get_tensor_model_parallel_world_size()),
@@ -128,13 +132,20 @@ def _join_world(args: Namespace) -> None:
     if torch.distributed.is_initialized():
         return
     torch.distributed.init_process_group(
-        backend=accelerator.collective_backend(args.distributed_backend),
+        backend=accelerator.world_backend(args.distributed_backend, args.enable_gloo_process_groups),
+        pg_options=_world_options(args),
         # A single process needs no port and no host name.
         store=torch.distributed.HashStore() if args.world_size == 1 else None,
         world_size=args.world_size,
         rank=args.rank,
         timeout=timedelta(minutes=args.distributed_timeout_minutes),
     )
+
+
+def _world_options(args: Namespace) -> Any:
+    if accelerator.collective_backend(args.distributed_backend) != accelerator.collective_backend():
+        return None
+    return communicator_options(("world",), communicator_buffers(args))
 
 
 def _queue_communication_before_compute(args: Namespace) -> None:

@@ -4,13 +4,15 @@ import logging
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from megatron.core import accelerator
 from megatron.core.errors import ConfigError, NotBuiltYetError
 from megatron.core.parallel_state.state import STATE
-from megatron.core.process_groups import GroupFactory, load_nccl_settings
+from megatron.core.process_groups import GroupFactory, device_backend, load_nccl_settings
 from megatron.core.rank_grid import RankGenerator, levels_of, make_grids
 from megatron.core.utils import GlobalMemoryBuffer
 
@@ -44,6 +46,11 @@ _GLOO_TWINS = (
 GROUP_NAMES = frozenset(
     [*GROUP_AXES, _INTRA, _INTER, "_EMBEDDING_GROUP", "_POSITION_EMBEDDING_GROUP"]
     + [f"{name}_GLOO" for name in _GLOO_TWINS]
+)
+# What a group is for, in settings and sizes by group.
+GROUP_LABELS = frozenset(
+    [label for _, _, label in GROUP_AXES.values()]
+    + ["intra_dp_cp", "inter_dp_cp", "hcp", "embd", "pos_embd", "world"]
 )
 _PIPELINE_BACKENDS = (None, "nccl", "hccl", "gloo")
 
@@ -80,6 +87,7 @@ def initialize_model_parallel(
     get_embedding_ranks: Callable[[list[int]], list[int]] | None = None,
     get_position_embedding_ranks: Callable[[list[int]], list[int]] | None = None,
     create_gloo_process_groups: bool = True,
+    communicator_buffers_mb: dict[str, int] | None = None,
 ) -> None:
     """Create every group this rank belongs to.
 
@@ -99,6 +107,8 @@ def initialize_model_parallel(
         order: axes of the rank grid, the fastest first.
         get_embedding_ranks, get_position_embedding_ranks: which ranks of a pipeline hold the embeddings.
         create_gloo_process_groups: also create twins of the data-parallel groups for host memory.
+        communicator_buffers_mb: sizes of communication buffers by label of the group (``GROUP_AXES``), where
+            the device's package sizes them; see ``process_groups.communicator_options``.
 
     Raises:
         ConfigError: sizes that do not fit the world or each other, or a second call without
@@ -122,20 +132,22 @@ def initialize_model_parallel(
     )
     timeout = timedelta(minutes=distributed_timeout_minutes)
     settings = _nccl_settings(nccl_communicator_config_path)
-    factory = GroupFactory(timeout, nccl_settings=settings)
-    _create_grid_groups(factory, grids)
-    _create_partial_groups(factory, num_distributed_optimizer_instances)
-    STATE.hierarchical = _create_hierarchy(factory, hierarchical_context_parallel_sizes)
+    factory = GroupFactory(timeout, nccl_settings=settings, buffers_mb=communicator_buffers_mb)
+    planned = _grid_groups(grids)
+    planned += _partial_groups(planned, num_distributed_optimizer_instances)
     split = pipeline_model_parallel_split_rank
-    _create_embedding_groups(
-        factory,
+    planned += _embedding_groups(
+        planned,
         get_embedding_ranks or (lambda ranks: default_embedding_ranks(ranks, split)),
         get_position_embedding_ranks or (lambda ranks: default_position_embedding_ranks(ranks, split)),
     )
+    _make(factory, planned, hierarchical_context_parallel_sizes)
+    _log_communicators(factory, communicator_buffers_mb or {})
     if create_gloo_process_groups:
         twins = GroupFactory(timeout, backend="gloo")
         for name in _GLOO_TWINS:
-            _keep(f"{name}_GLOO", twins, STATE.ranks[name])
+            ranks = STATE.ranks[name]
+            STATE.groups[f"{name}_GLOO"], STATE.ranks[f"{name}_GLOO"] = twins.make(ranks), ranks
     STATE.by_hand["split_rank"] = split
     if virtual_pipeline_model_parallel_size is not None:
         STATE.by_hand.update(vpp_size=virtual_pipeline_model_parallel_size, vpp_rank=0)
@@ -167,32 +179,54 @@ def _check_request(
 def _nccl_settings(path: str | None) -> dict | None:
     if path is None:
         return None
-    if dist.get_backend() != "nccl":
+    if device_backend() != "nccl":
         logger.warning(
-            "%s holds NCCL settings: the backend is %s, so they have no effect", path, dist.get_backend()
+            "%s holds NCCL settings: the backend is %s, so they have no effect", path, device_backend()
         )
         return None
     return load_nccl_settings(path)
 
 
-def _keep(name: str, factory: GroupFactory, ranks: list[int], label: str | None = None) -> None:
-    STATE.groups[name], STATE.ranks[name] = factory.make(ranks, label), ranks
+class _Planned(NamedTuple):
+    """A group of this rank that is to be made, or that is another name for one."""
+
+    name: str
+    ranks: list[int]
+    label: str
 
 
-def _create_grid_groups(factory: GroupFactory, grids: dict[str, RankGenerator]) -> None:
+def _make(factory: GroupFactory, planned: list[_Planned], levels: list[int] | None) -> None:
+    """All groups, each as suits everything that shares it."""
+    for group in planned:
+        factory.expect(group.ranks, group.label)
+    context = _ranks_of(planned, "_CONTEXT_PARALLEL_GROUP")
+    nested = levels_of(context, levels, dist.get_rank()) if levels else []
+    for ranks in nested:
+        factory.expect(ranks, "hcp")
+    for group in planned:
+        STATE.groups[group.name] = factory.make(group.ranks, group.label)
+        STATE.ranks[group.name] = group.ranks
+    STATE.hierarchical = [factory.make(ranks, "hcp") for ranks in nested] or None
+
+
+def _ranks_of(planned: list[_Planned], name: str) -> list[int]:
+    return next(group.ranks for group in planned if group.name == name)
+
+
+def _grid_groups(grids: dict[str, RankGenerator]) -> list[_Planned]:
     """Groups that vary along some axes of a grid."""
     rank = dist.get_rank()
-    for name, (grid, axes, label) in GROUP_AXES.items():
-        _keep(name, factory, grids[grid].get_group(axes, rank), label)
+    return [
+        _Planned(name, grids[grid].get_group(axes, rank), label)
+        for name, (grid, axes, label) in GROUP_AXES.items()
+    ]
 
 
-def _create_partial_groups(factory: GroupFactory, instances: int) -> None:
+def _partial_groups(planned: list[_Planned], instances: int) -> list[_Planned]:
     """Consecutive blocks of the data x context group, and the ranks at the same place of every block."""
-    whole = STATE.ranks["_DATA_PARALLEL_GROUP_WITH_CP"]
+    whole = _ranks_of(planned, "_DATA_PARALLEL_GROUP_WITH_CP")
     if instances == 1:
-        STATE.groups[_INTRA] = STATE.groups["_DATA_PARALLEL_GROUP_WITH_CP"]
-        STATE.ranks[_INTRA] = whole
-        return
+        return [_Planned(_INTRA, whole, "intra_dp_cp")]
     if instances < 1 or len(whole) % instances:
         raise ConfigError(
             f"num_distributed_optimizer_instances {instances} does not divide the {len(whole)} ranks of the "
@@ -201,31 +235,32 @@ def _create_partial_groups(factory: GroupFactory, instances: int) -> None:
     size = len(whole) // instances
     place = whole.index(dist.get_rank())
     block = place // size * size
-    _keep(_INTRA, factory, whole[block : block + size], "intra_dp_cp")
-    _keep(_INTER, factory, whole[place % size :: size], "inter_dp_cp")
+    return [
+        _Planned(_INTRA, whole[block : block + size], "intra_dp_cp"),
+        _Planned(_INTER, whole[place % size :: size], "inter_dp_cp"),
+    ]
 
 
-def _create_hierarchy(factory: GroupFactory, sizes: list[int] | None) -> list[ProcessGroup] | None:
-    if not sizes:
-        return None
-    groups = levels_of(STATE.ranks["_CONTEXT_PARALLEL_GROUP"], sizes, dist.get_rank())
-    return [factory.make(ranks, "hcp") for ranks in groups]
-
-
-def _create_embedding_groups(
-    factory: GroupFactory,
+def _embedding_groups(
+    planned: list[_Planned],
     get_embedding_ranks: Callable[[list[int]], list[int]],
     get_position_embedding_ranks: Callable[[list[int]], list[int]],
-) -> None:
+) -> list[_Planned]:
     """Groups of those stages of this rank's pipeline that hold copies of the same embeddings."""
-    pipeline = STATE.ranks["_PIPELINE_MODEL_PARALLEL_GROUP"]
-    for name, choose, label in (
-        ("_EMBEDDING_GROUP", get_embedding_ranks, "embd"),
-        ("_POSITION_EMBEDDING_GROUP", get_position_embedding_ranks, "pos_embd"),
-    ):
-        ranks = choose(pipeline)
-        if dist.get_rank() in ranks:
-            _keep(name, factory, ranks, label)
+    pipeline = _ranks_of(planned, "_PIPELINE_MODEL_PARALLEL_GROUP")
+    chosen = (
+        _Planned("_EMBEDDING_GROUP", get_embedding_ranks(pipeline), "embd"),
+        _Planned("_POSITION_EMBEDDING_GROUP", get_position_embedding_ranks(pipeline), "pos_embd"),
+    )
+    return [group for group in chosen if dist.get_rank() in group.ranks]
+
+
+def _log_communicators(factory: GroupFactory, buffers_mb: dict[str, int]) -> None:
+    """What the groups of rank 0 take of the device's memory, where the device's package can tell."""
+    describe = accelerator.companion("describe_communicators")
+    if describe is not None and dist.get_rank() == 0:
+        world = (("world",), dist.get_world_size())
+        logger.info(describe([world, *factory.labelled], buffers_mb))
 
 
 def create_hierarchical_parallel_groups(

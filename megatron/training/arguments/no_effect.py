@@ -4,6 +4,8 @@ from argparse import Namespace
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from megatron.core import accelerator
+
 
 @dataclass(frozen=True)
 class NoEffect:
@@ -74,6 +76,11 @@ NO_EFFECT = (
         "use-ascend-mc2",
         "--sequence-parallel and --tensor-model-parallel-size 2 or more",
         lambda a: a.sequence_parallel and a.tensor_model_parallel_size > 1,
+    ),
+    NoEffect(
+        "hccl-group-buffer",
+        "a device whose collectives take sizes of buffers",
+        lambda a: accelerator.companion("communicator_options"),
     ),
     NoEffect("next-tockens", "--pre-tockens", lambda a: a.pre_tockens is not None),
 )

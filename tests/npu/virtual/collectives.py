@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.npu.kernels import communicators
 from tests.npu.virtual import operators
 from tests.npu.virtual.host_memory import CPU, Crossing
 
@@ -18,6 +19,8 @@ _HOST = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 # Reductions that HCCL has no kernel for before the 950, or never.
 _NOT_REDUCED = (torch.float64, torch.complex64, torch.complex128)
 _GLOO_GROUPS: dict[str, Any] = {}
+# Settings that a group was made with, by its name: what HCCL would read; None for a group without options.
+SETTINGS: dict[str, dict[str, Any] | None] = {}
 
 
 def carry_hccl() -> None:
@@ -34,12 +37,14 @@ def carry_hccl() -> None:
 def _connect(options: Any, settings: Any) -> dist.ProcessGroupGloo:
     """The backend of a new group; called with what torch hands to a backend's constructor."""
     rank, size = options.group_rank, options.group_size
+    SETTINGS[options.group_id] = None if settings is None else dict(settings.hccl_config)
     gloo = dist.ProcessGroupGloo(options.store, rank, size, options.timeout)
     beside = dist.ProcessGroup(options.store, rank, size)
     kind = dist.ProcessGroup.BackendType.GLOO
     beside._set_default_backend(kind)
     beside._register_backend(CPU, kind, gloo)
     _GLOO_GROUPS[options.group_id] = beside.boxed()
+    communicators.register(gloo, beside)
     return gloo
 
 

@@ -70,6 +70,11 @@ GROUP = Group(
             "computed; 1 leaves them whole",
         ),
         value("--distributed-backend", default="nccl", choices=("nccl", "gloo"), help="collective backend"),
+        value(
+            "--hccl-group-buffer",
+            help="MB of each of the two communication buffers of process groups, for instance "
+            "'dp:400;tp:300', where the device's collectives take such sizes",
+        ),
         value("--distributed-timeout-minutes", type=int, default=10, help="collective timeout"),
         switch("--overlap-grad-reduce", help="reduce gradient buckets during backward"),
         switch("--defer-embedding-wgrad-compute", help="move output-layer wgrad into the pipeline flush"),

@@ -24,6 +24,18 @@ def profile_has_a_range(args: Namespace, given: Collection[str]) -> list[Problem
     return []
 
 
+def buffer_sizes_name_groups(args: Namespace, given: Collection[str]) -> list[Problem]:
+    """Sizes of communication buffers are numbers of MB behind names of groups."""
+    from megatron.training.buffer_sizes import buffer_size_problem
+
+    rule = buffer_size_problem(args.hccl_group_buffer or "")
+    return (
+        [Problem("--hccl-group-buffer", args.hccl_group_buffer, rule, "write 'dp:400;tp:300'")]
+        if rule
+        else []
+    )
+
+
 def rejected_results_are_readable(args: Namespace, given: Collection[str]) -> list[Problem]:
     """The file of rejected results is absent, or one that can be read."""
     path = args.result_rejected_tracker_filename
@@ -87,6 +99,7 @@ def _met_already() -> bool:
 RULES = (
     logs_have_names,
     profile_has_a_range,
+    buffer_sizes_name_groups,
     rejected_results_are_readable,
     one_size_of_buckets,
     inference_threshold,
