@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.core import parallel_state
+from megatron.core import accelerator, parallel_state
 from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
 from megatron.core.errors import ConfigError, NotBuiltYetError
 from megatron.core.optimizer.adamw import Adam, create_adam_state
@@ -19,7 +19,7 @@ from megatron.core.optimizer.fp32 import FP32Optimizer
 from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler, MegatronGradScaler
 from megatron.core.optimizer.mixed_precision import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
-from megatron.core.optimizer.param_groups import ParamCondition, _get_param_groups
+from megatron.core.optimizer.param_groups import ParamCondition, _get_param_groups, with_expert_group
 from megatron.core.optimizer.untraced import SGD
 from megatron.core.utils import log_single_rank
 
@@ -46,6 +46,8 @@ def get_megatron_optimizer(
 ) -> ChainedOptimizer:
     """Optimizer over all trainable parameters of ``model_chunks``, which must be wrapped for DDP already.
 
+    All ranks of the model call this together.
+
     Args:
         config: settings.
         model_chunks: the model, or its pipeline chunks.
@@ -55,6 +57,7 @@ def get_megatron_optimizer(
 
     Returns:
         A chain of one member for dense parameters and, with expert parallelism, one for expert parameters.
+        The latter also on a pipeline stage without experts: norms and overflows are found together.
 
     Raises:
         NotBuiltYetError: a setting whose code does not exist yet.
@@ -83,6 +86,8 @@ def get_megatron_optimizer(
         raise ConfigError(
             "the model has no parameter that requires a gradient: unfreeze some, or do not train it"
         )
+    if _some_rank_says(any(group["is_expert_parallel"] for group in groups)):
+        groups = with_expert_group(groups, config.lr, config.min_lr)
     members = []
     for is_expert in (False, True):
         chosen = [group for group in groups if group["is_expert_parallel"] is is_expert]
@@ -91,6 +96,14 @@ def get_megatron_optimizer(
             places = _Places.of(model_chunks, is_expert, collects_on_host)
             members.append(_build_member(config, chosen, model_chunks, places))
     return ChainedOptimizer(members)
+
+
+def _some_rank_says(flag: bool) -> bool:
+    if not parallel_state.model_parallel_is_initialized() or dist.get_world_size() == 1:
+        return flag
+    found = torch.tensor([int(flag)], dtype=torch.int32, device=accelerator.current_device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found.item())
 
 
 @dataclass(frozen=True)

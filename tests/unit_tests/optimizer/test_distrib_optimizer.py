@@ -20,7 +20,7 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.distrib_optimizer import Range
 from tests.distributed.pool import run_ranks
-from tests.unit_tests.distributed.small_training import WIDTH, Net, Training, make_config
+from tests.unit_tests.distributed.small_training import PRECISIONS, WIDTH, Net, Training, make_config
 
 SHARDED = {"use_distributed_optimizer": True}
 BUCKETS = {**SHARDED, "overlap_grad_reduce": True, "bucket_size": 200}
@@ -438,6 +438,39 @@ def test_experts_are_reduced_over_their_own_ranks(ddp: dict[str, Any]) -> None:
             assert values == [of_expert[answer["expert rank"]] if expert else dense], name
         assert answer["norm"] == pytest.approx(squares**0.5, rel=1e-6)
         assert (answer["members"], answer["state"]) == (2, True)
+
+
+def step_of_a_stage(ddp: dict[str, Any], precision: str) -> tuple[Any, int]:
+    """2 stages x 2 expert-parallel ranks, experts on the second stage only; gradients as above."""
+    parallel_state.initialize_model_parallel(
+        pipeline_model_parallel_size=2, expert_model_parallel_size=2, distributed_timeout_minutes=1
+    )
+    module = Net(make_config()) if parallel_state.is_pipeline_first_stage() else WithExperts()
+    settings = {"clip_grad": 1.0, "log_num_zeros_in_grad": True, "initial_loss_scale": 1.0}
+    training = Training(ddp, settings={**PRECISIONS[precision], **settings}, module=module)
+    for param in training.module.parameters():
+        param.main_grad.fill_(dist.get_rank() + 1.0)
+    training.model.finish_grad_sync()
+    result = training.optimizer.step()
+    training.optimizer.load_state_dict(training.optimizer.state_dict())
+    if ddp:
+        training.optimizer.load_parameter_state_from_dp_zero(training.optimizer.get_parameter_state_dp_zero())
+    return result, len(training.optimizer.param_groups)
+
+
+@pytest.mark.parametrize("ddp", [{}, SHARDED])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_stages_without_experts_step_with_those_that_have_some(ddp: dict[str, Any], precision: str) -> None:
+    """Overflow, norm and zeros are found together: every stage must take part in each of the messages."""
+    answers = run_ranks(4, step_of_a_stage, ddp, precision, timeout=20)
+    sizes = {name: param.numel() for name, param in WithExperts().named_parameters()}
+    experts = sum(size for name, size in sizes.items() if name.startswith("layers.0"))
+    everything = sum(sizes.values())
+    # Means over the two ranks of a stage, of which each holds another expert.
+    squares = everything * 1.5**2 + (everything - experts) * 3.5**2 + experts * (1.5**2 + 2.0**2)
+    for (succeeded, norm, zeros), _ in answers:
+        assert succeeded and zeros == 0.0
+        assert norm == pytest.approx(squares**0.5, rel=1e-6)
 
 
 def expert_state(directory: str) -> tuple[list[bool], bool]:
