@@ -94,7 +94,8 @@ def test_shapes(case: Case, dtype: torch.dtype, fake: FakeTensorMode) -> None:
         for t, other in zip(some, expected, strict=True):
             # Blocks may be handed on in the type of the operands or wider.
             assert t.dtype == other.dtype or (".block_attention." in case.path and t.dtype == dtype)
-    called = {name.split(".")[1] for name in recorder.names if name.startswith("npu.")}
+    # Some derivative formulas call their operator by a name with an underscore, which returns more.
+    called = {name.split(".")[1].lstrip("_") for name in recorder.names if name.startswith("npu.")}
     assert called & set(replacement.operators), recorder.names
     CALLED[case.path] |= called
 

@@ -111,6 +111,50 @@ def test_a_saved_state_replays_draws() -> None:
         assert torch.equal(found, wanted) and not torch.equal(wanted, later)
 
 
+def run_experts(device: str, topk: int | None, capacity: int | None) -> list[Tensor]:
+    """Result and gradients of choosing experts, going there, a product each, and coming back."""
+    from megatron.core.fusions.grouped_matmul import grouped_matmul
+    from megatron.core.fusions.moe_gating import topk_routing
+    from megatron.core.fusions.moe_permute import permute_tokens, unpermute_tokens
+
+    generator = torch.Generator().manual_seed(4)
+    drawn = [torch.randn(shape, generator=generator) for shape in ((10, 16), (16, 6), (6, 16, 24))]
+    tokens, router, weight = (t.to(device).requires_grad_() for t in drawn)
+    weights, experts = topk_routing(tokens @ router, 2, "sigmoid", num_groups=2, group_topk=1)
+    probs = weights.new_zeros(10, 6).scatter(1, experts, weights)
+    chosen = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, experts, True)
+    if capacity is not None:
+        order = probs.sort(dim=0, descending=True, stable=True).indices
+        chosen = torch.zeros_like(chosen).scatter_(0, order[:capacity], True)
+    rows, row_probs, where = permute_tokens(tokens, chosen, probs, topk, capacity)
+    rows = grouped_matmul(rows * row_probs.unsqueeze(1), weight, chosen.sum(0), False)
+    out = unpermute_tokens(rows, where, chosen, probs, topk, capacity)
+    out.square().sum().backward()
+    return [t.detach().cpu() for t in (out, tokens.grad, router.grad, weight.grad)]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize(("topk", "capacity"), [(2, None), (None, None), (None, 3)])
+def test_tokens_go_to_experts_and_back(topk: int | None, capacity: int | None, replaced: bool) -> None:
+    """By the defaults, for which torch_npu must have every kernel, and by Ascend's operators."""
+    import megatron_npu
+    from megatron.core import overrides
+
+    megatron_npu.activate()
+    try:
+        overrides.disable("all")
+        wanted = run_experts("cpu", topk, capacity)
+        if replaced:
+            overrides.enable_all()
+        before = CALLS["npu_grouped_matmul"]
+        found = run_experts(DEVICE, topk, capacity)
+        assert (CALLS["npu_grouped_matmul"] > before) == replaced
+    finally:
+        overrides.enable_all()
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_recomputed_attention_drops_the_same() -> None:
     import torch_npu
 

@@ -33,7 +33,16 @@ def install_on_cpu() -> None:
     """
     import torch_npu  # noqa: F401
 
-    from tests.npu.kernels import attention, loss, norms, optimizer, pointwise, rotary, softmax  # noqa: F401
+    from tests.npu.kernels import (  # noqa: F401
+        attention,
+        experts,
+        loss,
+        norms,
+        optimizer,
+        pointwise,
+        rotary,
+        softmax,
+    )
 
     library = torch.library.Library("npu", "IMPL")
     _KEPT.append(library)  # its end would take the kernels back

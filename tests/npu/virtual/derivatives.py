@@ -45,3 +45,8 @@ def repeat_interleave_backward_tensor(
         return repeat_interleave_backward_tensor(grad, input.flatten(), repeats, 0).view(input.shape)
     source = torch.arange(input.shape[dim]).repeat_interleave(repeats)
     return torch.zeros_like(input).index_add(dim, source, grad)
+
+
+@kernel("npu_gather_backward")
+def gather_backward(grad: Tensor, self_size: list[int], dim: int, index: Tensor, sparse_grad: bool) -> Tensor:
+    return grad.new_zeros(self_size).scatter_add(dim, index, grad)

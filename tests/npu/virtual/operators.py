@@ -92,7 +92,16 @@ def route_npu() -> None:
     Their calls are counted. At the end of a process they go to ``calls_RANK.json`` in the directory that
     the variable VIRTUAL_NPU_CALLS names.
     """
-    from tests.npu.kernels import attention, loss, norms, optimizer, pointwise, rotary, softmax  # noqa: F401
+    from tests.npu.kernels import (  # noqa: F401
+        attention,
+        experts,
+        loss,
+        norms,
+        optimizer,
+        pointwise,
+        rotary,
+        softmax,
+    )
 
     library = torch.library.Library("npu", "IMPL")
     keep(library)
