@@ -131,6 +131,7 @@ def _join_world(args: Namespace) -> None:
     accelerator.set_device(args.local_rank)
     if torch.distributed.is_initialized():
         return
+    _connect_hosts_on_demand()
     torch.distributed.init_process_group(
         backend=accelerator.world_backend(args.distributed_backend, args.enable_gloo_process_groups),
         pg_options=_world_options(args),
@@ -146,6 +147,16 @@ def _world_options(args: Namespace) -> Any:
     if accelerator.collective_backend(args.distributed_backend) != accelerator.collective_backend():
         return None
     return communicator_options(("world",), communicator_buffers(args))
+
+
+def _connect_hosts_on_demand() -> None:
+    """Beside a device's collectives, gloo opens only the connections that its few messages take.
+
+    By default a group opens one to each of its ranks as it is made: in a world of a thousand ranks more than
+    the thousand files that a process may usually have open.
+    """
+    if accelerator.is_accelerated():
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
 
 
 def _queue_communication_before_compute(args: Namespace) -> None:
