@@ -50,13 +50,14 @@ def _table() -> int:
 def _check(points: list[str] | None, dtypes: list[str] | None) -> int:
     from megatron.core import accelerator
     from megatron_npu import versions
-    from megatron_npu.checking import compare
+    from megatron_npu.checking import compare, ranks
 
     reason = versions.why_no_npu()
     if reason is not None:
         raise compare.NothingToCheckError(reason)
     megatron_npu.activate()
-    return compare.main(accelerator.current_device(), points, dtypes)
+    with ranks.joined():
+        return compare.main(accelerator.current_device(), points, dtypes)
 
 
 if __name__ == "__main__":

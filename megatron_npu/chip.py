@@ -15,6 +15,7 @@ import torch
 _FIRST_910B = 220
 _FIRST_310B = 240
 _FIRST_910_93 = 250
+_FIRST_950 = 260
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Chips:
 
 
 ALL = Chips("all", lambda soc: True)
+FROM_910B_TO_910_93 = Chips(
+    "910B, 910_93", lambda soc: _FIRST_910B <= soc < _FIRST_310B or _FIRST_910_93 <= soc < _FIRST_950
+)
 FROM_910B = Chips("910B, 910_93, 950", lambda soc: _FIRST_910B <= soc < _FIRST_310B or soc >= _FIRST_910_93)
 
 
@@ -45,6 +49,11 @@ def soc_number() -> int:
 def is_first_generation() -> bool:
     """True for the 910A family and 310P: no bf16, older kernels."""
     return soc_number() < _FIRST_910B
+
+
+def is_910_93() -> bool:
+    """True for 910_93, whose chips are linked in other ways than those of a 910B."""
+    return _FIRST_910_93 <= soc_number() < _FIRST_950
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -63,6 +64,8 @@ class Case:
         observe: tensors to compare, from the result and the call (for functions that write in place).
         pinned: fp32 operands stay fp32 in the reference as well.
         dtypes: types to try; None for all that the replacement takes.
+        among_ranks: all ranks of the default process group make the call, each with operands of its own, and
+            get the group as ``group``.
     """
 
     path: str
@@ -71,6 +74,7 @@ class Case:
     observe: Callable[[Any, Call], list[Tensor]] = results
     pinned: bool = False
     dtypes: tuple[torch.dtype, ...] | None = None
+    among_ranks: bool = False
 
     def call(self, dtype: torch.dtype, device: torch.device | str) -> Call:
         """The call in a type on a device."""
@@ -87,7 +91,9 @@ class Case:
         return self._converted(widen, "cpu")
 
     def _converted(self, change: Callable[[Tensor], Tensor], device: torch.device | str) -> Call:
-        drawn = self.make(Draw())
+        drawn = self.make(Draw(1 + dist.get_rank() if self.among_ranks else 1))
+        if self.among_ranks:
+            drawn.kwargs["group"] = dist.group.WORLD
         args, kwargs = tree_map_only(
             Tensor, lambda t: change(t).clone().to(device), (drawn.args, drawn.kwargs)
         )

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megatron_npu.checking.attention_cases import ATTENTION_CASES
 from megatron_npu.checking.case import Call, Case, Draw
+from megatron_npu.checking.collective_cases import COLLECTIVE_CASES
 from megatron_npu.checking.expert_cases import EXPERT_CASES
 
 _FUSIONS = "megatron.core.fusions."
@@ -83,6 +84,7 @@ def _unscaled(result: Tensor, call: Call) -> list[Tensor]:
 
 CASES: list[Case] = [
     *ATTENTION_CASES,
+    *COLLECTIVE_CASES,
     *EXPERT_CASES,
     Case(_FUSIONS + "rms_norm.rms_norm", "[s, b, h]", _rms_norm),
     Case(_FUSIONS + "fused_bias_swiglu.swiglu", "[s, b, 2f]", _swiglu),

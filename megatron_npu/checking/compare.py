@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core import overrides
@@ -13,6 +14,7 @@ from megatron.core.errors import MegatronError
 from megatron_npu import activation, chip
 from megatron_npu.checking.case import Call, Case, execute
 from megatron_npu.checking.cases import CASES
+from megatron_npu.checking.ranks import is_first
 from megatron_npu.registry import Replacement, replacements
 
 
@@ -128,21 +130,35 @@ def findings(
             continue
         if not everywhere and replacement.why_not_here() is not None:
             continue
-        for case in (case for case in CASES if case.path == path):
+        for case in (case for case in CASES if case.path == path and _has_its_ranks(case)):
             for dtype in (t for t in present if t in (case.dtypes or replacement.dtypes)):
                 call = case.call(dtype, "cpu")
                 if replacement.why_not_now(call.args, call.kwargs) is None:
                     yield judge(replacement, case, dtype, device)
 
 
+def _has_its_ranks(case: Case) -> bool:
+    return dist.is_initialized() or not case.among_ranks
+
+
+def _left_out() -> str:
+    """What this process cannot compare alone, and how it is compared."""
+    names = sorted({case.path.rpartition(".")[2] for case in CASES if not _has_its_ranks(case)})
+    command = "torchrun --nproc-per-node 2 -m megatron_npu check"
+    return f"compared by several ranks only ({command}): {', '.join(names)}" if names else ""
+
+
 def main(device: torch.device, points: list[str] | None, dtypes: list[str] | None) -> int:
     """Prints the table; 1 if an error is beyond its bound, else 0.
+
+    Of several ranks the first prints its own table, and the others the lines of errors beyond their bounds.
 
     Raises:
         NothingToCheckError: no case is left.
     """
-    print(activation.device_line())
-    print(_line("point", "case", "dtype", ("max abs", "rel L2", "grad L2", "default", "bound"), ""))
+    if is_first():
+        print(activation.device_line())
+        print(_line("point", "case", "dtype", ("max abs", "rel L2", "grad L2", "default", "bound"), ""))
     count = bad = 0
     for finding in findings(device, points, dtypes):
         count, bad = count + 1, bad + (not finding.good)
@@ -153,10 +169,15 @@ def main(device: torch.device, points: list[str] | None, dtypes: list[str] | Non
         )  # fmt: skip
         verdict = "ok" if finding.good else f"BEYOND THE BOUND {finding.failure}".rstrip()
         name = finding.case.path.rpartition(".")[2]
-        print(_line(name, finding.case.name, str(finding.dtype)[6:], numbers, verdict), flush=True)
+        if is_first() or not finding.good:
+            print(_line(name, finding.case.name, str(finding.dtype)[6:], numbers, verdict), flush=True)
     if not count:
-        raise NothingToCheckError(f"no replacement named {points} can run here in {dtypes or 'any type'}")
-    print(f"{count - bad} of {count} comparisons within their bounds")
+        reason = f"no replacement named {points} can run here in {dtypes or 'any type'}"
+        raise NothingToCheckError(f"{reason}; {_left_out()}" if _left_out() else reason)
+    if is_first():
+        print(f"{count - bad} of {count} comparisons within their bounds")
+        if _left_out():
+            print(_left_out())
     return 1 if bad else 0
 
 

@@ -177,6 +177,29 @@ def test_more_layouts(npus, words, on_cpu, tmp_path: Path, name: str, report) ->
     report(hold_to_the_cpu(npus, words, on_cpu, tmp_path, MORE[name], "fp32"))
 
 
+# Fused kernels want inner sizes from 256 on, also of what a rank holds.
+WIDE = "--hidden-size 512 --ffn-hidden-size 512 --num-layers 2 --bf16"
+
+
+def test_products_that_send_while_they_multiply(npus, words, tmp_path: Path, report) -> None:
+    layers, bound = 2, PRECISIONS["bf16"][1]
+    one = pretrain_gpt(words(Layout(model="llama"), WIDE), tmp_path).check()
+    layout = Layout(tp=2, sequence_parallel=True, model="llama")
+    found = npus.pretrain_gpt(2, words(layout, f"{WIDE} --use-ascend-mc2"), tmp_path)[-1]
+    difference = worst(found, one)
+    report(f"{layout} with fused products, bf16: losses differ by {difference:.1e} (bound {bound:.0e})")
+    assert difference < bound
+    # Two of each kind a layer in either direction; the output layer gathers forward and scatters back. The
+    # two evaluations have a forward pass only.
+    steps, evaluations = (layout.microbatches * iterations for iterations in (STEPS, 2))
+    gathers = steps * (4 * layers + 1) + evaluations * (2 * layers + 1)
+    scatters = steps * (4 * layers + 1) + evaluations * 2 * layers
+    for rank in range(2):
+        calls = json.loads((tmp_path / f"calls_{rank}.json").read_text())
+        assert calls["npu_all_gather_base_mm"] == gathers
+        assert calls["npu_mm_reduce_scatter_base"] == scatters
+
+
 RESUMED = {
     "alone": Layout(model="llama"),
     "tensor parallel, sharded": Layout(tp=2, model="llama", sequence_parallel=True),

@@ -76,6 +76,18 @@ def test_a_launch_script_trains(golden: Path, tmp_path: Path) -> None:
         assert {"npu_fusion_attention_grad", "npu_gelu_backward", "npu_apply_adam_w.out"} <= called.keys()
 
 
+def test_ranks_check_what_takes_several() -> None:
+    launcher = ("python", "-W", "ignore", "-m", "torch.distributed.run", "--standalone")
+    point = ("-m", "megatron_npu", "check", "--point", "matmul_reduce_scatter", "--dtype", "bfloat16")
+    done = on_virtual_npus("--", *launcher, "--nproc-per-node", "2", *point)
+    assert done.returncode == 0, done.stdout
+    assert len(re.findall(r"^matmul_reduce_scatter .* bfloat16 .* ok$", done.stdout, re.MULTILINE)) == 2
+    assert done.stdout.count("2 of 2 comparisons within their bounds") == 1, done.stdout
+    alone = on_virtual_npus("--", "python", *point)
+    assert alone.returncode == 2
+    assert "compared by several ranks only (torchrun --nproc-per-node 2" in alone.stdout, alone.stdout
+
+
 def test_status_of_the_command_is_ours() -> None:
     assert on_virtual_npus("--", "python", "-c", "raise SystemExit(7)").returncode == 7
     missing = on_virtual_npus("--", "no-such-command")

@@ -5,12 +5,15 @@ replacement declares must have been called.
 """
 
 import collections
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -65,6 +68,17 @@ def fake():
     yield mode
     for cache in (hidden_by_band, compressed_mask):
         cache.cache_clear()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_of_two_ranks() -> Iterator[None]:
+    """A process group in which nobody answers and nobody waits; NPU tensors have a backend with a name."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+    type(backend).get_hccl_comm_name = lambda self, rank: f"made for rank {rank}"
+    dist.group.WORLD._register_backend(torch.device("npu"), dist.ProcessGroup.BackendType.CUSTOM, backend)
+    yield
+    dist.destroy_process_group()
 
 
 def on_the_npu(call: Call, mode: FakeTensorMode) -> Call:

@@ -37,6 +37,7 @@ def install_on_cpu() -> None:
         attention,
         experts,
         loss,
+        matmul_collectives,
         norms,
         optimizer,
         pointwise,

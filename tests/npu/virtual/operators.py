@@ -96,6 +96,7 @@ def route_npu() -> None:
         attention,
         experts,
         loss,
+        matmul_collectives,
         norms,
         optimizer,
         pointwise,
