@@ -11,6 +11,7 @@ from megatron.core.fusions import grouped_matmul as module
 from megatron.core.fusions.grouped_matmul import grouped_matmul
 from megatron.core.fusions.moe_gating import topk_routing
 from megatron.core.fusions.moe_permute import permute_tokens, unpermute_tokens
+from tests.reference_models import load_transformers
 
 COUNTS = torch.tensor([3, 0, 6, 1])
 BOUNDS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -115,6 +116,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("topk", [1, 2])
 def test_a_layer_of_experts_is_that_of_mixtral(topk: int, weights_inside: bool) -> None:
     """Routing weights multiply what is between the two products, or the rows when they are summed up."""
+    load_transformers()
     from transformers.models.mixtral.configuration_mixtral import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron.core.errors import ConfigError
 from megatron.core.fusions.moe_gating import topk_routing
+from tests.reference_models import load_transformers
 
 TOKENS, EXPERTS = 12, 8
 
@@ -70,6 +71,7 @@ def test_experts_of_the_best_groups_only(topk: int, group_topk: int, pre_softmax
 
 
 def test_the_router_of_deepseek() -> None:
+    load_transformers()
     from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 

@@ -9,8 +9,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
+from tests.reference_models import load_transformers
 
-transformers = pytest.importorskip("transformers")
+transformers = load_transformers()
 
 LAYERS, HIDDEN, HEADS, VOCABULARY, LENGTH = 2, 32, 4, 96, 24
 
