@@ -51,3 +51,10 @@ def describe_communicators(groups: list[tuple[tuple[str, ...], int]], buffers_mb
     from megatron_npu import communicators
 
     return communicators.describe(groups, buffers_mb)
+
+
+def make_profiler(directory: str, steps: int) -> Any:
+    """Ascend's profiler: see :func:`megatron_npu.profiler.make_profiler`."""
+    from megatron_npu import profiler
+
+    return profiler.make_profiler(directory, steps)

@@ -1,7 +1,6 @@
 """What happens around each step without being part of it: profiling, garbage, hashes, synchronisation."""
 
 import gc
-import os
 from argparse import Namespace
 from typing import Any
 
@@ -11,6 +10,7 @@ from megatron.core import accelerator
 from megatron.core.errors import TrainingError
 from megatron.core.utils import check_param_hashes_across_dp_replicas
 from megatron.training.agreement import any_rank
+from megatron.training.profiling import make_profiler
 from megatron.training.schedule_hooks import gathered_parameters
 from megatron.training.utils import print_rank_0
 
@@ -45,7 +45,7 @@ class StepHooks:
         """Start the profiler when its window opens."""
         args = self._args
         if args.profile and args.rank in args.profile_ranks and iteration == args.profile_step_start:
-            self._profiler = _make_profiler(args)
+            self._profiler = make_profiler(args)
             self._profiler.start()
 
     def after_step(self, iteration: int) -> None:
@@ -74,14 +74,3 @@ class StepHooks:
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler = None
-
-
-def _make_profiler(args: Namespace) -> torch.profiler.profile:
-    """Profiler that writes one trace per rank, readable by TensorBoard and by chrome://tracing."""
-    directory = args.tensorboard_dir or os.path.join(args.save or ".", "profile")
-    print_rank_0(
-        f"profiling iterations {args.profile_step_start} to {args.profile_step_end} into {directory}"
-    )
-    return torch.profiler.profile(
-        record_shapes=True, on_trace_ready=torch.profiler.tensorboard_trace_handler(directory)
-    )

@@ -166,3 +166,7 @@ FAIL(rtDevBinaryRegister) FAIL(rtFunctionRegister) FAIL(rtGetC2cCtrlAddr) FAIL(r
 NOOP(MsprofGetHashId) NOOP(MsprofRegisterCallback) NOOP(MsprofReportAdditionalInfo) NOOP(MsprofReportApi)
 NOOP(MsprofReportCompactInfo)
 uint64_t MsprofSysCycleTime(void) { return 0; }
+/* torch_npu's profiler starts and stops; a trace then holds what the host did. */
+NOOP(aclprofInit) NOOP(aclprofFinalize) NOOP(aclprofSetConfig) NOOP(aclprofWarmup) NOOP(aclprofStart)
+NOOP(aclprofStop) NOOP(aclprofDestroyConfig) FAIL(aclprofGetSupportedFeatures)
+void *aclprofCreateConfig(void) { static int config; return &config; }

@@ -1,6 +1,6 @@
-"""Compiles the stand-in for CANN: seven small libraries, by the C compiler alone.
+"""Compiles the stand-in for CANN: nine small libraries, by the C compiler alone.
 
-The two with code are ``ascendcl.c`` and ``op_compiler.c``; the dynamic linker wants the other five to exist.
+The two with code are ``ascendcl.c`` and ``op_compiler.c``; the others only have to exist.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SOURCES = {"ascendcl": "ascendcl.c", "acl_op_compiler": "op_compiler.c"}
-EMPTY = ("hccl", "ge_runner", "graph", "acl_tdt_channel", "atb")
+EMPTY = ("hccl", "ge_runner", "graph", "acl_tdt_channel", "atb", "msprofiler", "ascend_hal")
 
 
 def compiler() -> str | None:
@@ -22,7 +22,7 @@ def compiler() -> str | None:
 
 def build() -> Path:
     """Directory with the libraries, made on first use and shared by later runs of this user."""
-    text = "".join((HERE / name).read_text(encoding="utf-8") for name in SOURCES.values())
+    text = "".join([*((HERE / name).read_text(encoding="utf-8") for name in SOURCES.values()), *EMPTY])
     name = f"megatron-npu-cann-{os.getuid()}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     target = Path(tempfile.gettempdir()) / name
     if target.is_dir():

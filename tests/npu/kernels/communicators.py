@@ -33,6 +33,6 @@ def group_of(name: str) -> dist.ProcessGroup:
     return _KNOWN[name][1]
 
 
-def _name_of(backend: dist.ProcessGroupGloo, global_rank: int) -> str:
+def _name_of(backend: dist.ProcessGroupGloo, global_rank: int, init_comm: bool = True) -> str:
     assert global_rank == dist.get_rank(), "the communicator wants this process's global rank"
     return next(name for name, (known, _) in _KNOWN.items() if known is backend)

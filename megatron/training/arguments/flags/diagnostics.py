@@ -27,7 +27,10 @@ GROUP = Group(
         switch("--profile", help="profile a step range"),
         value("--profile-step-start", type=int, default=10, help="first profiled iteration"),
         value("--profile-step-end", type=int, default=12, help="iteration at which profiling stops"),
-        switch("--use-pytorch-profiler", help="use torch.profiler and write TensorBoard traces"),
+        switch(
+            "--use-pytorch-profiler",
+            help="use torch.profiler where the device has its own, too",
+        ),
         value("--profile-ranks", type=int, default=[0], nargs="+", help="global ranks to profile"),
         value(
             "--empty-unused-memory-level",

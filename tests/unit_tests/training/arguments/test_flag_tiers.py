@@ -146,7 +146,6 @@ def test_inert_flags_never_reach_the_config(check) -> None:
 
 # Working flags that no code has to read, and why that is not silence.
 NOTHING_TO_READ = {
-    "--use-pytorch-profiler": "the torch profiler is the only one",
     "--auto-detect-ckpt-format": "there is one format",
     "--no-ckpt-fully-parallel-save": "one process writes",
     "--ckpt-fully-parallel-load": "one process reads",
