@@ -12,6 +12,8 @@ from megatron.core.fusions.dropout import drops_by_lanes, keep_mask
 
 # Log-sum-exp of a query that sees no key. Finite, so that merging two such parts gives no NaN.
 NOTHING_VISIBLE = -1e30
+# Scores of a tile in fp32, at most; a step of backward holds four tensors of this size.
+_MOST_SCORES = 1 << 26
 
 
 class BlockShape(NamedTuple):
@@ -101,7 +103,8 @@ def _tiles(q: Tensor, k: Tensor, shape: BlockShape) -> Iterator[_Tile]:
     number = 0
     for stripe in stripes(sq, sk, shape.band):
         rows, keys = (part.stop - part.start for part in (stripe.rows, stripe.keys))
-        at_once = max(1, 4 * accelerator.block_elements(q.device) // (n // g * rows * keys))
+        scores = min(4 * accelerator.block_elements(q.device), _MOST_SCORES)
+        at_once = max(1, scores // (n // g * rows * keys))
         for sequence in range(b):
             for first in range(0, g, at_once):
                 groups = slice(first, min(first + at_once, g))

@@ -1,15 +1,19 @@
 """Block attention and its merge against dense float64."""
 
+from unittest import mock
+
 import pytest
 import torch
 
+from megatron.core import accelerator
+from megatron.core.fusions import block_attention_steps
 from megatron.core.fusions.attention_bands import Band, hidden_by_band
 from megatron.core.fusions.block_attention import (
     block_attention,
     block_attention_backward,
     merge_attention,
 )
-from megatron.core.fusions.block_attention_steps import NOTHING_VISIBLE, replayable_keep_mask
+from megatron.core.fusions.block_attention_steps import NOTHING_VISIBLE, BlockShape, replayable_keep_mask
 
 B, N, D, SCALE = 2, 4, 8, 0.4
 BANDS = [Band(), Band(None, 0), Band(2, 0), Band(None, -3), Band(-2, None), Band(-4, 9), Band(3, 3)]
@@ -186,3 +190,16 @@ def test_merge_by_hand():
         assert torch.equal(pair[1], lse)
     _, empty = merge_attention(torch.zeros_like(out), nothing.clone(), torch.zeros_like(out), nothing)
     assert torch.equal(empty, nothing)
+
+
+def test_what_is_held_at_a_time_is_bounded_where_blocks_are_large() -> None:
+    """32k keys, 64 heads on a device: a tile of scores stays below 256 MiB however many heads there are."""
+    query, key = (torch.empty(32768, 1, heads, 1, device="meta") for heads in (64, 16))
+    largest = 0
+    with mock.patch.object(accelerator, "block_elements", lambda device: 1 << 26):
+        for tile in block_attention_steps._tiles(query, key, BlockShape(Band(), None, 1.0, 0.0, 0)):
+            rows, keys, groups = (
+                part.stop - part.start for part in (tile.stripe.rows, tile.stripe.keys, tile.groups)
+            )
+            largest = max(largest, rows * keys * groups * 4)
+    assert 0 < 4 * largest <= 256 * 2**20
