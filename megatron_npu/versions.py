@@ -31,6 +31,7 @@ _BUILT_FOR = {
 }
 _DEVICE_FILES = "/dev/davinci[0-9]*"
 _HAS_NPU = "this machine has an NPU"
+_DRIVER_LIBRARY = "libascend_hal.so"
 _DRIVER_INFO = Path("/usr/local/Ascend/driver/version.info")
 _SET_ENV = "source tests_gpt/env_npu.sh, or CANN's own set_env.sh, in this shell"
 
@@ -76,7 +77,9 @@ def torch_npu_problem() -> str | None:
 
 
 def _without_cann(error: Exception) -> str:
-    return f"torch_npu {torch_npu_version()} finds no CANN: {_first_line(error)}; {_SET_ENV}"
+    """CANN's libraries link to the driver's, which is installed, and goes missing, on its own."""
+    missing = "NPU driver" if _DRIVER_LIBRARY in str(error) else "CANN"
+    return f"torch_npu {torch_npu_version()} finds no {missing}: {_first_line(error)}; {_SET_ENV}"
 
 
 def is_wanted() -> bool:

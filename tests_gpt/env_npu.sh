@@ -68,6 +68,7 @@ npu_source_cann() {
     source "$found"
     [[ $flags != *e* ]] || set -e
     [[ $flags != *u* ]] || set -u
+    npu_say "set ASCEND_HOME_PATH=${ASCEND_HOME_PATH:-} and what else that file sets"
 }
 
 # npu_add_driver: lets the linker find the driver, which set_env.sh leaves to the system's configuration.

@@ -1,7 +1,9 @@
 """tests_gpt/env_npu.sh, sourced by a strict shell on a machine made of directories."""
 
 import os
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,7 @@ def test_a_card_is_enough(machine: Machine, file: str) -> None:
     printed, changed = machine.source()
     assert "env_npu: CANN: " in printed
     assert changed["ASCEND_HOME_PATH"].endswith("ascend-toolkit/latest")
+    assert f"env_npu: set ASCEND_HOME_PATH={changed['ASCEND_HOME_PATH']}" in printed
     assert changed["HCCL_CONNECT_TIMEOUT"] == "1200"
     assert changed["PYTORCH_NPU_ALLOC_CONF"] == "expandable_segments:True"
     for name in ("HCCL_CONNECT_TIMEOUT", "PYTORCH_NPU_ALLOC_CONF"):
@@ -97,3 +100,36 @@ def test_no_cann_is_said(machine: Machine) -> None:
     )
     assert "no set_env.sh found" in printed
     assert "ASCEND_HOME_PATH" not in changed
+
+
+def test_every_variable_is_named_or_comes_from_cann(machine: Machine) -> None:
+    """What changes is printed, or was set by CANN's own file, which is printed."""
+    (machine.ascend / "driver" / "lib64").mkdir(parents=True)
+    printed, changed = machine.source(MEGATRON_DEVICE="npu")
+    silent = {name for name in changed if name not in printed}
+    assert changed.keys() >= {"ASCEND_HOME_PATH", "LD_LIBRARY_PATH"} and not silent, (silent, printed)
+
+
+def test_an_ordinary_user_is_enough() -> None:
+    """Root becomes nobody for it; everything but the shell's environment stays as it was."""
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        root.chmod(0o755)
+        shutil.copy(SCRIPT, root / "env_npu.sh")
+        machine = Machine(root)
+        before = sorted(root.rglob("*"))
+        env = {k: v for k, v in os.environ.items() if not k.startswith(CLEARED)}
+        env |= {"MEGATRON_DEVICE": "npu", "DEV_DIR": str(machine.dev), "ASCEND_ROOT": str(machine.ascend)}
+        user = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+        done = subprocess.run(
+            ["bash", "-c", f'set -eu; source "{root}/env_npu.sh"; echo "home $ASCEND_HOME_PATH"; id -u'],
+            env=env,
+            cwd=root,
+            text=True,
+            capture_output=True,
+            check=True,
+            **user,
+        )
+        *_, home, uid = done.stdout.strip().splitlines()
+        assert home == f"home {machine.ascend}/ascend-toolkit/latest" and uid != "0" and not done.stderr
+        assert sorted(root.rglob("*")) == before

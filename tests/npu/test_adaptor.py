@@ -104,6 +104,20 @@ def test_launchers_are_told_before_torch_is_imported(installed) -> None:
     assert "| torch\n" not in done.stderr and "| megatron_npu\n" in done.stderr
 
 
+def test_a_missing_driver_is_not_called_cann(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CANN is there, and links to a library that comes with the driver."""
+
+    def load(name: str) -> None:
+        raise OSError("libascend_hal.so: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr(versions, "torch_npu_version", lambda: "2.13.0")
+    monkeypatch.setattr(versions, "_torch_mismatch", lambda version: None)
+    monkeypatch.setattr(versions.ctypes, "CDLL", load)
+    said = versions.software_problem.__wrapped__()
+    assert said.startswith("torch_npu 2.13.0 finds no NPU driver: libascend_hal.so: cannot open")
+    assert "env_npu.sh" in said and "CANN:" not in said
+
+
 def test_another_torch_is_one_sentence(installed) -> None:
     done = plain("-m", "megatron_npu", PYTHONPATH=installed("2.1.*"))
     assert "torch_npu 2.1.0 needs torch==2.1.*" in done.stdout

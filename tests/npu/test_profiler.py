@@ -10,7 +10,8 @@ from tests.npu.test_level3_virtual_npu import on_virtual_npus
 TRAIN = """
     --num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --max-position-embeddings 16
     --micro-batch-size 1 --mock-data --tokenizer-type NullTokenizer --vocab-size 5000 --train-iters 5
-    --lr 1e-3 --log-interval 1 --eval-iters 0 --num-workers 0 --profile --profile-step-start 1 --profile-step-end 4
+    --log-interval 1 --eval-iters 0 --lr 1e-3 --num-workers 0 --profile
+    --profile-step-start 1 --profile-step-end 4
 """.split()  # noqa: SIM905
 
 
