@@ -63,8 +63,8 @@ ACCEPTED = (
         acts=True,
     ),
     Accepted(
-        "products of tensor-parallel layers are cut into --coc-parallel-num chunks, and one travels while the "
-        "next is computed; results are the same within rounding",
+        "products of tensor-parallel layers are cut into --coc-parallel-num chunks, one of which travels "
+        "while the next is computed; results are the same within rounding",
         (switch("--use-ascend-coc", help="chunked TP communication"),),
         acts=True,
     ),

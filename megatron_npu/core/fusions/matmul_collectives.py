@@ -17,7 +17,8 @@ from megatron_npu.registry import replaces
 _HALF = (torch.float16, torch.bfloat16)
 _INNER = range(256, 65535)
 _LIMITS = (
-    "fp32, inner sizes below 256 or beyond 65534, other than 2, 4, 8 ranks (910_93: or 16) of one machine"
+    "runs without --use-ascend-mc2, fp32, inner sizes below 256 or beyond 65534, other than 2, 4, 8 ranks "
+    "(910_93: or 16) of one machine"
 )
 
 
@@ -50,7 +51,6 @@ def _communicator(group: ProcessGroup) -> str:
     unless=lambda x, matrix, group, keep: _unsuitable(x, matrix, group),
     limits=_LIMITS,
     bound={torch.float16: 2e-3, torch.bfloat16: 1e-2},
-    note="with --use-ascend-mc2",
 )
 def all_gather_matmul(
     x: Tensor, matrix: Tensor, group: ProcessGroup, keep: bool
@@ -71,7 +71,6 @@ def all_gather_matmul(
     unless=_unsuitable,
     limits=_LIMITS,
     bound={torch.float16: 2e-3, torch.bfloat16: 1e-2},
-    note="with --use-ascend-mc2",
 )
 def matmul_reduce_scatter(x: Tensor, matrix: Tensor, group: ProcessGroup) -> Tensor:
     """Callers cut sequences into equal parts, so the rows divide by the ranks as the operator wants."""

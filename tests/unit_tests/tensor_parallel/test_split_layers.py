@@ -227,11 +227,11 @@ def test_deferred_weight_gradients():
     run_ranks(2, check_deferral, 2)
 
 
-def check_output_layer_buffers(ranks):
+def check_output_layer_buffers(ranks, chunks):
     """Inputs and output gradients in the caller's lists give the weight's gradient; none is computed."""
     _, dx, dw, _ = whole_layer()
     for limit, expected in ((0, 3), (2, 2)):
-        world = World(ranks)
+        world = World(ranks, tp_comm_chunks=chunks)
         world.config.defer_embedding_wgrad_compute, world.config.wgrad_deferral_limit = True, limit
         inputs, gradients = [], []
         layer = ColumnParallelLinear(
@@ -253,8 +253,9 @@ def check_output_layer_buffers(ranks):
         torch.testing.assert_close((late + early).detach(), 3 * world.part(dw, 0))
 
 
-def test_output_layer_gradients_left_to_the_flush():
-    run_ranks(2, check_output_layer_buffers, 2)
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_output_layer_gradients_left_to_the_flush(chunks):
+    run_ranks(2, check_output_layer_buffers, 2, chunks)
 
 
 def check_parts_and_masters(ranks):
