@@ -241,6 +241,60 @@ def test_two_ranks_that_receive_first_hang_in_any_case():
             simulate(both, sending_waits)
 
 
+def run_as_groups(schedules):
+    """Exchanges as kernels on one stream per rank: each ends when all its messages have met their other ends.
+
+    A message meets its other end while the kernels of both are the first ones on their streams.
+
+    Returns:
+        Number of exchanges of each rank that never end.
+    """
+    waiting = [[a.messages for a in actions if isinstance(a, Exchange)] for actions in schedules]
+    met = set()
+    moved = True
+    while moved:
+        moved = False
+        for rank, kernels in enumerate(waiting):
+            for message in kernels[0] if kernels else ():
+                answers = waiting[message.peer][0] if waiting[message.peer] else ()
+                if (rank, message) not in met and any(
+                    answer.peer == rank
+                    and answer.send != message.send
+                    and (answer.gradient, answer.microbatch) == (message.gradient, message.microbatch)
+                    for answer in answers
+                ):
+                    met.add((rank, message))
+                    moved = True
+        for rank, kernels in enumerate(waiting):
+            while kernels and all((rank, message) in met for message in kernels[0]):
+                del kernels[0]
+    return [len(kernels) for kernels in waiting]
+
+
+@pytest.mark.parametrize("forward_only", [False, True])
+@pytest.mark.parametrize(
+    ("name", "v", "group"),
+    [("1f1b", 1, None), ("zb-h1", 1, None), ("interleaved", 2, None), ("interleaved", 3, 5)],
+)
+@pytest.mark.parametrize("p", [2, 3, 4, 5])
+def test_batches_end_where_a_backend_runs_each_as_one_kernel(p, name, v, group, forward_only):
+    for m in (p, 2 * p):
+        schedules = make_schedules(name, p, m, v, group, forward_only)
+        assert run_as_groups(schedules) == [0] * p
+        for actions in schedules:
+            # A communicator is made by all ranks together, in the first exchange of each.
+            before = actions[: next(i for i, action in enumerate(actions) if isinstance(action, Exchange))]
+            assert all(isinstance(a, StartSync) or a.work is Work.FORWARD for a in before)
+
+
+def test_batches_in_another_order_hang_as_kernels():
+    first, last = (
+        [exchange((True, 0, 1)), exchange((True, 1, 1))],
+        [exchange((False, 1, 0)), exchange((False, 0, 0))],
+    )
+    assert run_as_groups([first, last]) == [2, 2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
