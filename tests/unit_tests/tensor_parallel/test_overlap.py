@@ -3,7 +3,10 @@
 Against plain torch on whole weights in float64, and bit by bit against the layers without overlap.
 """
 
+import contextlib
 import itertools
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import torch.nn.functional as F
 
 from megatron.core import parallel_state
 from megatron.core.errors import ConfigError
-from megatron.core.tensor_parallel import deferred_gradients
+from megatron.core.tensor_parallel import chunked_overlap, collectives, deferred_gradients, linear
 from megatron.core.tensor_parallel.chunked_overlap import ChunkedProducts
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.overlap import FusedProducts, overlap_of
@@ -211,6 +214,61 @@ def test_chunks_send_the_same_bytes_in_more_messages(chunks):
     for forward, backward in run_ranks(2, traffic, 2, True, chunks):
         assert forward == {"all_gather": (chunks, whole), "reduce_scatter": (chunks, whole)}
         assert backward == {"all_gather": (chunks + 1, 2 * whole), "reduce_scatter": (chunks, whole)}
+
+
+def order_of_work(ranks, sp):
+    """What a rank does one after the other in the row-parallel layer's forward and the other's backward, and
+    in those of the column-parallel layer."""
+    layers, done = Layers(ranks, sp, ChunkedProducts(2)), []
+
+    def noted(name, function):
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs)
+            done.append(name)
+            if hasattr(result, "wait"):
+                return SimpleNamespace(wait=noted("wait", result.wait))
+            return result
+
+        return call
+
+    def taken():
+        words = " ".join(done)
+        done.clear()
+        return words
+
+    with contextlib.ExitStack() as stack:
+        for module, name in (
+            (collectives, "all_gather"),
+            (collectives, "reduce_scatter"),
+            (collectives, "all_reduce"),
+            (chunked_overlap, "product"),
+            (linear, "_weight_gradient"),
+        ):
+            stack.enter_context(mock.patch.object(module, name, noted(name, getattr(module, name))))
+        x = layers.sequence(X).clone().requires_grad_()
+        hidden, _ = layers.column(x)
+        first = taken()
+        leaf = hidden.detach().requires_grad_()
+        out, _ = layers.row(leaf)
+        second = taken()
+        out.backward(layers.sequence(G))
+        third = taken()
+        hidden.backward(leaf.grad)
+        return first, second, third, taken()
+
+
+def test_one_chunk_travels_while_the_next_is_multiplied():
+    for first, second, third, fourth in run_ranks(2, order_of_work, 2, True):
+        assert first == "all_gather all_gather wait product wait product"
+        assert second == "product reduce_scatter product reduce_scatter wait wait"
+        assert third == "all_gather all_gather wait product wait product _weight_gradient"
+        # What the weight needs comes first, and its gradient is computed while sums are under way.
+        sums = "product reduce_scatter product reduce_scatter"
+        assert fourth == f"all_gather {sums} wait _weight_gradient wait wait"
+    for first, second, third, fourth in run_ranks(2, order_of_work, 2, False):
+        assert (first, third) == ("", "_weight_gradient")
+        assert second == "product all_reduce product all_reduce wait wait"
+        assert fourth == "product all_reduce product all_reduce _weight_gradient wait wait"
 
 
 def check_few_rows(ranks):
