@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -49,8 +49,22 @@ def communicator_options(labels: Iterable[str], buffers_mb: Mapping[str, int]) -
     return None if choose is None else choose(tuple(labels), buffers_mb)
 
 
+class _Key(NamedTuple):
+    """What tells groups of one factory apart."""
+
+    ranks: tuple[int, ...]
+    in_layers: bool
+
+    @classmethod
+    def of(cls, ranks: list[int], in_layers: bool) -> "_Key":
+        return cls(tuple(ranks), in_layers and len(ranks) > 1)
+
+
 class GroupFactory:
     """Makes process groups of this rank, one per distinct list of members.
+
+    Groups whose messages layers wait for share none with the others: a device keeps the order of a group's
+    messages.
 
     Members find each other under a name that follows from the members and the factory alone. Torch's own
     names for groups made by their members also count the groups that a rank has made before, and that
@@ -79,8 +93,8 @@ class GroupFactory:
         self._settings, self._options = nccl_settings or {}, options
         self._buffers_mb = buffers_mb or {}
         self._number = next(_FACTORIES.setdefault(dist.group.WORLD, count()))
-        self._labels: dict[tuple[int, ...], list[str]] = {}
-        self._made: dict[tuple[int, ...], ProcessGroup] = {}
+        self._labels: dict[_Key, list[str]] = {}
+        self._made: dict[_Key, ProcessGroup] = {}
 
     @property
     def made(self) -> int:
@@ -90,25 +104,26 @@ class GroupFactory:
     @property
     def labelled(self) -> list[tuple[tuple[str, ...], int]]:
         """Labels and number of members of the groups made so far."""
-        return [(tuple(self._labels.get(key, ())), len(key)) for key in self._made]
+        return [(tuple(self._labels.get(key, ())), len(key.ranks)) for key in self._made]
 
-    def expect(self, ranks: list[int], label: str) -> None:
+    def expect(self, ranks: list[int], label: str, in_layers: bool = False) -> None:
         """Announces what a group is for, before it is made: everything that shares it has a say in how."""
-        self._labels.setdefault(tuple(ranks), []).append(label)
+        self._labels.setdefault(_Key.of(ranks, in_layers), []).append(label)
 
-    def make(self, ranks: list[int], label: str | None = None) -> ProcessGroup:
+    def make(self, ranks: list[int], label: str | None = None, in_layers: bool = False) -> ProcessGroup:
         """The group of ``ranks``, which must hold the calling rank.
 
         Args:
             ranks: global ranks.
             label: shown in debug output; what the group is for, if nothing was announced.
+            in_layers: layers wait for its messages.
         """
-        key = tuple(ranks)
+        key = _Key.of(ranks, in_layers)
         if key not in self._made:
             if label is not None and key not in self._labels:
-                self.expect(ranks, label)
+                self.expect(ranks, label, in_layers)
             options = self._options_of(self._labels.get(key, []))
-            with self._own_names():
+            with self._own_names(key):
                 self._made[key] = create_group(
                     ranks,
                     timeout=self._timeout,
@@ -131,12 +146,12 @@ class GroupFactory:
         return communicator_options(labels, self._buffers_mb)
 
     @contextmanager
-    def _own_names(self) -> Iterator[None]:
+    def _own_names(self, key: "_Key") -> Iterator[None]:
         """Torch has no argument for the name, so the function that chooses it is replaced for a moment."""
 
         def name(ranks: list[int], use_hashed_name: bool) -> str:
             members = hashlib.sha1("_".join(map(str, ranks)).encode(), usedforsecurity=False).hexdigest()
-            return f"members_{self._number}_{members}"
+            return f"members_{self._number}_{members}{'_in_layers' if key.in_layers else ''}"
 
         original = distributed_c10d._process_group_name
         distributed_c10d._process_group_name = name

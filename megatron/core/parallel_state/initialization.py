@@ -52,6 +52,9 @@ GROUP_LABELS = frozenset(
     [label for _, _, label in GROUP_AXES.values()]
     + ["intra_dp_cp", "inter_dp_cp", "hcp", "embd", "pos_embd", "world"]
 )
+# Labels of groups whose messages layers wait for, and whose ranks may be those that share gradients: a ring
+# of keys must not stand behind a bucket that has just been started.
+_IN_LAYERS = frozenset({"cp", "hcp", "ep"})
 _PIPELINE_BACKENDS = (None, "nccl", "hccl", "gloo")
 
 
@@ -194,19 +197,24 @@ class _Planned(NamedTuple):
     ranks: list[int]
     label: str
 
+    @property
+    def in_layers(self) -> bool:
+        """Whether layers wait for its messages."""
+        return self.label in _IN_LAYERS
+
 
 def _make(factory: GroupFactory, planned: list[_Planned], levels: list[int] | None) -> None:
     """All groups, each as suits everything that shares it."""
     for group in planned:
-        factory.expect(group.ranks, group.label)
+        factory.expect(group.ranks, group.label, group.in_layers)
     context = _ranks_of(planned, "_CONTEXT_PARALLEL_GROUP")
     nested = levels_of(context, levels, dist.get_rank()) if levels else []
     for ranks in nested:
-        factory.expect(ranks, "hcp")
+        factory.expect(ranks, "hcp", in_layers=True)
     for group in planned:
-        STATE.groups[group.name] = factory.make(group.ranks, group.label)
+        STATE.groups[group.name] = factory.make(group.ranks, group.label, group.in_layers)
         STATE.ranks[group.name] = group.ranks
-    STATE.hierarchical = [factory.make(ranks, "hcp") for ranks in nested] or None
+    STATE.hierarchical = [factory.make(ranks, "hcp", in_layers=True) for ranks in nested] or None
 
 
 def _ranks_of(planned: list[_Planned], name: str) -> list[int]:

@@ -67,6 +67,31 @@ def test_members_find_each_other_in_every_layout():
         assert {"_DATA_PARALLEL_GROUP_GLOO", "_EXPERT_DATA_PARALLEL_GROUP_GLOO"} <= answers[0][number].keys()
 
 
+def shared_groups(layout: dict) -> dict[str, set[str]]:
+    """Names of the groups of more than one rank, and of all that are the same group."""
+    initialize(**layout)
+    groups = {
+        name.strip("_").removesuffix("_GROUP"): group
+        for name, group in parallel_state.state.STATE.groups.items()
+        if dist.get_world_size(group) > 1 and not name.endswith("_GLOO")
+    }
+    return {name: {other for other in groups if groups[other] is groups[name]} for name in groups}
+
+
+def test_gradients_do_not_share_a_group_with_what_layers_wait_for():
+    """A device keeps the order of a group's messages: a ring would wait for buckets of gradients."""
+    partial = "INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP"
+    data = {"DATA_PARALLEL_GROUP_WITH_CP", "EXPERT_DATA_PARALLEL", partial}
+    for shared in run_ranks(4, shared_groups, dict(tp=1, pp=1, cp=4, ep=1, expert_tp=1)):
+        assert shared["CONTEXT_PARALLEL"] == {"CONTEXT_PARALLEL"}
+        assert all(data <= shared[name] for name in data)
+    for shared in run_ranks(4, shared_groups, dict(tp=1, pp=1, cp=1, ep=4, expert_tp=1)):
+        assert shared["EXPERT_MODEL_PARALLEL"] == {"EXPERT_MODEL_PARALLEL"}
+    # What layers do not wait for still shares.
+    for shared in run_ranks(4, shared_groups, dict(tp=1, pp=1, cp=1, ep=1, expert_tp=1)):
+        assert {"DATA_PARALLEL", *data} <= shared["DATA_PARALLEL"]
+
+
 def all_but_one(ranks: list[int]) -> list[int]:
     return ranks[1:]
 
