@@ -189,8 +189,8 @@ def test_products_that_send_while_they_multiply(npus, words, tmp_path: Path, rep
     found = npus.pretrain_gpt(2, words(layout, f"{WIDE} --use-ascend-mc2"), tmp_path)[-1]
     difference, from_separate = worst(found, one), worst(found, apart)
     report(
-        f"{layout} with fused products, bf16: losses differ by {difference:.1e} (bound {bound:.0e}), from those "
-        f"with separate traffic by {from_separate:.1e}"
+        f"{layout} with fused products, bf16: losses differ by {difference:.1e} (bound {bound:.0e}), from "
+        f"those with separate traffic by {from_separate:.1e}"
     )
     assert difference < bound and from_separate < 1e-4
     # Two of each kind a layer in either direction; the output layer gathers forward and scatters back. The
