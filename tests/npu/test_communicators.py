@@ -1,10 +1,13 @@
 """Sizes of HCCL's buffers by what a group is for; ``inner/virtual_ranks`` makes groups with them."""
 
+import re
+
 import pytest
 
 from megatron.core.errors import ConfigError
 from megatron.core.parallel_state.initialization import GROUP_LABELS
 from megatron_npu import communicators
+from tests.npu.ground import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +38,12 @@ def test_the_environment_sets_the_size_of_the_rest(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("HCCL_BUFFSIZE", "much")
     with pytest.raises(ConfigError, match="HCCL_BUFFSIZE=much: give a whole number of MB"):
         communicators.buffer_mb(("dp",), {})
+
+
+def test_the_documented_names_are_those_of_the_groups() -> None:
+    text = (ROOT / "docs" / "npu.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"sets sizes by group: ([^.]*)\.", text)
+    assert set(re.findall(r"`(\w+)`", listed)) == GROUP_LABELS
 
 
 def test_the_total_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,8 @@ import sys
 from tests.npu.virtual.environment import environment, why_not
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """The options of this command."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.npu.virtual",
         description="Runs COMMAND, and all that it starts, on a machine with virtual Ascend NPUs.",
@@ -16,6 +17,11 @@ def main() -> None:
     parser.add_argument("--soc", default="Ascend910B2", help="name of the chip (default: Ascend910B2)")
     parser.add_argument("--memory", type=float, default=64, metavar="GIB", help="of each NPU (default: 64)")
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="what to run, after --")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
     options = parser.parse_args()
     if options.devices < 1:
         parser.error(f"--devices {options.devices}: at least one is needed")
