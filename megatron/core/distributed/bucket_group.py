@@ -67,6 +67,8 @@ class _ParamAndGradBucketGroup:
         # Collectives under way; None: not started.
         self._reductions: list[dist.Work] | None = None
         self._gathers: list[dist.Work] | None = None
+        # Norms of this rank's gradients that nobody has looked at yet.
+        self._norms: list[Tensor] = []
         self._params_changed = False
 
     # --- gradients ------------------------------------------------------------------------------------------
@@ -75,6 +77,7 @@ class _ParamAndGradBucketGroup:
         """Forgets which gradients arrived, for a new step; waits for a reduction that nobody waited for."""
         _wait(self._reductions)
         self._reductions = None
+        self._norms = []
         self._arrived.clear()
         self.is_last_microbatch = True
 
@@ -106,9 +109,10 @@ class _ParamAndGradBucketGroup:
         return in_turn and self._reductions is None and len(self._arrived) == len(self.params)
 
     def start_grad_sync(self) -> None:
-        """Checks the gradients as configured and starts to reduce them; nothing if that is under way.
+        """Starts to reduce the gradients; nothing if that is under way.
 
-        Without ``overlap_grad_reduce`` they are reduced when this returns.
+        Without ``overlap_grad_reduce`` they are checked as configured, and reduced when this returns. With it
+        they are checked by :meth:`finish_grad_sync`: here backward would wait for the device at every group.
 
         Raises:
             TrainingError: NaN or Inf among them, if that is to be checked.
@@ -116,7 +120,10 @@ class _ParamAndGradBucketGroup:
         if self._reductions is not None:
             return
         if self.ddp_config.check_for_nan_in_grad or self.ddp_config.check_for_large_grads:
-            self.check_grads(self.ddp_config.check_for_nan_in_grad, self.ddp_config.check_for_large_grads)
+            if self.ddp_config.overlap_grad_reduce:
+                self._norms = self._local_norms()
+            else:
+                self.check_grads(self.ddp_config.check_for_nan_in_grad, self.ddp_config.check_for_large_grads)
         self._reductions = []
         for bucket in self.buckets:
             if bucket.gradient_scaling_factor != 1.0:
@@ -127,8 +134,13 @@ class _ParamAndGradBucketGroup:
             _wait(self._reductions)
 
     def finish_grad_sync(self) -> None:
-        """Waits until the gradients are reduced; starts that if nobody did."""
+        """Waits until the gradients are reduced; starts that if nobody did.
+
+        Raises:
+            TrainingError: NaN or Inf among this rank's, if that is to be checked.
+        """
         self.start_grad_sync()
+        self._check_norms()
         self.reset()
 
     def check_grads(self, check_for_nan_or_inf: bool, check_for_large: bool) -> None:
@@ -137,10 +149,23 @@ class _ParamAndGradBucketGroup:
         Raises:
             TrainingError: it is NaN or Inf, if that is to be checked.
         """
+        self._check(self._local_norms(), check_for_nan_or_inf, check_for_large)
+
+    def _local_norms(self) -> list[Tensor]:
+        """Of each bucket before it is reduced: 0-dim, on the device."""
+        return [l2_norm([bucket.grad_data]) for bucket in self.buckets]
+
+    def _check_norms(self) -> None:
+        """Looks at the norms that have been kept, as configured."""
+        norms, self._norms = self._norms, []
+        if norms:
+            self._check(norms, self.ddp_config.check_for_nan_in_grad, self.ddp_config.check_for_large_grads)
+
+    def _check(self, norms: list[Tensor], check_for_nan_or_inf: bool, check_for_large: bool) -> None:
         machine = get_rerun_state_machine()
-        for bucket in self.buckets:
+        for device_norm, bucket in zip(norms, self.buckets, strict=True):
             # On the host, so that several questions wait for the device once.
-            norm = l2_norm([bucket.grad_data]).cpu()
+            norm = device_norm.cpu()
             where = f"in the local norm of the {bucket.grad_data.dtype} gradients after backward"
             if check_for_nan_or_inf:
                 machine.validate_result(norm, rejection_func=torch.isnan, message=f"found NaN {where}")

@@ -145,16 +145,21 @@ class DistributedDataParallel(_BaseDataParallel):
             group.is_last_microbatch = is_last
 
     def start_grad_sync(self, *unused: Any) -> None:
-        """Starts to reduce all gradients that are not being reduced yet; checks them first, as configured.
+        """Starts to reduce all gradients that are not being reduced yet.
 
         Raises:
-            TrainingError: NaN or Inf among them.
+            TrainingError: NaN or Inf among them, if that is to be checked and nothing is reduced behind
+                backward.
         """
         for group in self._groups():
             group.start_grad_sync()
 
     def finish_grad_sync(self) -> None:
-        """Waits until all gradients are reduced; starts what has not been started in this step."""
+        """Waits until all gradients are reduced; starts what has not been started in this step.
+
+        Raises:
+            TrainingError: NaN or Inf among this rank's, if that is to be checked.
+        """
         for group in self._groups():
             group.start_grad_sync()
         for group in self._groups():

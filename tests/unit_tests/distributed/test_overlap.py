@@ -1,6 +1,7 @@
 """Reducing behind backward and gathering behind forward: when, in which order, how often, how much."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -52,6 +53,44 @@ class Traffic:
     def take(self) -> list[tuple[str, int]]:
         taken, self.calls = self.calls, []
         return taken
+
+
+def check_behind_backward(bad: float | None) -> tuple[int, list[str]]:
+    """How often a backward pass asks the device for a value, and what the checks say after it."""
+    training = Training({**OVERLAP, "check_for_nan_in_grad": True})
+    reads: list[Any] = []
+    if bad is not None and dist.get_rank() == 1:
+        training.module.layers[1].weight.register_hook(lambda grad: grad * bad)
+    names = ("cpu", "item", "tolist", "__bool__", "__float__", "__int__")
+
+    def counting(read: Any) -> Any:
+        def count(self: torch.Tensor, *args: Any) -> Any:
+            reads.append(read)
+            return read(self, *args)
+
+        return count
+
+    loss = training.module(torch.ones(2, WIDTH)).sum()
+    with mock.patch.multiple(torch.Tensor, **{name: counting(getattr(torch.Tensor, name)) for name in names}):
+        loss.backward()
+        in_backward = len(reads)
+    said = []
+    try:
+        training.model.finish_grad_sync()
+    except TrainingError as error:
+        said.append(str(error))
+    return in_backward, said
+
+
+@pytest.mark.parametrize(("bad", "problem"), [(None, None), (float("nan"), "NaN"), (float("inf"), "Inf")])
+def test_gradients_are_checked_without_stopping_backward(bad: float | None, problem: str | None) -> None:
+    """A check waits for the device, which backward would do in every bucket."""
+    (first, said_first), (second, said_second) = run_ranks(2, check_behind_backward, bad)
+    assert first == second == 0
+    # Only of the rank that made it: what arrives from the others is not looked at.
+    assert said_first == []
+    assert len(said_second) == (0 if problem is None else 1)
+    assert all(f"found {problem} in the local norm" in text for text in said_second)
 
 
 def record_a_step(ddp: dict[str, Any]) -> dict[str, Any]:
