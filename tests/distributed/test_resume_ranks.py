@@ -7,6 +7,7 @@ from tests.distributed.gpt_run import command_line
 from tests.distributed.layouts import Layout, bare_layouts, spread
 from tests.distributed.pool import run_ranks
 from tests.distributed.real_loop import train
+from tests.same_bits import assert_same_bits
 
 STEPS = 4
 LAYOUTS = [
@@ -32,24 +33,6 @@ def run(layout, data_cache, save, *extra):
     argv += ["--save", str(save), "--load", str(save), *extra]
     records = run_ranks(layout.world_size, train, argv, False, timeout=240)
     return [record.losses for record in records]
-
-
-def assert_same_bits(left, right, where):
-    assert type(left) is type(right), where
-    if isinstance(left, torch.Tensor):
-        assert left.dtype == right.dtype and torch.equal(left, right), where
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys(), where
-        for key in left:
-            assert_same_bits(left[key], right[key], f"{where}: {key}")
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right), where
-        for index, pair in enumerate(zip(left, right, strict=True)):
-            assert_same_bits(*pair, f"{where}[{index}]")
-    elif hasattr(left, "tobytes"):
-        assert left.tobytes() == right.tobytes(), where
-    else:
-        assert left == right, where
 
 
 def files(save, iteration=STEPS):

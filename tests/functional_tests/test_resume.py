@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from launcher import pretrain_gpt, start_pretrain_gpt, tiny_gpt
+from tests.same_bits import assert_same_bits
 
 STEPS = 8
 PRECISIONS = {
@@ -36,24 +37,6 @@ def arguments(golden, tmp_path, save, precision, **changes):
 def state(directory, iteration=STEPS):
     path = directory / f"iter_{iteration:07d}" / "mp_rank_00" / "model_optim_rng.pt"
     return torch.load(path, weights_only=False)
-
-
-def assert_same_bits(left, right, where="checkpoint"):
-    assert type(left) is type(right), where
-    if isinstance(left, torch.Tensor):
-        assert left.dtype == right.dtype and torch.equal(left, right), where
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys(), where
-        for key in left:
-            assert_same_bits(left[key], right[key], f"{where}.{key}")
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right), where
-        for index, pair in enumerate(zip(left, right, strict=True)):
-            assert_same_bits(*pair, f"{where}[{index}]")
-    elif hasattr(left, "tobytes"):
-        assert left.tobytes() == right.tobytes(), where
-    else:
-        assert left == right, where
 
 
 def comparable(checkpoint):

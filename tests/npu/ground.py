@@ -5,8 +5,6 @@ nothing of it happens in the test process: tests of a level live in ``inner/`` a
 own, one process per chip.
 """
 
-import importlib.metadata
-import importlib.util
 import os
 import subprocess
 import sys
@@ -18,19 +16,6 @@ from tests.npu.cann_stub import build as cann_stub
 
 ROOT = Path(__file__).resolve().parents[2]
 INNER = Path(__file__).resolve().parent / "inner"
-WHEEL = "2.13.0"
-
-
-def why_not() -> str | None:
-    """None if torch_npu can be loaded over the stub here, else the reason."""
-    if importlib.util.find_spec("torch_npu") is None:
-        return f"torch_npu {WHEEL} is not installed: pip install -e '.[npu-test]' (Linux, x86_64 or aarch64)"
-    found = importlib.metadata.version("torch_npu")
-    if found != WHEEL:
-        return f"torch_npu {found} is installed, the tests are written for the schemas of {WHEEL}"
-    if cann_stub.compiler() is None:
-        return "no C compiler: install cc or gcc, or set CC"
-    return None
 
 
 def environment(soc: str = "Ascend910B2", devices: int = 1, **more: str) -> dict[str, str]:
@@ -51,7 +36,7 @@ def environment(soc: str = "Ascend910B2", devices: int = 1, **more: str) -> dict
 
 def run(*words: str, soc: str = "Ascend910B2", devices: int = 1, **more: str) -> subprocess.CompletedProcess:
     """``python WORDS`` over the stub; skips the calling test where that cannot be."""
-    reason = why_not()
+    reason = cann_stub.why_not()
     if reason is not None:
         pytest.skip(reason)
     return subprocess.run(

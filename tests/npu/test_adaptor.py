@@ -186,10 +186,10 @@ def test_the_table_of_a_910a_and_a_disabled_name() -> None:
 def test_the_check_command_fails_beyond_a_bound() -> None:
     """The whole command, on CPU tensors with emulated kernels; then with one replacement made wrong."""
     code = (
-        "import sys, torch; from tests.npu.kernels.registration import KERNELS, install_on_cpu\n"
+        "import sys, torch; from tests.npu.kernels.registration import all_kernels, install_on_cpu\n"
         "if sys.argv[1] == 'wrong':\n"
-        "    right = KERNELS.get('npu_swiglu'); import tests.npu.kernels.pointwise\n"
-        "    right = KERNELS['npu_swiglu']; KERNELS['npu_swiglu'] = lambda *a: right(*a) * 1.01\n"
+        "    kernels = all_kernels(); right = kernels['npu_swiglu']\n"
+        "    kernels['npu_swiglu'] = lambda *a: right(*a) * 1.01\n"
         "install_on_cpu(); import megatron_npu; megatron_npu.activate()\n"
         "from megatron_npu.checking import compare\n"
         "sys.exit(compare.main(torch.device('cpu'), ['swiglu', 'rms_norm'], ['float32', 'bfloat16']))"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.npu.cann_stub.build import why_not
 from tests.npu.ground import ROOT
-from tests.npu.virtual.environment import why_not
 
 TRAIN = """
     --num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --max-position-embeddings 16

@@ -15,8 +15,8 @@ import pytest
 
 from tests.distributed.layouts import GLOBAL_BATCH, SEQUENCE, Layout
 from tests.functional_tests.launcher import Run, pretrain_gpt, pretrain_gpt_ranks
+from tests.npu.cann_stub.build import why_not
 from tests.npu.virtual import runs
-from tests.npu.virtual.environment import why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no virtual NPU: {why_not()}")
 

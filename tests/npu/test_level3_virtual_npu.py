@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.npu.virtual.environment import ROOT, why_not
+from tests.npu.cann_stub.build import why_not
+from tests.npu.virtual.environment import ROOT
 
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from megatron.training.arguments.parsing import build_parser
+from tests.npu.cann_stub.build import why_not
 from tests.npu.ground import ROOT
 from tests.npu.virtual.__main__ import make_parser
-from tests.npu.virtual.environment import HERE, why_not
+from tests.npu.virtual.environment import HERE
 
 PAGE = (ROOT / "docs" / "virtual_npu.md").read_text(encoding="utf-8")
 LINES = [

@@ -3,13 +3,17 @@
 None calls or resembles a default of ``megatron.core.fusions``: agreement of the two says something. What the
 documents leave undefined is NaN here, and what they forbid is an error, so that nothing depends on it.
 
-A kernel computes on CPU tensors and may be handed host memory of a virtual device as such (``KERNELS``).
+A kernel computes on CPU tensors and may be handed host memory of a virtual device as such.
 """
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+import tests.npu.kernels
 
 KERNELS: dict[str, Callable[..., Any]] = {}
 _KEPT: list[torch.library.Library] = []
@@ -25,6 +29,13 @@ def kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return declare
 
 
+def all_kernels() -> dict[str, Callable[..., Any]]:
+    """Every kernel of this package by the operator's name; ``KERNELS`` holds what is imported already."""
+    for module in pkgutil.iter_modules(tests.npu.kernels.__path__, "tests.npu.kernels."):
+        importlib.import_module(module.name)
+    return KERNELS
+
+
 def install_on_cpu() -> None:
     """Lets CPU tensors go through torch_npu's operators and its own derivative formulas.
 
@@ -33,22 +44,10 @@ def install_on_cpu() -> None:
     """
     import torch_npu  # noqa: F401
 
-    from tests.npu.kernels import (  # noqa: F401
-        attention,
-        experts,
-        loss,
-        matmul_collectives,
-        norms,
-        optimizer,
-        pointwise,
-        rotary,
-        softmax,
-    )
-
     library = torch.library.Library("npu", "IMPL")
     _KEPT.append(library)  # its end would take the kernels back
     formulas = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradPrivateUse1)
-    for name, function in KERNELS.items():
+    for name, function in all_kernels().items():
         library.impl(name, function, "CPU")
         library.impl(name, function, "PrivateUse1", allow_override=True)
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"npu::{name}", "AutogradPrivateUse1"):

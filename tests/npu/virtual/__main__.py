@@ -4,7 +4,8 @@ import argparse
 import os
 import sys
 
-from tests.npu.virtual.environment import environment, why_not
+from tests.npu.cann_stub.build import why_not
+from tests.npu.virtual.environment import environment
 
 
 def make_parser() -> argparse.ArgumentParser:

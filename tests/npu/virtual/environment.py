@@ -1,7 +1,5 @@
 """The variables under which a process, and all that it starts, sees virtual NPUs."""
 
-import importlib.metadata
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -10,21 +8,6 @@ from tests.npu.cann_stub import build as cann_stub
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
-WHEEL = "2.13.0"
-
-
-def why_not() -> str | None:
-    """None if virtual NPUs can be had on this machine, else the reason and a remedy."""
-    if not sys.platform.startswith("linux"):
-        return f"torch_npu is for Linux, this is {sys.platform}"
-    if importlib.util.find_spec("torch_npu") is None:
-        return f"torch_npu {WHEEL} is not installed: pip install -e '.[npu-test]' (Linux, x86_64 or aarch64)"
-    found = importlib.metadata.version("torch_npu")
-    if found != WHEEL:
-        return f"torch_npu {found} is installed, virtual NPUs are made for {WHEEL}"
-    if cann_stub.compiler() is None:
-        return "no C compiler: install cc or gcc, or set CC"
-    return None
 
 
 def environment(devices: int, soc: str, memory_gib: float = 64.0) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.npu.kernels.registration import KERNELS
+from tests.npu.kernels.registration import all_kernels
 from tests.npu.virtual.host_memory import Crossing
 from tests.npu.virtual.random_numbers import drawing_from, host_generator
 from tests.npu.virtual.saturation import saturated
@@ -92,23 +92,12 @@ def route_npu() -> None:
     Their calls are counted. At the end of a process they go to ``calls_RANK.json`` in the directory that
     the variable VIRTUAL_NPU_CALLS names.
     """
-    from tests.npu.kernels import (  # noqa: F401
-        attention,
-        experts,
-        loss,
-        matmul_collectives,
-        norms,
-        optimizer,
-        pointwise,
-        rotary,
-        softmax,
-    )
-
+    kernels = all_kernels()
     library = torch.library.Library("npu", "IMPL")
     keep(library)
     for name, _ in registered("npu"):
-        if name in KERNELS:
-            library.impl(name, _by_kernel(name, KERNELS[name]), KEY)
+        if name in kernels:
+            library.impl(name, _by_kernel(name, kernels[name]), KEY)
         elif name not in _NPU_DOES:
             library.impl(name, _missing(name), KEY)
 

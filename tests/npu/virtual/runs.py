@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.functional_tests.launcher import Run
-from tests.npu.virtual.environment import ROOT, environment, why_not
+from tests.npu.cann_stub.build import why_not
+from tests.npu.virtual.environment import ROOT, environment
 
 
 class Machine:

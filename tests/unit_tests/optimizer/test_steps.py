@@ -16,6 +16,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
 )
 from megatron.core.timers import Timers
+from tests.same_bits import assert_same_bits
 
 PRECISIONS = {
     "fp32": {},
@@ -152,7 +153,7 @@ def test_an_overflow_skips_the_step(bad: float, loss_scale: float | None, scales
         assert optimizer.get_loss_scale().item() == scale
     after = (toy.state_dict(), optimizer.state_dict()["optimizer"])
     for old, new in zip(before, after, strict=True):
-        assert_equal(old, new)
+        assert_same_bits(old, new)
     assert all(torch.equal(a, b.main_param) for a, b in zip(mains, toy.parameters(), strict=True))
     assert run(toy, optimizer, range(2, 3))[0][0]
 
@@ -211,7 +212,7 @@ def test_a_bare_model_steps_on_param_grad() -> None:
             source.main_grad.copy_(source.main_grad.to(param.dtype))
             param.grad = source.main_grad.to(param.dtype, copy=True)
         assert optimizer.step() == twin_optimizer.step()
-        assert_equal(toy.state_dict(), twin.state_dict())
+        assert_same_bits(toy.state_dict(), twin.state_dict())
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -226,23 +227,6 @@ def test_gradients_are_released(precision: str) -> None:
     toy.first.weight.grad = torch.ones_like(toy.first.weight)
     optimizer.zero_grad(set_to_none=False)
     assert toy.first.weight.grad.eq(0).all()
-
-
-def assert_equal(left: Any, right: Any, path: str = "") -> None:
-    """The same structure with the same bits."""
-    if isinstance(left, dict):
-        assert left.keys() == right.keys(), path
-        for key in left:
-            assert_equal(left[key], right[key], f"{path}/{key}")
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right), path
-        for i, (a, b) in enumerate(zip(left, right, strict=True)):
-            assert_equal(a, b, f"{path}/{i}")
-    elif isinstance(left, Tensor):
-        assert left.dtype == right.dtype, path
-        assert torch.equal(left, right), path
-    else:
-        assert left == right, path
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4, 7])
@@ -263,8 +247,8 @@ def test_a_stopped_run_goes_on_with_the_same_bits(
     resumed.load_state_dict(state["model"])
     resumed_optimizer.load_state_dict(state["optimizer"])
     assert run(resumed, resumed_optimizer, range(stop, 8)) == rest
-    assert_equal(resumed.state_dict(), toy.state_dict())
-    assert_equal(resumed_optimizer.state_dict(), optimizer.state_dict())
+    assert_same_bits(resumed.state_dict(), toy.state_dict())
+    assert_same_bits(resumed_optimizer.state_dict(), optimizer.state_dict())
 
 
 def test_loading_copies() -> None:
@@ -274,7 +258,7 @@ def test_loading_copies() -> None:
     other_optimizer.load_state_dict(optimizer.state_dict())
     before = copy.deepcopy(optimizer.state_dict())
     run(other, other_optimizer, range(2))
-    assert_equal(optimizer.state_dict(), before)
+    assert_same_bits(optimizer.state_dict(), before)
 
 
 GROUP_KEYS = [
@@ -330,7 +314,7 @@ def test_state_of_a_fused_optimizer_loads() -> None:
             del group[key]
     _, other = make("fp32")
     other.load_state_dict(state)
-    assert_equal(other.state_dict(), optimizer.state_dict())
+    assert_same_bits(other.state_dict(), optimizer.state_dict())
 
 
 def test_old_names_load() -> None:
@@ -344,7 +328,7 @@ def test_old_names_load() -> None:
     }
     _, other = make("fp16")
     other.load_state_dict(old)
-    assert_equal(other.state_dict(), state)
+    assert_same_bits(other.state_dict(), state)
 
 
 def test_hyper_parameters_come_from_the_checkpoint_and_kernels_do_not() -> None:
@@ -376,7 +360,7 @@ def test_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
             optimizer.load_state_dict(wrong)
     with pytest.raises(CheckpointError, match="--no-load-optim"):
         fp32_optimizer.load_state_dict(before)
-    assert_equal(optimizer.state_dict(), before)
+    assert_same_bits(optimizer.state_dict(), before)
 
 
 def test_reload_takes_over_the_models_weights() -> None:
@@ -427,7 +411,7 @@ def test_a_chain_of_two_steps_as_one() -> None:
     for loadable in (state, {0: state[0], 1: state[1]}):
         loaded = ChainedOptimizer(copies)
         loaded.load_state_dict(loadable)
-        assert_equal(loaded.state_dict(), state)
+        assert_same_bits(loaded.state_dict(), state)
     with pytest.raises(CheckpointError, match="2 chained optimizers, this run has 1"):
         ChainedOptimizer(copies[:1]).load_state_dict(state)
     with pytest.raises(AttributeError, match="chained_optimizers"):

@@ -142,16 +142,3 @@ class GPTRun:
         named = list(self.gpt.named_parameters())
         groups = ([name for name, param in named if (param.dim() == 1) == flat] for flat in (False, True))
         return [name for group in groups for name in group]
-
-
-def same_bits(one: Any, other: Any) -> bool:
-    """Equality down to the last bit of every tensor in two structures."""
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same_bits(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same_bits, one, other))
-    if hasattr(one, "tobytes"):
-        return one.tobytes() == other.tobytes()
-    return one == other

@@ -6,7 +6,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from gpt_run import GPTRun, same_bits
+from gpt_run import GPTRun
+
+from tests.same_bits import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -31,7 +33,7 @@ def test_resumed_run_is_the_same_run(run_args, precision: str, stop: int):
     resumed = GPTRun(run_args, precision, dropout=0.2, seed=99)
     assert resumed.load()[0] == stop
     assert [resumed.step() for _ in range(stop, STEPS)] == results[stop:]
-    assert same_bits(resumed.state(), end)
+    assert_same_bits(resumed.state(), end)
 
 
 def test_dropout_is_part_of_what_must_come_back(run_args):
@@ -78,7 +80,7 @@ def test_weights_alone_reach_the_fp32_copies(run_args, precision: str):
     second.load()
     for copy_ in second.optimizer.chained_optimizers[0].get_parameters():
         assert copy_.dtype == torch.float32
-    assert same_bits(second.gpt.state_dict(), first.gpt.state_dict())
+    assert_same_bits(second.gpt.state_dict(), first.gpt.state_dict())
     copies = second.optimizer.state_dict()["fp32_from_fp16_params"]
     flat = [main for group in copies for main in group]
     by_name = dict(second.gpt.named_parameters())
