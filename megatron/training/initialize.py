@@ -111,6 +111,7 @@ def _initialize_distributed(
         expert_model_parallel_size=args.expert_model_parallel_size,
         num_distributed_optimizer_instances=args.num_distributed_optimizer_instances,
         expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+        nccl_communicator_config_path=args.nccl_communicator_config_path,
         distributed_timeout_minutes=args.distributed_timeout_minutes,
         order="tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
         get_embedding_ranks=get_embedding_ranks,

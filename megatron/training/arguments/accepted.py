@@ -69,6 +69,16 @@ ACCEPTED = (
         acts=True,
     ),
     Accepted(
+        "process groups that NCCL carries take their settings from this file; other collectives have none",
+        (value("--nccl-communicator-config-path", help="YAML of NCCL CTA limits"),),
+        acts=True,
+    ),
+    Accepted(
+        "buckets that ranks share end at multiples of 65536 elements; results are the same",
+        (switch("--ddp-pad-buckets-for-high-nccl-busbw", help="pad buckets to multiples of 2^16"),),
+        acts=True,
+    ),
+    Accepted(
         "there is no fp8 arithmetic here; the model runs in the parameter dtype",
         (
             value("--fp8-format", choices=("e4m3", "hybrid"), dest="fp8", help="TE fp8 training (dest fp8)"),
@@ -222,8 +232,6 @@ ACCEPTED = (
                 help="separate backend for pipeline traffic (nccl/ucc)",
             ),
             switch("--use-ring-exchange-p2p", help="custom torch build feature"),
-            value("--nccl-communicator-config-path", help="YAML of NCCL CTA limits"),
-            switch("--ddp-pad-buckets-for-high-nccl-busbw", help="pad buckets to multiples of 2^16"),
             off_switch(
                 "--no-gradient-reduce-div-fusion", "gradient_reduce_div_fusion", help="custom FSDP detail"
             ),

@@ -4,6 +4,8 @@ import os
 from argparse import Namespace
 from collections.abc import Collection
 
+from megatron.core import accelerator
+from megatron.core.errors import ConfigError
 from megatron.training.arguments.problem import Problem
 
 
@@ -34,6 +36,20 @@ def buffer_sizes_name_groups(args: Namespace, given: Collection[str]) -> list[Pr
         if rule
         else []
     )
+
+
+def nccl_settings_are_readable(args: Namespace, given: Collection[str]) -> list[Problem]:
+    """Settings of NCCL's groups can be read where they are used."""
+    path = args.nccl_communicator_config_path
+    if path is None or accelerator.collective_backend(args.distributed_backend) != "nccl":
+        return []
+    from megatron.core.process_groups import load_nccl_settings
+
+    try:
+        load_nccl_settings(path)
+    except ConfigError as error:
+        return [Problem("--nccl-communicator-config-path", path, str(error), "name a YAML file of settings")]
+    return []
 
 
 def rejected_results_are_readable(args: Namespace, given: Collection[str]) -> list[Problem]:
@@ -100,6 +116,7 @@ RULES = (
     logs_have_names,
     profile_has_a_range,
     buffer_sizes_name_groups,
+    nccl_settings_are_readable,
     rejected_results_are_readable,
     one_size_of_buckets,
     inference_threshold,

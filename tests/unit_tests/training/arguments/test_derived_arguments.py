@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron.core import accelerator
 from megatron.core.transformer.enums import AttnBackend
 from megatron.training.arguments import ArgumentsError, moe_freq_type, print_args
 
@@ -184,6 +185,16 @@ def test_rejected_results_are_skipped(check, tmp_path, monkeypatch) -> None:
     found = {"log.txt": [7, 3]}
     monkeypatch.setattr(RerunStateMachine, "get_skipped_iterations_from_tracker_file", found.get)
     assert check([flag, "log.txt", "--iterations-to-skip", "3", "5"]).iterations_to_skip == [3, 5, 7]
+
+
+def test_settings_of_nccl_are_read_where_it_serves(check, tmp_path, monkeypatch) -> None:
+    flag, path = "--nccl-communicator-config-path", tmp_path / "nccl.yaml"
+    assert check([flag, str(path)]).nccl_communicator_config_path == str(path)
+    monkeypatch.setattr(accelerator, "collective_backend", lambda requested: "nccl")
+    (problem,) = problems_of(check, [flag, str(path)])
+    assert problem.startswith(f"{flag} {path}: NCCL settings") and "No such file" in problem
+    path.write_text("dp: {max_ctas: 16}\n")
+    check([flag, str(path)])
 
 
 BROKEN = [
