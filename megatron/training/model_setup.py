@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.pipeline_layout import get_num_layers_to_build
 from megatron.core.utils import get_model_config
+from megatron.training.arguments.config_fields import field_values
 from megatron.training.checkpointing import load_checkpoint
 from megatron.training.global_vars import get_args, get_timers
 from megatron.training.utils import print_rank_0
@@ -50,7 +50,7 @@ def get_model(
         # Backward ends in the first chunk: the others' gradients are reduced behind the work that is left.
         chunks = [
             DistributedDataParallel(
-                get_model_config(chunk), _ddp_config(args), chunk, disable_bucketing=index > 0
+                get_model_config(chunk), ddp_config_from_args(args), chunk, disable_bucketing=index > 0
             )
             for index, chunk in enumerate(chunks)
         ]
@@ -124,26 +124,21 @@ def _check_parameter_count(model: torch.nn.Module) -> None:
         )
 
 
-def _ddp_config(args: Namespace) -> DistributedDataParallelConfig:
+def ddp_config_from_args(args: Namespace) -> DistributedDataParallelConfig:
+    """How gradients and parameters travel between data-parallel ranks."""
     renamed = {
-        "grad_reduce_in_fp32": args.accumulate_allreduce_grads_in_fp32,
-        "check_for_nan_in_grad": args.check_for_nan_in_loss_and_grad,
-        "bucket_size": args.ddp_bucket_size,
-        "average_in_collective": args.ddp_average_in_collective,
-        "pad_buckets_for_high_nccl_busbw": args.ddp_pad_buckets_for_high_nccl_busbw,
+        "grad_reduce_in_fp32": lambda a: a.accumulate_allreduce_grads_in_fp32,
+        "check_for_nan_in_grad": lambda a: a.check_for_nan_in_loss_and_grad,
+        "bucket_size": lambda a: a.ddp_bucket_size,
+        "average_in_collective": lambda a: a.ddp_average_in_collective,
+        "pad_buckets_for_high_nccl_busbw": lambda a: a.ddp_pad_buckets_for_high_nccl_busbw,
     }
-    same_name = {
-        field.name: getattr(args, field.name)
-        for field in fields(DistributedDataParallelConfig)
-        if hasattr(args, field.name)
-    }
-    return DistributedDataParallelConfig(**(same_name | renamed))
+    return DistributedDataParallelConfig(**field_values(DistributedDataParallelConfig, args, renamed))
 
 
 def optimizer_config_from_args(args: Namespace) -> OptimizerConfig:
     """Every field of ``OptimizerConfig`` that has an argument of its name."""
-    values = {f.name: getattr(args, f.name) for f in fields(OptimizerConfig) if hasattr(args, f.name)}
-    return OptimizerConfig(**values)
+    return OptimizerConfig(**field_values(OptimizerConfig, args, {}))
 
 
 def update_train_iters(args: Namespace) -> None:

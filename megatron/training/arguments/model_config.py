@@ -2,14 +2,13 @@
 
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from megatron.training.activations import squared_relu
-from megatron.training.arguments.accepted import INERT_DESTS
+from megatron.training.arguments.config_fields import field_values
 
 
 def _activation(args: Namespace) -> Callable[..., torch.Tensor]:
@@ -68,10 +67,5 @@ def core_transformer_config_from_args(args: Namespace, config_class: type | None
 
     if args.multi_latent_attention:
         config_class = MLATransformerConfig
-    values = {}
-    for entry in fields(config_class or TransformerConfig):
-        if entry.name in SPECIAL:
-            values[entry.name] = SPECIAL[entry.name](args)
-        elif hasattr(args, entry.name) and entry.name not in INERT_DESTS:
-            values[entry.name] = getattr(args, entry.name)
-    return (config_class or TransformerConfig)(**values)
+    config_class = config_class or TransformerConfig
+    return config_class(**field_values(config_class, args, SPECIAL))

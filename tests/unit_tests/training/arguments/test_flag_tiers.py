@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.arguments import ArgumentsError, core_transformer_config_from_args
 from megatron.training.arguments.accepted import GROUP as ACCEPTED_GROUP
 from megatron.training.arguments.accepted import INERT_DESTS
@@ -15,6 +14,7 @@ from megatron.training.arguments.flags import GROUPS
 from megatron.training.arguments.not_built import NOT_BUILT, flags_by_name
 from megatron.training.arguments.rejected import GROUP as REJECTED_GROUP
 from megatron.training.arguments.rejected import REJECTED_VALUES
+from megatron.training.model_setup import ddp_config_from_args, optimizer_config_from_args
 
 # What an accepted flag has to come with.
 COMPANIONS = {
@@ -132,16 +132,18 @@ def test_harmless_in_one_process(words: str, check) -> None:
     check(words)
 
 
-def test_inert_flags_never_reach_the_config(check) -> None:
+def test_inert_flags_never_reach_a_config(check) -> None:
     words = [sample(flag) for flag in ACCEPTED_GROUP.flags if flag.dest in INERT_DESTS]
     companions = "--normalization RMSNorm --swiglu --position-embedding-type rope --bf16"
-    config = core_transformer_config_from_args(
-        check(f"{' '.join(words)} {companions} --sequence-parallel --no-rope-fusion")
-    )
-    defaults = {entry.name: entry.default for entry in fields(TransformerConfig)}
-    named = INERT_DESTS & defaults.keys()
-    assert {"fp8", "enable_cuda_graph", "tp_comm_overlap", "moe_permute_fusion"} <= named
-    assert {name: getattr(config, name) for name in named} == {name: defaults[name] for name in named}
+    args = check(f"{' '.join(words)} {companions} --sequence-parallel --no-rope-fusion")
+    seen = set()
+    for make in (core_transformer_config_from_args, ddp_config_from_args, optimizer_config_from_args):
+        config = make(args)
+        defaults = {entry.name: entry.default for entry in fields(config)}
+        named = INERT_DESTS & defaults.keys()
+        assert {name: getattr(config, name) for name in named} == {name: defaults[name] for name in named}
+        seen |= named
+    assert {"fp8", "enable_cuda_graph", "tp_comm_overlap", "fp8_param_gather"} <= seen
 
 
 # Working flags that no code has to read, and why that is not silence.
