@@ -114,12 +114,14 @@ def pretrain(
             ``initialize_megatron``.
         non_loss_data_func: ``(model) -> anything`` run at each evaluation.
     """
-    initialize_megatron(
+    finish = initialize_megatron(
         extra_args_provider,
         args_defaults,
         get_embedding_ranks=get_embedding_ranks,
         get_position_embedding_ranks=get_position_embedding_ranks,
     )
+    if finish is not None:  # --lazy-mpu-init: nobody else will
+        finish()
     args, timers = get_args(), get_timers()
     args.process_start_time = _PROCESS_START_TIME
     if args.save is not None:

@@ -208,3 +208,8 @@ def test_recompute_changes_no_loss(golden, tmp_path, recompute):
     plain = pretrain_gpt(tiny_gpt(golden, tmp_path), tmp_path).check()
     again = pretrain_gpt(tiny_gpt(golden, tmp_path, **flags), tmp_path).check()
     assert again.losses == plain.losses
+
+
+def test_groups_that_are_made_late_are_made(golden, tmp_path):
+    words = tiny_gpt(golden, tmp_path, train_iters=1, lazy_mpu_init="yes")
+    assert list(pretrain_gpt(words, tmp_path).check().losses) == [1]
