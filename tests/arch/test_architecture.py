@@ -133,6 +133,12 @@ def test_sizes(capsys: pytest.CaptureFixture) -> None:
     assert functions[0][0] <= LONGEST_FUNCTION_LINES, functions[0]
 
 
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """Pytest imports them, and what lies beside them, by the last part of their path."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py")]
+    assert {name for name in names if names.count(name) > 1} <= {"conftest.py", "__init__.py"}
+
+
 def test_the_checks_see_what_they_should(tmp_path: Path) -> None:
     """A cycle, an upward arrow, a lazy import and a machine path, made on purpose."""
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d"}}) == [["b", "c"]]

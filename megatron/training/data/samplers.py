@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from megatron.core.errors import ConfigError, DataError
 
@@ -26,6 +26,7 @@ def build_pretraining_data_loader(dataset: Dataset | None, consumed_samples: int
         consumed_samples: samples all ranks together have already read.
 
     Raises:
+        ConfigError: an external data set of single samples.
         DataError: fewer samples left than one step needs. (The training loop iterates validation data
             for ever; a loader without a batch would hang it.)
     """
@@ -36,6 +37,12 @@ def build_pretraining_data_loader(dataset: Dataset | None, consumed_samples: int
         return None
     args = get_args()
     if args.dataloader_type == "external":
+        if isinstance(dataset, Dataset) and not isinstance(dataset, IterableDataset):
+            raise ConfigError(
+                "--dataloader-type external: the function that provides data has to return loaders or "
+                f"iterators of batches, not a {type(dataset).__name__} of single samples; use "
+                "--dataloader-type single or cyclic"
+            )
         return dataset
     if len(dataset) == 0:  # only possible where no sample was asked for
         return None

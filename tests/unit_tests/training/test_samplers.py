@@ -181,6 +181,8 @@ def test_loaders_of_nothing(run_arguments):
     run_arguments(dataloader_type="external")
     own = object()
     assert build_pretraining_data_loader(own, 0) is own
+    with pytest.raises(ConfigError, match="not a Numbers of single samples; use --dataloader-type single"):
+        build_pretraining_data_loader(Numbers(8), 0)
     run_arguments(dataloader_type="parallel")
     with pytest.raises(ConfigError, match="type single, cyclic or external"):
         build_pretraining_data_loader(Numbers(8), 0)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpt_run import GPTRun
+from checkpointed_gpt import GPTRun
 from safetensors.torch import load_file
 
 from megatron.training import checkpointing

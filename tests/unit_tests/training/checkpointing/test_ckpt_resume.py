@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from gpt_run import GPTRun
+from checkpointed_gpt import GPTRun
 
 from tests.same_bits import assert_same_bits
 
