@@ -5,6 +5,7 @@ its own arguments, working directory, environment and output file.
 """
 
 import contextlib
+import multiprocessing
 import os
 import re
 import socket
@@ -51,6 +52,8 @@ def _child(argv: list[str], cwd: str, env: dict[str, str], output: str, trace: s
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     sys.argv = ["pretrain_gpt.py", *argv]
+    # As in a process that a user starts; this one would have its own workers made by the fork server.
+    multiprocessing.set_start_method(None, force=True)
 
     import torch
 
