@@ -4,8 +4,6 @@ from argparse import Namespace
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from megatron.core import accelerator
-
 
 @dataclass(frozen=True)
 class NoEffect:
@@ -80,10 +78,16 @@ NO_EFFECT = (
     NoEffect(
         "hccl-group-buffer",
         "a device whose collectives take sizes of buffers",
-        lambda a: accelerator.companion("communicator_options"),
+        lambda a: _takes_sizes_of_buffers(),
     ),
     NoEffect("next-tockens", "--pre-tockens", lambda a: a.pre_tockens is not None),
 )
+
+
+def _takes_sizes_of_buffers() -> bool:
+    from megatron.core import accelerator  # with torch, which tools that share these flags do not need
+
+    return accelerator.companion("communicator_options") is not None
 
 
 def _has_warmup(args: Namespace) -> bool:

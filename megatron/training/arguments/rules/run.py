@@ -4,7 +4,6 @@ import os
 from argparse import Namespace
 from collections.abc import Collection
 
-from megatron.core import accelerator
 from megatron.core.errors import ConfigError
 from megatron.training.arguments.problem import Problem
 
@@ -41,10 +40,13 @@ def buffer_sizes_name_groups(args: Namespace, given: Collection[str]) -> list[Pr
 def nccl_settings_are_readable(args: Namespace, given: Collection[str]) -> list[Problem]:
     """Settings of NCCL's groups can be read where they are used."""
     path = args.nccl_communicator_config_path
-    if path is None or accelerator.collective_backend(args.distributed_backend) != "nccl":
+    if path is None:
         return []
+    from megatron.core import accelerator
     from megatron.core.process_groups import load_nccl_settings
 
+    if accelerator.collective_backend(args.distributed_backend) != "nccl":
+        return []
     try:
         load_nccl_settings(path)
     except ConfigError as error:
