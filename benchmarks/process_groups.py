@@ -14,6 +14,9 @@ Exit status 1 when the number of groups grows with the world.
 import argparse
 import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
