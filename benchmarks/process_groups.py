@@ -93,7 +93,7 @@ def main() -> int:
                 print(line, flush=True)
             world *= 2
         # Small worlds have fewer groups: those of one rank, or with equal members, are one.
-        grows |= max(counts) > len(GROUP_AXES) + 2
+        grows |= max(counts, default=0) > len(GROUP_AXES) + 2
     return int(grows)
 
 
