@@ -1,5 +1,6 @@
 """How an entry point ends: success, or one readable error and a non-zero exit status."""
 
+import gc
 import os
 import sys
 import traceback
@@ -22,7 +23,7 @@ def run_main(main: Callable[[], object]) -> None:
     launcher_environment.adopt()
     lookout = _start_lookout()
     try:
-        main()
+        _run_to_a_good_end(main)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -30,6 +31,34 @@ def run_main(main: Callable[[], object]) -> None:
     finally:
         if lookout is not None:
             lookout.stop()
+
+
+def _run_to_a_good_end(main: Callable[[], object]) -> None:
+    """Run ``main``; where it returns, or exits with status 0, the process groups end before the process."""
+    try:
+        main()
+    except SystemExit as end:
+        if not end.code:
+            traceback.clear_frames(end.__traceback__)  # which hold the model, and it holds groups
+            _leave_process_groups()
+        raise
+    _leave_process_groups()
+
+
+def _leave_process_groups() -> None:
+    """End the process groups of this process, and their threads.
+
+    A thread that drops the last reference to a tensor needs the interpreter. One that is late, and finds it
+    gone, takes the process down with a signal after all work has been done.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    distributed.destroy_process_group()
+    gc.collect()  # models and optimizers hold groups, in cycles
 
 
 def _start_lookout() -> "Lookout | None":

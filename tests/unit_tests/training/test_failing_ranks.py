@@ -48,6 +48,27 @@ def all_end_well(rank: int) -> None:
     dist.destroy_process_group()
 
 
+def all_leave_groups_behind(rank: int) -> None:
+    """As a training run does, with a group in a cycle; by return, by exit, and by exit with a status of 0."""
+    import torch.distributed as dist
+
+    from megatron.core import parallel_state
+
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(context_parallel_size=3)
+    holder = {"group": parallel_state.get_context_parallel_group()}
+    holder["cycle"] = holder
+    dist.barrier(holder["group"])
+    if rank > 0:
+        raise SystemExit(None if rank == 1 else 0)
+
+
+def _print_threads() -> None:
+    """Threads of gloo that have outlived the run, where the system lists threads."""
+    names = [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")]
+    os.write(1, "".join(f"{name}\n" for name in names if name.startswith(("gloo", "pt_gloo"))).encode())
+
+
 def _child(main, rank: int, port: int, output: str) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -55,7 +76,10 @@ def _child(main, rank: int, port: int, output: str) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE="3", LOCAL_RANK=str(rank), MASTER_ADDR="localhost", MASTER_PORT=str(port)
     )
-    run_main(lambda: main(rank))
+    try:
+        run_main(lambda: main(rank))
+    finally:
+        _print_threads()
 
 
 def run_three(main, tmp_path: Path) -> tuple[list[int], str]:
@@ -95,4 +119,9 @@ def test_all_ranks_end_and_one_tells_why(main, printing: int, message: str, tmp_
 
 def test_ranks_that_end_at_different_times_end_well(tmp_path: Path):
     statuses, output = run_three(all_end_well, tmp_path)
+    assert statuses == [0, 0, 0] and output == ""
+
+
+def test_groups_end_before_the_interpreter(tmp_path: Path):
+    statuses, output = run_three(all_leave_groups_behind, tmp_path)
     assert statuses == [0, 0, 0] and output == ""
