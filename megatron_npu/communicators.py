@@ -21,16 +21,15 @@ _PIPELINE = "pp"
 
 
 def buffer_mb(labels: tuple[str, ...], buffers_mb: Mapping[str, int]) -> int:
-    """Size of each of the two buffers of a group: the largest that one of its uses asks for.
+    """Size of each of the two buffers of a group: the largest that was asked for, or that a use of it needs.
 
     Args:
         labels: what the group is for.
-        buffers_mb: sizes that were asked for, by label.
+        buffers_mb: sizes that were asked for, by label; one of them speaks for all uses of a group.
     """
     default = _from_environment(_SIZE, _HCCL_MB, least=1)
-    return max(
-        buffers_mb.get(label, min(SMALL_MB, default) if label in SMALL else default) for label in labels
-    )
+    asked = [buffers_mb[label] for label in labels if label in buffers_mb]
+    return max(asked or (min(SMALL_MB, default) if label in SMALL else default for label in labels))
 
 
 def options(labels: tuple[str, ...], buffers_mb: Mapping[str, int]) -> Any:

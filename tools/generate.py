@@ -49,16 +49,23 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
     return parser
 
 
+def check_own_arguments() -> None:
+    """``--help``, and what is missing, of this tool alone: a checkpoint knows the rest of what a run needs."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--load", required=True, help="the directory that training saved to")
+    add_generation_arguments(parser).parse_known_args()
+
+
 def arguments() -> argparse.Namespace:
     """The command line, completed from the checkpoint.
 
     Raises:
-        ConfigError: no --load, or a tokenizer file that is no longer there.
+        ConfigError: a tokenizer file that is no longer there.
         CheckpointError: the checkpoint cannot be read.
     """
     args = parse_args(add_generation_arguments)
-    if args.load is None:
-        raise ConfigError("--load is needed: the directory that training saved to")
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {args.max_new_tokens}: a positive number is needed")
     args.exit_on_missing_checkpoint = args.no_load_optim = args.no_load_rng = True
@@ -96,6 +103,7 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
 
 
 def main() -> None:
+    check_own_arguments()
     quiet = io.StringIO()  # only the text goes to stdout
     with redirect_stdout(quiet):
         args = arguments()

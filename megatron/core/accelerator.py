@@ -311,6 +311,12 @@ def matmul_compute_dtype(dtype: torch.dtype, device: torch.device | None = None)
     return _cpu_matmul_dtypes().get(dtype, dtype) if on_cpu else dtype
 
 
+def supports_bf16() -> bool:
+    """Whether the device computes in bf16, be it slowly, as a CPU does."""
+    answers = getattr(_module(), "is_bf16_supported", None) if is_accelerated() else None
+    return answers is None or bool(answers())
+
+
 def draws_in_parallel(device: torch.device) -> bool:
     """True where a tensor of random numbers is drawn in parallel; a CPU draws one after the other."""
     return device.type != CPU

@@ -130,6 +130,8 @@ def _join_world(args: Namespace) -> None:
     """Meet the other ranks, unless that has been done."""
     _queue_communication_before_compute(args)
     accelerator.set_device(args.local_rank)
+    if args.bf16 and not accelerator.supports_bf16():
+        raise ConfigError(f"--bf16: {accelerator.device_name()} does not compute in bf16; use --fp16")
     if torch.distributed.is_initialized():
         return
     _connect_hosts_on_demand()

@@ -104,6 +104,14 @@ def test_generation_prints_the_text_alone(trained) -> None:
     assert len(run.stdout) > len("Once") + 20
 
 
+def test_generation_says_what_it_takes(trained) -> None:
+    run = type_in(trained[0], "python tools/generate.py --help")
+    assert run.returncode == 0 and "--top-p" in run.stdout and "--load" in run.stdout
+    assert "--num-layers" not in run.stdout
+    run = type_in(trained[0], "python tools/generate.py")
+    assert run.returncode == 2 and "the following arguments are required: --load, --prompt" in run.stderr
+
+
 def test_generation_fails_with_one_line(trained) -> None:
     run = type_in(trained[0], "python tools/generate.py --load nowhere --prompt a")
     assert run.returncode == 1
@@ -127,7 +135,6 @@ LOAD = "--load my_checkpoints --prompt a"
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--prompt a", "--load is needed"),
         (f"{LOAD} --top-p 2", "--top-p 2.0"),
         (f"{LOAD} --max-new-tokens 0", "--max-new-tokens 0"),
         (f"{LOAD} --vocab-file /gone.json", "--vocab-file /gone.json, which is not there"),

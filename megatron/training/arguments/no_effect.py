@@ -30,7 +30,7 @@ NO_EFFECT = (
     NoEffect("loss-scale", "--fp16 or --bf16", lambda a: a.fp16 or a.bf16),
     NoEffect(
         "initial-loss-scale min-loss-scale loss-scale-window hysteresis",
-        "--fp16 without --loss-scale",
+        "--fp16 and a scale that is searched for (no --loss-scale)",
         lambda a: a.fp16 and a.loss_scale is None,
     ),
     NoEffect("grad-reduce-in-bf16", "--bf16", lambda a: a.bf16),

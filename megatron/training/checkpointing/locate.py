@@ -100,7 +100,7 @@ def _choose_iteration(load_dir: str, args: argparse.Namespace, alone: bool) -> t
         return chosen
     if getattr(args, "exit_on_missing_checkpoint", False):
         raise CheckpointError(
-            f"--exit-on-missing-checkpoint: {tracker_file} does not exist. "
+            f"{tracker_file} does not exist, and a checkpoint is needed (--exit-on-missing-checkpoint). "
             + layout.advice_on_other_iterations(load_dir)
         )
     if not alone:

@@ -9,8 +9,8 @@ from megatron.core import parallel_state
 from megatron.training.checkpointing.layout import own_place
 
 REMEDY = (
-    "A checkpoint of format torch must be loaded with the parallel sizes it was saved with "
-    "(--use-checkpoint-args --use-mp-args-from-checkpoint-args takes them from it)."
+    "A checkpoint of format torch must be loaded with the parallel sizes it was saved with, on as many "
+    "processes as they need (--use-checkpoint-args --use-mp-args-from-checkpoint-args takes them from it)."
 )
 
 

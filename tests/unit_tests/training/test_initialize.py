@@ -33,6 +33,7 @@ def seen_by_the_driver(monkeypatch):
             distributed_backend=None,
             tensor_model_parallel_size=tensor,
             context_parallel_size=context,
+            bf16=False,
         )
         initialize._join_world(args)
         return seen[-1]
