@@ -50,7 +50,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
 
 
 def check_own_arguments() -> None:
-    """``--help``, and what is missing, of this tool alone: a checkpoint knows the rest of what a run needs."""
+    """``--help``, and what is missing, of this tool alone: a checkpoint knows what else a run needs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )

@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -76,11 +77,13 @@ def _start_lookout() -> "Lookout | None":
 def _fail(error: Exception, lookout: "Lookout | None") -> None:
     readable = isinstance(error, MegatronError) and os.environ.get("MEGATRON_TRACEBACK") != "1"
     status = error.exit_status if isinstance(error, MegatronError) else 1
+    failed_at = time.time()
     if lookout is None:
         if not readable:
             raise error
         _print(error, "")
     elif lookout.report(status):
+        launcher_environment.hand_over_failure(f"error: {error}" if readable else repr(error), failed_at)
         where = f"[{launcher_environment.describe()}] "
         if readable:
             _print(error, where)

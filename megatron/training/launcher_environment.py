@@ -1,5 +1,7 @@
-"""Which rank this process is, for launchers that say it in words of their own."""
+"""What processes and their launcher tell each other: which rank this is, and why it failed."""
 
+import contextlib
+import json
 import os
 import re
 import socket
@@ -53,3 +55,21 @@ def _first_host(nodes: str) -> str:
 def describe() -> str:
     """Where this process runs, for messages."""
     return f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
+
+
+def hand_over_failure(message: str, failed_at: float) -> None:
+    """Give torchrun the cause of a failure, so that it stands at the end of what torchrun prints.
+
+    Torchrun names a file to its processes, and takes the earliest of what they wrote for the root cause.
+    Without it nothing happens.
+
+    Args:
+        message: what to show.
+        failed_at: seconds since the epoch.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    data = {"message": {"message": message, "extraInfo": {"timestamp": str(int(failed_at))}}}
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump(data, file)

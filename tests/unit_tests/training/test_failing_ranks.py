@@ -76,6 +76,7 @@ def _child(main, rank: int, port: int, output: str) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE="3", LOCAL_RANK=str(rank), MASTER_ADDR="localhost", MASTER_PORT=str(port)
     )
+    os.environ["TORCHELASTIC_ERROR_FILE"] = f"{output}.{rank}"
     try:
         run_main(lambda: main(rank))
     finally:
@@ -115,6 +116,19 @@ def test_all_ranks_end_and_one_tells_why(main, printing: int, message: str, tmp_
     assert statuses == [1, 1, 1], output
     told = f"[rank {printing} on {socket.gethostname()}] {message}"
     assert output.count(told) == output.count(" on " + socket.gethostname()) == 1, output
+    assert [path.name for path in tmp_path.glob("output.*")] == [f"output.{printing}"]
+
+
+def test_torchrun_ends_with_the_cause(tmp_path: Path):
+    """As torchrun formats what its processes leave: the rank that told why is the root cause."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    run_three(one_fails_while_others_wait, tmp_path)
+    files = [tmp_path / f"output.{rank}" for rank in range(3)]
+    failures = {rank: ProcessFailure(rank, 1000 + rank, 1, str(file)) for rank, file in enumerate(files)}
+    summary = str(ChildFailedError("pretrain_gpt.py", failures))
+    root_cause = summary.split("Root Cause")[1]
+    assert "rank      : 1 " in root_cause and "error: no disk" in root_cause, summary
 
 
 def test_ranks_that_end_at_different_times_end_well(tmp_path: Path):
