@@ -15,7 +15,7 @@ import torch
 
 from megatron.core import accelerator, overrides, parallel_state
 from megatron.core.errors import ConfigError
-from megatron.core.process_groups import communicator_options
+from megatron.core.process_groups import communicator_options, device_backend
 from megatron.core.rerun_state_machine import initialize_rerun_state_machine
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.training.arguments import parse_args, print_args, validate_args
@@ -99,6 +99,7 @@ def _initialize_distributed(
     if args.rank == 0:  # print_rank_0 knows the rank only when that is done
         print("> initializing torch distributed ...", flush=True)
     _join_world(args)
+    _describe_device()
     if parallel_state.model_parallel_is_initialized():
         print_rank_0("model parallel is already initialized")
         return
@@ -124,6 +125,17 @@ def _initialize_distributed(
         ("pipeline", parallel_state.get_pipeline_model_parallel_world_size()),
     ):
         print_rank_0(f"> initialized {label} model parallel with size {size}")
+
+
+def _describe_device() -> None:
+    """What this run computes on, and which functions its device replaces."""
+    device = f"{accelerator.current_device()} ({accelerator.device_name()})"
+    print_rank_0(f"> device {device}, collectives by {device_backend()}")
+    replaced = [point for point in overrides.table() if point.replacement is not None]
+    for label, active in (("replaced for this device", True), ("replaceable, but switched off", False)):
+        names = [point.path.rpartition(".")[2] for point in replaced if point.active == active]
+        if names:
+            print_rank_0(f"> {label}: {', '.join(names)}")
 
 
 def _join_world(args: Namespace) -> None:

@@ -89,6 +89,29 @@ def test_ranks_check_what_takes_several() -> None:
     assert "compared by several ranks only (torchrun --nproc-per-node 2" in alone.stdout, alone.stdout
 
 
+TINY = """
+    --num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --max-position-embeddings 16
+    --micro-batch-size 1 --mock-data --tokenizer-type NullTokenizer --vocab-size 50 --train-iters 1 --lr 1e-3
+    --eval-iters 0 --num-workers 0
+"""
+
+
+def test_a_chip_without_bf16_says_so() -> None:
+    words = ("--devices", "1", "--soc", "Ascend910A", "--", "python", "pretrain_gpt.py", *TINY.split())
+    done = on_virtual_npus(*words, "--bf16")
+    assert done.returncode == 1, done.stdout
+    assert "error: --bf16: Ascend910A does not compute in bf16; use --fp16" in done.stdout
+
+
+def test_a_run_says_what_is_replaced() -> None:
+    words = ("--devices", "1", "--", "python", "pretrain_gpt.py", *TINY.split())
+    done = on_virtual_npus(*words, "--disable-override", "rotary")
+    assert done.returncode == 0, done.stdout
+    assert "> device npu:0 (Ascend910B2), collectives by hccl" in done.stdout
+    assert re.search(r"> replaced for this device: .*\bswiglu\b", done.stdout)
+    assert "> replaceable, but switched off: rotary\n" in done.stdout
+
+
 def test_status_of_the_command_is_ours() -> None:
     assert on_virtual_npus("--", "python", "-c", "raise SystemExit(7)").returncode == 7
     missing = on_virtual_npus("--", "no-such-command")
