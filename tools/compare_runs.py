@@ -91,7 +91,7 @@ def _read_tensorboard(path: Path, tag: str) -> dict[int, float]:
     except ImportError:
         raise ConfigError(
             f"{path} is a directory: reading TensorBoard events needs tensorboard: "
-            "pip install 'megatron-npu[tensorboard]', or give the log file"
+            "pip install tensorboard, or give the log file"
         ) from None
     events = EventAccumulator(str(path), size_guidance={SCALARS: 0}).Reload()
     if tag not in events.Tags()["scalars"]:
@@ -153,7 +153,7 @@ def draw(path: Path, runs: dict[str, dict[int, float]], comparison: Comparison) 
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError(
-            "--output needs matplotlib: pip install 'megatron-npu[plots]', or leave --output out"
+            "--output needs matplotlib: pip install matplotlib, or leave --output out"
         ) from None
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, errors = figure.subplots(2, 1, sharex=True)

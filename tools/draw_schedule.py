@@ -134,7 +134,7 @@ def _matplotlib() -> tuple[Any, Any]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError(
-            "--output needs matplotlib: pip install 'megatron-npu[plots]', or leave --output out"
+            "--output needs matplotlib: pip install matplotlib, or leave --output out"
         ) from error
     return Figure, patches
 
