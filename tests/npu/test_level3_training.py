@@ -134,6 +134,15 @@ def test_one_npu(npus, words, on_cpu, tmp_path: Path, precision: str, report) ->
         assert {skipped for _, skipped in scales(run)} == {"0", "1"}, "no step overflowed, or all did"
 
 
+def test_defaults_train_as_well(npus, words, on_cpu, tmp_path: Path, report) -> None:
+    """Without any replacement; torch_npu then sends torch's own attention to an operator of Ascend's."""
+    (run,) = npus.pretrain_gpt(1, words(Layout(model="llama"), "--disable-override all"), tmp_path)
+    difference, bound = worst(run, on_cpu("llama", "fp32")), PRECISIONS["fp32"][1]
+    report(f"one NPU, nothing replaced, fp32: losses differ by {difference:.1e} (bound {bound:.0e})")
+    assert difference < bound
+    assert operators(tmp_path, 0) == {"npu_fusion_attention_v3", "npu_fusion_attention_grad_v3"}
+
+
 LAYOUTS = {
     "tensor and sequence parallel": Layout(tp=2, sequence_parallel=True, model="llama"),
     "two stages of two chunks": Layout(pp=2, vpp=2, model="llama"),

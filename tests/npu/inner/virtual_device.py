@@ -35,6 +35,11 @@ def both(function, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+def shown_to(q: Tensor) -> Tensor:
+    """What each query sees: a band with an edge of its own."""
+    return torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril(2).triu(-3)
+
+
 @pytest.mark.parametrize(
     ("function", "shapes"),
     [
@@ -56,10 +61,66 @@ def both(function, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32)
         (lambda x: x.repeat_interleave(3, dim=-2), [(4, 5, 2)]),
         (lambda x: x.repeat_interleave(torch.tensor([2, 0, 1], device=x.device), dim=0), [(3, 2)]),
         (lambda x: x.masked_fill(x > 0, -3.0).logsumexp(0), [(5, 8)]),
+        (F.scaled_dot_product_attention, [(2, 3, 7, 8), (2, 3, 9, 8), (2, 3, 9, 8)]),
+        (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), [(2, 3, 7, 8)] * 3),
+        (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, shown_to(q), scale=0.2), [(2, 3, 7, 8)] * 3),
     ],
 )  # fmt: skip
 def test_operations_and_their_gradients_are_those_of_the_cpu(function, shapes) -> None:
     both(function, *shapes)
+
+
+def test_attention_of_torch_goes_through_ascends_operator() -> None:
+    x = torch.randn(2, 3, 8, 16, device=DEVICE, requires_grad=True)
+    names = ("npu_fusion_attention_v3", "npu_fusion_attention_grad_v3")
+    before = [CALLS[name] for name in names]
+
+    def gradient() -> Tensor:
+        torch.npu.manual_seed(1)
+        return torch.autograd.grad(F.scaled_dot_product_attention(x, x, x, dropout_p=0.5).square().sum(), x)[
+            0
+        ]
+
+    torch.testing.assert_close(gradient(), gradient())
+    assert [CALLS[name] for name in names] == [count + 2 for count in before]
+    step = 1e-2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    with torch.no_grad():
+        values = []
+        for moved in (x + step, x - step):
+            torch.npu.manual_seed(1)
+            attended = F.scaled_dot_product_attention(moved, moved, moved, dropout_p=0.5)
+            values.append(attended.double().square().sum().item())
+    assert values[0] - values[1] == pytest.approx(2 * (gradient() * step).sum().item(), rel=1e-2)
+
+
+def test_lengths_of_documents_are_tensors_of_the_host_in_the_third_version() -> None:
+    import torch_npu
+
+    q, k, v = (torch.randn(9, 2, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+    ends = torch.tensor([4, 9])
+    lengths = {"actual_seq_qlen": ends, "actual_seq_kvlen": ends}
+    whole = torch_npu.npu_fusion_attention_v3(q, k, v, 2, "TND", scale=0.25, **lengths)[0]
+    found = [whole, *torch.autograd.grad(whole.square().sum(), (q, k, v))]
+    parts = []
+    for span in (slice(0, 4), slice(4, 9)):
+        operands = [t[span].transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
+        parts.append(F.scaled_dot_product_attention(*operands, scale=0.25)[0].transpose(0, 1))
+    apart = torch.cat(parts)
+    wanted = [apart, *torch.autograd.grad(apart.square().sum(), (q, k, v))]
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_what_torch_npu_answers_above_its_kernels_has_one_too() -> None:
+    shown = torch.eye(3, dtype=torch.bool, device=DEVICE)
+    shown |= torch.tensor([False, True, False], device=DEVICE)
+    assert shown.int().tolist() == [[1, 1, 0], [0, 1, 0], [0, 1, 1]]
+    bits = torch.tensor([1, 4], device=DEVICE)
+    bits |= 6
+    assert bits.tolist() == [7, 6]
+    assert [t.tolist() for t in torch.where(shown)] == [[0, 0, 1, 2, 2], [0, 1, 1, 1, 2]]
+    assert torch.tensor([2.0, 0.0, 1.0], device=DEVICE).argsort().tolist() == [1, 2, 0]
+    assert F.one_hot(torch.tensor([1, 0], device=DEVICE)).tolist() == [[0, 1], [1, 0]]
 
 
 def test_products_of_half_precision_are_summed_in_fp32() -> None:

@@ -1,5 +1,6 @@
 """Fused attention, its backward, and the merging of two parts."""
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -326,6 +327,28 @@ def _packed_backward(
         for result, part, span in zip(results, parts, (rows, keys, keys), strict=True):
             result[span] = part[0].transpose(0, 1).to(result.dtype)
     return results
+
+
+def _with_lengths(function: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name; the third version's lengths of documents are tensors, in host memory."""
+    named = inspect.signature(function).bind(*args, **kwargs).arguments
+    for name in named.keys() & {"actual_seq_qlen", "actual_seq_kvlen"}:
+        if named[name] is not None:
+            named[name] = named[name].tolist()
+    return named
+
+
+@kernel("npu_fusion_attention_v3")
+def forward_v3(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    """As the first, but what was drawn comes in two tensors; torch's attention on an NPU calls this one."""
+    *tensors, seed, offset, _ = forward(**_with_lengths(forward, args, kwargs))
+    return *tensors, torch.tensor([seed]), torch.tensor([offset])
+
+
+@kernel("npu_fusion_attention_grad_v3")
+def backward_v3(*args: Any, seed: Tensor, offset: Tensor, **kwargs: Any) -> tuple[Tensor, ...]:
+    drawn = {"seed": int(seed), "offset": int(offset)}
+    return backward(**_with_lengths(backward, args, kwargs | drawn))
 
 
 @kernel("npu_ring_attention_update")

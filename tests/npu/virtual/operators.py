@@ -57,8 +57,11 @@ _NPU_DOES = frozenset(
         "copy_memory_",
     ]
 )
-# Indices may lie in host memory, on a device too.
+# Indices may lie in host memory, on a device too, and lengths of documents have to.
 _TAKES_HOST_TENSORS = frozenset(["index.Tensor", "index_put", "index_put_", "_index_put_impl_"])
+_TAKES_HOST_TENSORS |= {"npu_fusion_attention_v3", "npu_fusion_attention_grad_v3"}
+# torch_npu answers these above its other kernels, at autograd's key, though they have no derivative.
+_WITHOUT_DERIVATIVE = frozenset(["__ior__.Scalar", "__ior__.Tensor", "argsort", "one_hot", "where"])
 # A device's matrix unit adds up products of half precision in fp32, and rounds once.
 _PRODUCTS = frozenset(["mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "mv", "dot"])
 _HALVES = ({torch.float16}, {torch.bfloat16})
@@ -84,6 +87,8 @@ def route_aten(library: torch.library.Library) -> None:
     for name, operator in registered("aten"):
         if name not in _TORCH_NPU_DOES and not _is_view(operator):
             library.impl(name, _by_cpu_kernel(name, operator), KEY)
+        if name in _WITHOUT_DERIVATIVE:
+            library.impl(name, _by_cpu_kernel(name, operator), f"Autograd{KEY}", allow_override=True)
 
 
 def route_npu() -> None:
@@ -156,7 +161,7 @@ def _in_fp32(operator: torch._ops.OpOverload) -> Callable[..., Tensor]:
 def _by_kernel(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         _count(name)
-        crossing = Crossing(name)
+        crossing = Crossing(name, name in _TAKES_HOST_TENSORS)
         args = crossing.down(args)
         kwargs = {key: crossing.down(value) for key, value in kwargs.items()}
         crossing.check()
