@@ -148,6 +148,13 @@ def _left_out() -> str:
     return f"compared by several ranks only ({command}): {', '.join(names)}" if names else ""
 
 
+def _why_none(points: list[str] | None, dtypes: list[str] | None) -> str:
+    if dtypes == ["bfloat16"] and chip.is_first_generation():
+        return "this chip has no bfloat16: leave out --dtype, or ask for float16 or float32"
+    named = f" named {' or '.join(points)}" if points else ""
+    return f"no replacement{named} can run here" + (f" in {' or '.join(dtypes)}" if dtypes else "")
+
+
 def main(device: torch.device, points: list[str] | None, dtypes: list[str] | None) -> int:
     """Prints the table; 1 if an error is beyond its bound, else 0.
 
@@ -172,8 +179,7 @@ def main(device: torch.device, points: list[str] | None, dtypes: list[str] | Non
         if is_first() or not finding.good:
             print(_line(name, finding.case.name, str(finding.dtype)[6:], numbers, verdict), flush=True)
     if not count:
-        reason = f"no replacement named {points} can run here in {dtypes or 'any type'}"
-        raise NothingToCheckError(f"{reason}; {_left_out()}" if _left_out() else reason)
+        raise NothingToCheckError("; ".join(filter(None, (_why_none(points, dtypes), _left_out()))))
     if is_first():
         print(f"{count - bad} of {count} comparisons within their bounds")
         if _left_out():

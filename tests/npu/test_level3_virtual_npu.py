@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.npu.cann_stub.build import why_not
-from tests.npu.virtual.environment import ROOT
+from tests.npu.virtual.environment import CHIPS, ROOT
 
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 
@@ -112,9 +112,44 @@ def test_a_run_says_what_is_replaced() -> None:
     assert "> replaceable, but switched off: rotary\n" in done.stdout
 
 
+def test_replacements_are_checked() -> None:
+    points = ("--point", "fused_attention", "--point", "swiglu", "--dtype", "float32")
+    done = on_virtual_npus("--devices", "1", "--", "python", "-m", "megatron_npu", "check", *points)
+    assert done.returncode == 0, done.stdout
+    for point in ("fused_attention", "swiglu"):
+        assert re.search(rf"^{point} .* ok$", done.stdout, re.MULTILINE), done.stdout
+    count = len(re.findall(r" float32 .* ok$", done.stdout, re.MULTILINE))
+    assert f"{count} of {count} comparisons within their bounds" in done.stdout
+
+
+def test_a_chip_without_a_type_has_nothing_to_check_in_it() -> None:
+    check = ("python", "-m", "megatron_npu", "check", "--dtype", "bfloat16")
+    done = on_virtual_npus("--devices", "1", "--soc", "Ascend910A", "--", *check)
+    assert done.returncode == 2 and "nothing to compare, this chip has no bfloat16" in done.stdout, (
+        done.stdout
+    )
+
+
+def test_torchrun_starts_without_a_warning() -> None:
+    launcher = ("python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
+    done = on_virtual_npus("--", *launcher, "--no-python", "true")
+    assert done.returncode == 0 and "RuntimeWarning" not in done.stdout, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_chip_starts(chip: str) -> None:
+    code = "import torch; print(torch.ones(3, device='npu').sum().item(), torch.npu.get_device_name())"
+    done = on_virtual_npus("--soc", chip, "--", "python", "-c", code)
+    assert done.returncode == 0 and done.stdout.split()[-2:] == ["3.0", chip], done.stdout
+
+
 def test_status_of_the_command_is_ours() -> None:
     assert on_virtual_npus("--", "python", "-c", "raise SystemExit(7)").returncode == 7
     missing = on_virtual_npus("--", "no-such-command")
     assert missing.returncode == 1 and "error: no-such-command: No such file" in missing.stdout
     none = on_virtual_npus("--devices", "0", "--", "python")
     assert none.returncode == 2 and "at least one is needed" in none.stdout
+    unknown = on_virtual_npus("--soc", "foo", "--", "python")
+    assert unknown.returncode == 2 and "--soc: invalid choice: 'foo'" in unknown.stdout
+    assert "Ascend910A" in unknown.stdout and "Traceback" not in unknown.stdout

@@ -5,7 +5,7 @@ import os
 import sys
 
 from tests.npu.cann_stub.build import why_not
-from tests.npu.virtual.environment import environment
+from tests.npu.virtual.environment import CHIPS, environment
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -15,7 +15,13 @@ def make_parser() -> argparse.ArgumentParser:
         description="Runs COMMAND, and all that it starts, on a machine with virtual Ascend NPUs.",
     )
     parser.add_argument("--devices", type=int, default=2, help="number of NPUs (default: 2)")
-    parser.add_argument("--soc", default="Ascend910B2", help="name of the chip (default: Ascend910B2)")
+    parser.add_argument(
+        "--soc",
+        default="Ascend910B2",
+        choices=CHIPS,
+        metavar="NAME",
+        help=f"the chip, one of {', '.join(CHIPS)} (default: Ascend910B2)",
+    )
     parser.add_argument("--memory", type=float, default=64, metavar="GIB", help="of each NPU (default: 64)")
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="what to run, after --")
     return parser

@@ -8,6 +8,16 @@ from tests.npu.cann_stub import build as cann_stub
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
+# Names that torch_npu 2.13.0 knows; drivers of the 950 have many more.
+CHIPS = (
+    "Ascend910A", "Ascend910ProA", "Ascend910ProB", "Ascend910PremiumA", "Ascend910B",
+    "Ascend910B1", "Ascend910B2", "Ascend910B2C", "Ascend910B3", "Ascend910B4", "Ascend910B4-1",
+    "Ascend910_9362", "Ascend910_9372", "Ascend910_9381", "Ascend910_9382", "Ascend910_9391",
+    "Ascend910_9392", "Ascend310P1", "Ascend310P3", "Ascend310P7", "Ascend310B1", "Ascend310B4",
+    "Ascend950DT_9591", "Ascend950PR_9599",
+)  # fmt: skip
+# torch_npu imports torchrun's module before torchrun runs as a script.
+_QUIET = "ignore:'torch.distributed.run' found in sys.modules:RuntimeWarning"
 
 
 def environment(devices: int, soc: str, memory_gib: float = 64.0) -> dict[str, str]:
@@ -15,7 +25,7 @@ def environment(devices: int, soc: str, memory_gib: float = 64.0) -> dict[str, s
 
     Args:
         devices: how many.
-        soc: as the driver spells it, for instance Ascend910B2.
+        soc: one of CHIPS.
         memory_gib: what each claims to have; host memory is taken only as it is used.
     """
     cann = cann_stub.build()
@@ -32,6 +42,7 @@ def environment(devices: int, soc: str, memory_gib: float = 64.0) -> dict[str, s
         "LD_LIBRARY_PATH": _before(f"{cann}/", "LD_LIBRARY_PATH"),
         "PYTHONPATH": _before(f"{HERE / 'autoload'}{os.pathsep}{ROOT}", "PYTHONPATH"),
         "PATH": _before(str(Path(sys.executable).parent), "PATH"),
+        "PYTHONWARNINGS": ",".join(filter(None, (_QUIET, os.environ.get("PYTHONWARNINGS")))),
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "1",
         "MEGATRON_DEVICE": "npu",
         # Host memory and the CPU carry the model.
