@@ -122,6 +122,13 @@ def test_replacements_are_checked() -> None:
     assert f"{count} of {count} comparisons within their bounds" in done.stdout
 
 
+def test_a_950_checks_a_softmax() -> None:
+    point = ("--point", "scaled_masked_softmax", "--dtype", "float16")
+    chip = ("--devices", "1", "--soc", "Ascend950DT_9591")
+    done = on_virtual_npus(*chip, "--", "python", "-m", "megatron_npu", "check", *point)
+    assert done.returncode == 0 and "comparisons within their bounds" in done.stdout, done.stdout
+
+
 def test_a_chip_without_a_type_has_nothing_to_check_in_it() -> None:
     check = ("python", "-m", "megatron_npu", "check", "--dtype", "bfloat16")
     done = on_virtual_npus("--devices", "1", "--soc", "Ascend910A", "--", *check)

@@ -9,6 +9,12 @@ from tests.npu.kernels.registration import kernel
 def install(library: torch.library.Library) -> None:
     """Registers what belongs to torch's namespace; the rest of this module is among ``KERNELS``."""
     library.impl("matmul_backward", _matmul_backward, "PrivateUse1")
+    # torch_npu's own, at this key, goes past the dispatcher, and refuses a 950 without CANN.
+    library.impl("softmax.int", _softmax, "AutogradPrivateUse1", allow_override=True)
+
+
+def _softmax(self: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch._softmax(self if dtype is None else self.to(dtype), dim, False)
 
 
 def _matmul_backward(
