@@ -64,7 +64,12 @@ def test_it_is_asked_for_before_the_world_meets(monkeypatch: pytest.MonkeyPatch)
     )
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     args = Namespace(
-        local_rank=0, rank=0, world_size=2, distributed_backend="nccl", distributed_timeout_minutes=1
+        local_rank=0,
+        rank=0,
+        world_size=2,
+        distributed_backend="nccl",
+        distributed_timeout_minutes=1,
+        bf16=False,
     )
     args.enable_gloo_process_groups = True
     args.tensor_model_parallel_size = args.context_parallel_size = 1
