@@ -25,11 +25,15 @@ def buffer_mb(labels: tuple[str, ...], buffers_mb: Mapping[str, int]) -> int:
 
     Args:
         labels: what the group is for.
-        buffers_mb: sizes that were asked for, by label; one of them speaks for all uses of a group.
+        buffers_mb: sizes that were asked for, by label; one of them speaks for all uses of a group. That of
+            stages may follow from the model and not from a user, so it speaks for itself alone.
     """
     default = _from_environment(_SIZE, _HCCL_MB, least=1)
-    asked = [buffers_mb[label] for label in labels if label in buffers_mb]
-    return max(asked or (min(SMALL_MB, default) if label in SMALL else default for label in labels))
+    asked = [buffers_mb[label] for label in labels if label in buffers_mb and label != _PIPELINE]
+    return max(
+        asked
+        or [buffers_mb.get(label, min(SMALL_MB, default) if label in SMALL else default) for label in labels]
+    )
 
 
 def options(labels: tuple[str, ...], buffers_mb: Mapping[str, int]) -> Any:

@@ -41,6 +41,10 @@ PRECISIONS = {
     "bf16": ("--bf16", 5e-3),
     "fp16": ("--fp16 --initial-loss-scale 1048576 --hysteresis 1", 1e-3),
 }
+# Ranks that share a batch scale gradients of a part of it: the search for a loss scale meets overflows at
+# other steps than one process does, so layouts are compared at a scale that fits all of them.
+FITTING = "fp16 at a scale that fits"
+SETTINGS = PRECISIONS | {FITTING: ("--fp16 --initial-loss-scale 1024", PRECISIONS["fp16"][1])}
 # Operators of Ascend's that a run of the model has to call, whatever its layout.
 OPERATORS = {
     "npu_rms_norm", "npu_rms_norm_backward", "npu_swiglu", "npu_swiglu_backward", "npu_rotary_mul",
@@ -96,7 +100,7 @@ def on_cpu(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     @functools.cache
     def run(model: str, precision: str) -> Run:
         layout = Layout(model=model)
-        return pretrain_gpt(words(layout, PRECISIONS[precision][0]), tmp_path_factory.mktemp("cpu")).check()
+        return pretrain_gpt(words(layout, SETTINGS[precision][0]), tmp_path_factory.mktemp("cpu")).check()
 
     return run
 
@@ -159,7 +163,7 @@ MORE = {
 
 
 def hold_to_the_cpu(npus, words, on_cpu, tmp_path: Path, layout: Layout, precision: str) -> str:
-    flags, bound = PRECISIONS[precision]
+    flags, bound = SETTINGS[precision]
     all_runs = npus.pretrain_gpt(layout.world_size, words(layout, flags), tmp_path)
     difference = worst(all_runs[-1], on_cpu(layout.model, precision))
     assert difference < bound
@@ -174,7 +178,7 @@ def test_several_npus(npus, words, on_cpu, tmp_path: Path, name: str, report) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", FITTING])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_several_npus_in_half_precision(npus, words, on_cpu, tmp_path, name, precision, report) -> None:
     report(hold_to_the_cpu(npus, words, on_cpu, tmp_path, LAYOUTS[name], precision))

@@ -27,6 +27,7 @@ def test_small_traffic_gets_small_buffers() -> None:
     assert communicators.buffer_mb(("dp", "dp_cp"), {"dp": 400}) == 400
     assert communicators.buffer_mb(("dp", "dp_cp"), {"dp": 50, "dp_cp": 60}) == 60
     assert communicators.buffer_mb(("dp", "dp_cp", "tp_dp"), {"dp": 100}) == 100  # one name speaks for all
+    assert communicators.buffer_mb(("pp", "embd"), {"pp": 1}) == communicators.SMALL_MB
 
 
 def test_the_environment_sets_the_size_of_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
