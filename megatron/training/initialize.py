@@ -54,13 +54,14 @@ def initialize_megatron(
     """
     started = time.perf_counter()
     args = parsed_args or parse_args(extra_args_provider, ignore_unknown_args)
+    given = getattr(args, "given_flags", None)
     if args.use_checkpoint_args:
         if args.world_size > 1:  # rank 0 reads for all: other hosts may lack its file
             _join_world(args)
         load_args_from_checkpoint(args)
     validate_args(args, args_defaults or {})
     if args.rank == 0:
-        print_args(args)
+        print_args(args, given)
     _activate_overrides(args)
     set_global_variables(args)
     setup_logging()

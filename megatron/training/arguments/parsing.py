@@ -9,6 +9,7 @@ from copy import deepcopy
 
 from megatron.training.arguments import accepted, rejected
 from megatron.training.arguments.flags import GROUPS, tokenizer
+from megatron.training.arguments.help import asks_for_help, help_text
 from megatron.training.arguments.problem import USAGE_STATUS, Problem, report
 from megatron.training.arguments.scan import scan
 
@@ -51,8 +52,9 @@ def parse_args(extra_args_provider: ExtraArgs | None = None, ignore_unknown_args
     """
     parser = build_parser(extra_args_provider)
     words = sys.argv[1:]
-    if any(word in ("-h", "--help") for word in words):
-        parser.parse_args(["--help"])
+    if asks_for_help(words):
+        print(help_text(parser, words), end="")
+        raise SystemExit(0)
     found = scan(parser, words, ignore_unknown_args)
     args = _parse_words(parser, found.words, ignore_unknown_args)
     args.rank, args.world_size = rank_and_world_size()

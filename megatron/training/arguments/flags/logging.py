@@ -5,6 +5,12 @@ from megatron.training.arguments.flag import Group, off_switch, switch, value
 GROUP = Group(
     "logging",
     (
+        value(
+            "--log-arguments",
+            default="changed",
+            choices=("changed", "all", "none"),
+            help="arguments to print at the start: those that differ from their defaults, all, or none",
+        ),
         switch("--log-params-norm", help="print and record the parameter norm"),
         switch("--log-num-zeros-in-grad", help="record zeros in gradients"),
         switch("--log-throughput", help="print TFLOP/s per device"),

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from megatron.training.arguments import ArgumentsError, parse_args
+from megatron.training.arguments import ArgumentsError
 from megatron.training.arguments.parsing import build_parser
 from megatron.training.arguments.scan import scan
 from megatron.training.arguments.validation import ALL_FLAGS, find_problems
@@ -222,15 +222,6 @@ def test_exit_status(words: str, status: int, parts: list[str]) -> None:
     assert "Traceback" not in done.stderr
     if status:
         assert done.stdout == ""
-
-
-def test_help_lists_every_group(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["pretrain", "--help"])
-    with pytest.raises(SystemExit) as stop:
-        parse_args()
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    assert "network size" in text and "--pre-tockens" in text and "accepted without effect" in text
 
 
 WORDS = [

@@ -383,8 +383,8 @@ def test_deterministic_mode(check) -> None:
         torch.use_deterministic_algorithms(False)
 
 
-def test_dump(check, capsys) -> None:
-    args = check()
+def test_log_arguments_all_prints_every_argument(check, capsys) -> None:
+    args = check("--log-arguments all")
     capsys.readouterr()
     print_args(args)
     lines = capsys.readouterr().out.splitlines()
@@ -396,6 +396,32 @@ def test_dump(check, capsys) -> None:
     assert len(lines) == len(vars(args)) + 2
     names = [line.split()[0].lower() for line in lines[1:-1]]
     assert names == sorted(names)
+
+
+def test_arguments_that_differ_from_their_defaults_are_printed(check, capsys) -> None:
+    args = check("--lr 1e-3 --weight-decay 0.01 --init-method-std 0.006 --bf16")
+    capsys.readouterr()
+    given = ["--num-layers", "--lr", "--weight-decay", "--init-method-std", "--bf16"]
+    print_args(args, given)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "-" * 24 + " arguments " + "-" * 24
+    assert lines[-1] == "-" * 20 + " end of arguments " + "-" * 21
+    words = " ".join(lines[1:-2]).split()
+    assert {"num_layers=2", "lr=0.001", "init_method_std=0.006", "bf16=True"} <= set(words)
+    # 0.01 is the default weight decay; the width of the feed-forward layers was worked out.
+    assert not {"weight_decay", "ffn_hidden_size", "adam_beta1"} & {word.split("=")[0] for word in words}
+    assert lines[-2] == (
+        f"  {len(vars(args)) - len(words)} others have their defaults or follow from these: "
+        "--log-arguments all prints them"
+    )
+    assert max(map(len, lines)) <= 110
+
+
+def test_log_arguments_none_prints_nothing(check, capsys) -> None:
+    args = check("--log-arguments none")
+    capsys.readouterr()
+    print_args(args)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

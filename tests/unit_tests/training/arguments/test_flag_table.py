@@ -28,7 +28,13 @@ OWN_CHOICES = {"--shape-order": ["SBH", "BSH", "BSND", "BNSD"]}
 ADDED_CHOICES = {"--tokenizer-type": ["PretrainedFromHF"]}
 # One flag with two spellings, or one that must not be ignored and therefore stops the run.
 OWN_TIERS = {"--noop-layers": "core"}
-OWN_FLAGS = {"--coc-parallel-num", "--disable-override", "--hccl-group-buffer", "--pipeline-schedule"}
+OWN_FLAGS = {
+    "--coc-parallel-num",
+    "--disable-override",
+    "--hccl-group-buffer",
+    "--log-arguments",
+    "--pipeline-schedule",
+}
 
 
 def rows() -> list[dict[str, str]]:
