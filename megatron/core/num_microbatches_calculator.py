@@ -3,7 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 
-from megatron.core.errors import ConfigError
+from megatron.core.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -12,7 +12,7 @@ _GLOBAL_NUM_MICROBATCHES_CALCULATOR: "NumMicroBatchesCalculator | None" = None
 
 def _calculator() -> "NumMicroBatchesCalculator":
     if _GLOBAL_NUM_MICROBATCHES_CALCULATOR is None:
-        raise ConfigError("the batch size is not set up yet: call init_num_microbatches_calculator() first")
+        raise UsageError("the batch size is not set up yet: call init_num_microbatches_calculator() first")
     return _GLOBAL_NUM_MICROBATCHES_CALCULATOR
 
 
@@ -42,7 +42,7 @@ def update_num_microbatches(
     """Moves a growing batch size to its value after ``consumed_samples``.
 
     Raises:
-        ConfigError: with ``consistency_check``, a size that does not divide into whole micro-batches.
+        UsageError: with ``consistency_check``, a size that does not divide into whole micro-batches.
     """
     _calculator().update(consumed_samples, consistency_check, verbose)
 
@@ -58,10 +58,10 @@ def init_num_microbatches_calculator(
     """Sets up the batch size of this process, once. Arguments as for the calculators.
 
     Raises:
-        ConfigError: it is set up already, or the sizes do not fit together.
+        UsageError: it is set up already, or the sizes do not fit together.
     """
     if _GLOBAL_NUM_MICROBATCHES_CALCULATOR is not None:
-        raise ConfigError(
+        raise UsageError(
             "the batch size is set up already: call reconfigure_num_microbatches_calculator() instead"
         )
     reconfigure_num_microbatches_calculator(
@@ -139,7 +139,7 @@ def _build_num_microbatches_calculator(
             logger.info("micro-batches per step: %d (constant)", calculator.get())
         return calculator
     if len(rampup_batch_size) != 3:
-        raise ConfigError(
+        raise UsageError(
             f"--rampup-batch-size {' '.join(map(str, rampup_batch_size))}: {len(rampup_batch_size)} numbers "
             "where three are needed (start size, increment, samples), for example 32 32 100000"
         )
@@ -187,7 +187,7 @@ class NumMicroBatchesCalculator(ABC):
         }
         problems = [f"{name} {size} must be 1 or more" for name, size in sizes.items() if size < 1]
         if problems:
-            raise ConfigError("; ".join(problems))
+            raise UsageError("; ".join(problems))
         self.rank = rank
         self.micro_batch_size = micro_batch_size
         self.data_parallel_size = data_parallel_size
@@ -221,7 +221,7 @@ class NumMicroBatchesCalculator(ABC):
         unit = self.micro_batch_times_data_parallel_size
         fits = size >= unit and (size % unit == 0 or self.decrease_batch_size_if_needed)
         if consistency_check and not fits:
-            raise ConfigError(_explain_misfit(size, self.micro_batch_size, self.data_parallel_size))
+            raise UsageError(_explain_misfit(size, self.micro_batch_size, self.data_parallel_size))
         self.current_global_batch_size = size
         self.num_micro_batches = size // unit
         self.current_running_global_batch_size = self.num_micro_batches * unit
@@ -233,7 +233,7 @@ class ConstantNumMicroBatchesCalculator(NumMicroBatchesCalculator):
     """A fixed batch size.
 
     Raises:
-        ConfigError: a size that does not divide into whole micro-batches.
+        UsageError: a size that does not divide into whole micro-batches.
     """
 
     def __init__(
@@ -260,7 +260,7 @@ class RampupBatchsizeNumMicroBatchesCalculator(NumMicroBatchesCalculator):
     (``ramup_samples`` is spelled so in the public interface.)
 
     Raises:
-        ConfigError: a ramp that does not end at the global batch size.
+        UsageError: a ramp that does not end at the global batch size.
     """
 
     def __init__(
@@ -322,7 +322,7 @@ def _check_ramp(global_batch_size: int, start: int, increment: int, samples: int
     if samples < 0:
         problems.append(f"the ramp's length {samples} must be 0 samples or more")
     if problems:
-        raise ConfigError(f"--rampup-batch-size {start} {increment} {samples}: " + "; ".join(problems))
+        raise UsageError(f"--rampup-batch-size {start} {increment} {samples}: " + "; ".join(problems))
 
 
 def _explain_misfit(size: int, micro_batch_size: int, data_parallel_size: int) -> str:

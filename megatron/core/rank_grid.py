@@ -9,7 +9,7 @@ from itertools import accumulate
 from math import prod
 from operator import mul
 
-from megatron.core.errors import ConfigError
+from megatron.core.errors import UsageError
 
 AXES = ("tp", "cp", "ep", "dp", "pp")
 
@@ -63,7 +63,7 @@ class RankGenerator:
 
     def __init__(self, tp: int, ep: int, dp: int, pp: int, cp: int, order: str, rank_offset: int = 0):
         if ep > 1 and cp > 1:
-            raise ConfigError(
+            raise UsageError(
                 f"one rank grid cannot have both expert ({ep}) and context ({cp}) parallel axes: "
                 "experts use a grid of their own with cp = 1"
             )
@@ -74,11 +74,11 @@ class RankGenerator:
         axes = order.lower().split("-")
         unknown = sorted(set(axes) - set(AXES))
         if unknown or len(set(axes)) != len(axes):
-            raise ConfigError(f"rank order {order!r}: name each of {', '.join(AXES)} at most once")
+            raise UsageError(f"rank order {order!r}: name each of {', '.join(AXES)} at most once")
         for axis, size in self.name_to_size.items():
             if axis not in axes:
                 if size != 1:
-                    raise ConfigError(
+                    raise UsageError(
                         f"rank order {order!r} leaves out {axis}, whose size is {size}: add it, "
                         f"for example {order}-{axis}"
                     )
@@ -125,10 +125,10 @@ def levels_of(ranks: list[int], sizes: list[int], rank: int) -> list[list[int]]:
     With sizes (2, 3), ranks 0..5 divide into pairs [0 1] [2 3] [4 5] and triples [0 2 4] [1 3 5].
 
     Raises:
-        ConfigError: the sizes do not multiply to the number of ranks.
+        UsageError: the sizes do not multiply to the number of ranks.
     """
     if prod(sizes) != len(ranks) or min(sizes) < 1:
-        raise ConfigError(
+        raise UsageError(
             f"hierarchical context parallel sizes {' '.join(map(str, sizes))} multiply to {prod(sizes)}, not "
             f"to the context parallel size {len(ranks)}"
         )
@@ -146,12 +146,12 @@ def make_grids(
     """The dense and the expert grid of a world.
 
     Raises:
-        ConfigError: a grid does not fill the world, or the two disagree on the pipelines.
+        UsageError: a grid does not fill the world, or the two disagree on the pipelines.
     """
     sizes = {"tensor": tp, "pipeline": pp, "context": cp, "expert": ep, "expert tensor": expert_tp}
     for name, size in sizes.items():
         if size < 1:
-            raise ConfigError(f"{name} parallel size {size}: it must be at least 1")
+            raise UsageError(f"{name} parallel size {size}: it must be at least 1")
     for label, model_size in (
         (f"tensor {tp} x pipeline {pp} x context {cp}", tp * pp * cp),
         (f"expert tensor {expert_tp} x expert {ep} x pipeline {pp}", expert_tp * ep * pp),
@@ -159,7 +159,7 @@ def make_grids(
         if world_size % model_size:
             below = world_size // model_size * model_size
             fitting = [world for world in (below, below + model_size) if world]
-            raise ConfigError(
+            raise UsageError(
                 f"a world of {world_size} ranks does not divide into {label} = {model_size} ranks: "
                 f"start {' or '.join(map(str, fitting))} ranks, or choose smaller sizes"
             )
@@ -167,7 +167,7 @@ def make_grids(
     expert_dp = world_size // (expert_tp * ep * pp)
     expert = RankGenerator(tp=expert_tp, ep=ep, dp=expert_dp, pp=pp, cp=1, order=order)
     if pp > 1 and dense.stride("pp") != expert.stride("pp"):
-        raise ConfigError(
+        raise UsageError(
             f"rank order {order!r} gives dense and expert layers different pipelines: end it with pp, "
             "or choose sizes with equal data-parallel sizes"
         )

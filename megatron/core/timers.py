@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.core import accelerator
-from megatron.core.errors import ConfigError
+from megatron.core.errors import ConfigError, UsageError
 
 LOG_OPTIONS = ("max", "minmax", "all")
 MAX_LOG_LEVEL = 2
@@ -85,12 +85,12 @@ class Timer(TimerBase):
 
     def start(self, barrier: bool = False) -> None:
         if self._started_at is not None:
-            raise RuntimeError(f"timer {self.name!r} is running already: stop it before starting it again")
+            raise UsageError(f"timer {self.name!r} is running already: stop it before starting it again")
         self._started_at = self._settle(barrier)
 
     def stop(self, barrier: bool = False) -> None:
         if self._started_at is None:
-            raise RuntimeError(f"timer {self.name!r} is not running: start it before stopping it")
+            raise UsageError(f"timer {self.name!r} is not running: start it before stopping it")
         interval_s = self._settle(barrier) - self._started_at
         self._elapsed_s += interval_s
         self._active_s += interval_s

@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 from typing import Any
 
+from megatron.core.errors import ConfigError, UsageError
 from megatron.core.timers import Timers
 from megatron.training.tokenizer import build_tokenizer
 
@@ -17,13 +18,13 @@ _REGISTRY: dict[str, Any] = {}
 
 def _get(name: str) -> Any:
     if name not in _REGISTRY:
-        raise AssertionError(f"{name} is not initialized: call initialize_megatron() first")
+        raise UsageError(f"{name} is not initialized: call initialize_megatron() first")
     return _REGISTRY[name]
 
 
 def _set_once(name: str, value: Any) -> None:
     if name in _REGISTRY:
-        raise AssertionError(f"{name} is already initialized: call destroy_global_vars() first")
+        raise UsageError(f"{name} is already initialized: call destroy_global_vars() first")
     _REGISTRY[name] = value
 
 
@@ -151,8 +152,6 @@ def _set_tensorboard_writer(args: Namespace) -> None:
 def _set_wandb_writer(args: Namespace) -> None:
     if not args.wandb_project or args.rank != args.world_size - 1:
         return
-    from megatron.core.errors import ConfigError
-
     if not args.wandb_exp_name:
         raise ConfigError("--wandb-project needs a run name: add --wandb-exp-name NAME")
     try:

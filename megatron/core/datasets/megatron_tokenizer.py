@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron.core.errors import NotOfferedError
+
 
 class MegatronTokenizer(ABC):
     """Base of all tokenizers.
@@ -93,5 +95,5 @@ class MegatronTokenizer(ABC):
         """Id of the mask token."""
         raise self._lacks("mask")
 
-    def _lacks(self, what: str) -> NotImplementedError:
-        return NotImplementedError(f"{type(self).__name__} has no {what!r}")
+    def _lacks(self, what: str) -> NotOfferedError:
+        return NotOfferedError(f"{type(self).__name__} has no {what!r}")

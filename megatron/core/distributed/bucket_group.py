@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
-from megatron.core.errors import TrainingError
+from megatron.core.errors import TrainingError, UsageError
 from megatron.core.optimizer.multi_tensor import l2_norm
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tensor_parallel import collectives
@@ -24,9 +24,8 @@ _LARGE_GRAD_FACTOR = 10
 
 def shard_buffer(buffer: Tensor, data_parallel_world_size: int) -> list[Tensor]:
     """Equal slices of a flat buffer, one per rank: views."""
-    assert buffer.numel() % data_parallel_world_size == 0, (
-        f"{buffer.numel()} elements do not divide into {data_parallel_world_size} shards"
-    )
+    if buffer.numel() % data_parallel_world_size:
+        raise UsageError(f"{buffer.numel()} elements do not divide into {data_parallel_world_size} shards")
     return list(buffer.split(buffer.numel() // data_parallel_world_size))
 
 

@@ -2,6 +2,7 @@
 
 from torch.distributed import ProcessGroup
 
+from megatron.core.errors import UsageError
 from megatron.core.parallel_state import state
 from megatron.core.parallel_state.state import STATE
 
@@ -10,7 +11,7 @@ def _data_parallel(with_context_parallel: bool, partial_data_parallel: bool) -> 
     if not partial_data_parallel:
         return "_DATA_PARALLEL_GROUP_WITH_CP" if with_context_parallel else "_DATA_PARALLEL_GROUP"
     if not with_context_parallel:
-        raise AssertionError(
+        raise UsageError(
             "the shard group of an optimizer instance spans the context axis: pass with_context_parallel=True"
         )
     return "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP"
@@ -75,7 +76,7 @@ def get_context_parallel_global_ranks(check_initialized: bool = True) -> list[in
 def get_hierarchical_context_parallel_groups(check_initialized: bool = True) -> list[ProcessGroup] | None:
     """Groups of this rank inside its context-parallel group, one per level, neighbours first."""
     if check_initialized and STATE.hierarchical is None:
-        raise AssertionError(
+        raise UsageError(
             "hierarchical context parallel groups are not initialized: pass "
             "hierarchical_context_parallel_sizes to initialize_model_parallel()"
         )

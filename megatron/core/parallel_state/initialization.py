@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron.core import accelerator
-from megatron.core.errors import ConfigError, NotBuiltYetError
+from megatron.core.errors import NotBuiltYetError, UsageError
 from megatron.core.parallel_state.state import STATE
 from megatron.core.process_groups import GroupFactory, device_backend, load_nccl_settings
 from megatron.core.rank_grid import RankGenerator, levels_of, make_grids
@@ -114,7 +114,7 @@ def initialize_model_parallel(
             the device's package sizes them; see ``process_groups.communicator_options``.
 
     Raises:
-        ConfigError: sizes that do not fit the world or each other, or a second call without
+        UsageError: sizes that do not fit the world or each other, or a second call without
             ``destroy_model_parallel()``.
         NotBuiltYetError: an encoder on ranks of its own.
     """
@@ -162,18 +162,18 @@ def _check_request(
 ) -> None:
     """What cannot work whatever the world."""
     if not dist.is_initialized():
-        raise ConfigError("call torch.distributed.init_process_group() before initialize_model_parallel()")
+        raise UsageError("call torch.distributed.init_process_group() before initialize_model_parallel()")
     if is_initialized():
-        raise ConfigError("model parallel groups exist already: call destroy_model_parallel() first")
+        raise UsageError("model parallel groups exist already: call destroy_model_parallel() first")
     if has_encoder:
         raise NotBuiltYetError("an encoder on ranks of its own")
     if pipeline_backend not in _PIPELINE_BACKENDS:
-        raise ConfigError(
+        raise UsageError(
             f"pipeline_model_parallel_comm_backend {pipeline_backend!r}: use one of "
             f"{', '.join(map(str, _PIPELINE_BACKENDS))}"
         )
     if virtual_stages is not None and stages < 2:
-        raise ConfigError(
+        raise UsageError(
             f"virtual_pipeline_model_parallel_size {virtual_stages} with one pipeline "
             "stage: leave it unset, or use 2 or more stages"
         )
@@ -236,7 +236,7 @@ def _partial_groups(planned: list[_Planned], instances: int) -> list[_Planned]:
     if instances == 1:
         return [_Planned(_INTRA, whole, "intra_dp_cp")]
     if instances < 1 or len(whole) % instances:
-        raise ConfigError(
+        raise UsageError(
             f"num_distributed_optimizer_instances {instances} does not divide the {len(whole)} ranks of the "
             "data x context parallel group"
         )
@@ -287,10 +287,10 @@ def create_hierarchical_parallel_groups(
         pg_options: options of the backend.
 
     Raises:
-        ConfigError: the sizes do not multiply to ``group_size``.
+        UsageError: the sizes do not multiply to ``group_size``.
     """
     if len(ranks) != group_size:
-        raise ConfigError(f"group_size {group_size} differs from the {len(ranks)} ranks given")
+        raise UsageError(f"group_size {group_size} differs from the {len(ranks)} ranks given")
     factory = GroupFactory(None, options=pg_options)
     return [factory.make(members, "hcp") for members in levels_of(ranks, hierarchical_group_sizes, rank)]
 
@@ -320,7 +320,7 @@ def destroy_model_parallel() -> None:
 def get_global_memory_buffer() -> GlobalMemoryBuffer:
     """Scratch buffers shared by the layers of this process."""
     if STATE.memory_buffer is None:
-        raise AssertionError("global memory buffer is not initialized: call initialize_model_parallel()")
+        raise UsageError("global memory buffer is not initialized: call initialize_model_parallel()")
     return STATE.memory_buffer
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from megatron.core.errors import UsageError
 from megatron.core.utils import GlobalMemoryBuffer
 
 
@@ -42,7 +43,7 @@ def group(name: str, check_initialized: bool = True) -> ProcessGroup | None:
     """The group called ``name``; None where there is none and ``check_initialized`` is off."""
     if check_initialized and STATE.groups.get(name) is None:
         label = name.strip("_").lower().replace("_", " ")
-        raise AssertionError(f"{label} is not initialized: call initialize_model_parallel() first")
+        raise UsageError(f"{label} is not initialized: call initialize_model_parallel() first")
     return STATE.groups.get(name)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron.core import parallel_state
-from megatron.core.errors import ConfigError
+from megatron.core.errors import UsageError
 from megatron.core.pipeline_parallel.actions import Action, Compute, Exchange, Message, StartSync, Work
 from megatron.core.pipeline_parallel.microbatch import (
     backward_step,
@@ -220,7 +220,7 @@ class _Runner:
             self.put_off[place] = deferred_gradients.pending() - before
         if inputs[0] is not None:
             if any(grad is None for grad in input_grads):
-                raise ConfigError(
+                raise UsageError(
                     f"chunk {action.chunk} of this stage does not use what the previous stage sends: its "
                     "set_input_tensor() must hand it to forward()"
                 )
@@ -282,7 +282,7 @@ class _Runner:
 def _check_shapes(tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> None:
     found = [tuple(tensor.shape) for tensor in tensors]
     if found != [tuple(shape) for shape in shapes]:
-        raise ConfigError(
+        raise UsageError(
             f"a stage sends tensors of shapes {found}, but {[tuple(shape) for shape in shapes]} were "
             "announced: check seq_length and micro_batch_size, or set variable_seq_lengths=True"
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from megatron.core import parallel_state
-from megatron.core.errors import ConfigError
+from megatron.core.errors import UsageError
 from megatron.core.utils import assert_viewless_tensor, get_attr_wrapped_model
 
 Tensors = Tensor | None | list[Tensor | None]
@@ -48,7 +48,7 @@ def custom_backward(output: Tensor, grad_output: Tensor | None) -> None:
     """
     if grad_output is None:
         if output.numel() != 1:
-            raise ConfigError(f"no gradient given for an output of {output.numel()} elements")
+            raise UsageError(f"no gradient given for an output of {output.numel()} elements")
         grad_output = torch.ones_like(output, memory_format=torch.preserve_format)
     Variable._execution_engine.run_backward(
         tensors=(output,),
@@ -65,7 +65,7 @@ def set_current_microbatch(model: torch.nn.Module, microbatch_id: int) -> None:
     """Tells the decoder's layers the number of the micro-batch; a model without a decoder is left alone."""
     try:
         decoder = get_attr_wrapped_model(model, "decoder")
-    except ConfigError:
+    except UsageError:
         return
     for layer in getattr(decoder, "layers", ()):
         layer.current_microbatch = microbatch_id

@@ -15,7 +15,7 @@ lower rank sends first.
 from collections import defaultdict, deque
 from functools import lru_cache
 
-from megatron.core.errors import ConfigError
+from megatron.core.errors import UsageError
 from megatron.core.pipeline_parallel.actions import Action, Compute, Exchange, Message, StartSync, Work
 from megatron.core.pipeline_parallel.orders import one_forward_one_backward, zero_bubble_h1
 
@@ -61,7 +61,7 @@ def make_schedules(
         forward_only: leave out everything backward.
 
     Raises:
-        ConfigError: the schedule does not exist, or these numbers would leave ranks waiting for each other.
+        UsageError: the schedule does not exist, or these numbers would leave ranks waiting for each other.
     """
     _check_request(name, num_stages, num_microbatches, num_chunks, group_size)
     orders = [
@@ -89,19 +89,19 @@ def _check_request(
     name: str, num_stages: int, num_microbatches: int, num_chunks: int, group_size: int | None
 ) -> None:
     if name not in SCHEDULES:
-        raise ConfigError(f"--pipeline-schedule {name}: not one of {', '.join(SCHEDULES)}")
+        raise UsageError(f"--pipeline-schedule {name}: not one of {', '.join(SCHEDULES)}")
     if name != "interleaved" and num_chunks != 1:
-        raise ConfigError(
+        raise UsageError(
             f"--pipeline-schedule {name} runs one model chunk per pipeline rank, but there are {num_chunks}: "
             "use interleaved, or leave out the virtual stages"
         )
     if min(num_stages, num_microbatches, num_chunks) < 1:
-        raise ConfigError(
+        raise UsageError(
             f"a schedule of {num_stages} stages, {num_microbatches} micro-batches, {num_chunks} chunks: "
             "each must be at least 1"
         )
     if group_size is not None and group_size < num_stages and name == "interleaved":
-        raise ConfigError(
+        raise UsageError(
             f"--microbatch-group-size-per-virtual-pipeline-stage {group_size}: at least {num_stages}, "
             "the number of pipeline stages, is needed, or the first stage waits for its own output"
         )
@@ -155,7 +155,7 @@ def _steps(orders: list[list[Compute]], num_stages_total: int) -> list[list[int]
 def _check_finished(orders: list[list[Compute]], steps: list[list[int]]) -> None:
     stuck = [rank for rank, order in enumerate(orders) if len(steps[rank]) < len(order)]
     if stuck:
-        raise ConfigError(
+        raise UsageError(
             f"these numbers of micro-batches and virtual stages leave pipeline ranks {stuck} waiting for "
             "each other: the last group of micro-batches may not be smaller than the "
             f"{len(orders)} pipeline stages; a multiple of {len(orders)} micro-batches always works"

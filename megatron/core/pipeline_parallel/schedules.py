@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
-from megatron.core.errors import ConfigError, NotBuiltYetError
+from megatron.core.errors import NotBuiltYetError, UsageError
 from megatron.core.pipeline_parallel import p2p_communication as p2p
 from megatron.core.pipeline_parallel.executor import Step, run_schedule
 from megatron.core.pipeline_parallel.microbatch import (
@@ -97,7 +97,7 @@ def forward_backward_no_pipelining(
         One report per micro-batch on the last stage, [] on others.
 
     Raises:
-        ConfigError: numbers of chunks or micro-batches that cannot work; shapes other than announced.
+        UsageError: numbers of chunks or micro-batches that cannot work; shapes other than announced.
     """
     models, iterators = _per_chunk(model, data_iterator, 1)
     return run_schedule(
@@ -211,11 +211,9 @@ def _per_chunk(model: Any, data_iterator: Any, num_chunks: int) -> tuple[list[to
     models = list(model) if isinstance(model, list | tuple | torch.nn.ModuleList) else [model]
     iterators = list(data_iterator) if isinstance(data_iterator, list | tuple) else [data_iterator]
     if len(models) != num_chunks:
-        raise ConfigError(f"this schedule runs {num_chunks} model chunk(s) per rank, but got {len(models)}")
+        raise UsageError(f"this schedule runs {num_chunks} model chunk(s) per rank, but got {len(models)}")
     if len(iterators) != num_chunks:
-        raise ConfigError(
-            f"{num_chunks} model chunk(s) need as many data iterators, but got {len(iterators)}"
-        )
+        raise UsageError(f"{num_chunks} model chunk(s) need as many data iterators, but got {len(iterators)}")
     return models, iterators
 
 
@@ -254,7 +252,7 @@ def get_tensor_shapes(
     if config.sequence_parallel:
         parts *= config.tensor_model_parallel_size
     if seq_length % parts and not config.variable_seq_lengths:
-        raise ConfigError(
+        raise UsageError(
             f"seq_length {seq_length} is not divisible by the {parts} ranks that share a sequence"
         )
     return [(seq_length // parts, micro_batch_size, config.hidden_size)]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core import accelerator, parallel_state
-from megatron.core.errors import ConfigError, NotBuiltYetError
+from megatron.core.errors import NotBuiltYetError, UsageError
 
 # Dimensions of the longest shape that can be announced.
 _MAX_DIMS = 7
@@ -101,7 +101,7 @@ def wire_dtype(config: Any) -> torch.dtype:
     if getattr(config, "fp32_residual_connection", False):
         return torch.float32
     if config.pipeline_dtype is None:
-        raise ConfigError("pipeline_dtype is unset: set it in the model's config, usually to params_dtype")
+        raise UsageError("pipeline_dtype is unset: set it in the model's config, usually to params_dtype")
     return config.pipeline_dtype
 
 
@@ -116,10 +116,10 @@ def as_sent(tensor: Tensor, config: Any) -> Tensor:
     """The same data as the receiver expects it: contiguous, outside the graph, of the agreed type.
 
     Raises:
-        ConfigError: another type.
+        UsageError: another type.
     """
     if tensor.dtype != wire_dtype(config):
-        raise ConfigError(
+        raise UsageError(
             f"a stage made a tensor of {tensor.dtype}, but stages agreed on {wire_dtype(config)}: set "
             "pipeline_dtype to the type of the model's activations"
         )

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from megatron.core import parallel_state
+from megatron.core.errors import UsageError
 
 # name -> value of a parameter that is not split
 _DEFAULTS = {"tensor_model_parallel": False, "partition_dim": -1, "partition_stride": 1}
@@ -18,7 +19,8 @@ def param_is_not_tensor_parallel_duplicate(param: Tensor) -> bool:
 def set_tensor_model_parallel_attributes(tensor: Tensor, is_parallel: bool, dim: int, stride: int) -> None:
     """Marks a parameter as split along ``dim``, in ``stride`` interleaved parts; only once."""
     for name in _DEFAULTS:
-        assert not hasattr(tensor, name), f"parameter has {name} = {getattr(tensor, name)} already"
+        if hasattr(tensor, name):
+            raise UsageError(f"parameter has {name} = {getattr(tensor, name)} already")
     tensor.tensor_model_parallel = is_parallel
     tensor.partition_dim = dim
     tensor.partition_stride = stride

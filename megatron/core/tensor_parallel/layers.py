@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from megatron.core import accelerator
-from megatron.core.errors import DataError
+from megatron.core.errors import DataError, UsageError
 from megatron.core.fusions.embedding import embedding_lookup
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.attributes import (
@@ -228,9 +228,11 @@ class ColumnParallelLinear(LinearBase):
             runtime_gather_output: overrides ``gather_output``: the output is then [..., out].
         """
         weight = self.weight if weight is None else weight
-        assert weight is not None, "this layer was built without a weight: pass one to forward()"
+        if weight is None:
+            raise UsageError("this layer was built without a weight: pass one to forward()")
         expected = (self.output_size_per_partition, self.input_size)
-        assert weight.shape == expected, f"weight is {tuple(weight.shape)}, expected {expected}"
+        if weight.shape != expected:
+            raise UsageError(f"weight is {tuple(weight.shape)}, expected {expected}")
         buffers: dict[str, Any] = {}
         if self.config.defer_embedding_wgrad_compute and self.grad_output_buffer is not None:
             limit = self.config.wgrad_deferral_limit

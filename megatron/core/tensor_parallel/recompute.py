@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron.core import accelerator
-from megatron.core.errors import ConfigError, MegatronError
+from megatron.core.errors import UsageError
 from megatron.core.tensor_parallel import collectives
 from megatron.core.tensor_parallel.rng_tracker import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.utils import gather_split_1d_tensor, split_tensor_into_1d_equal_chunks
@@ -65,7 +65,7 @@ class _Share:
     def of(cls, whole: Tensor) -> _Share:
         ranks = collectives.group_size(collectives.tensor_group())
         if whole.numel() % ranks:
-            raise ConfigError(
+            raise UsageError(
                 f"distribute_saved_activations: an activation of shape {tuple(whole.shape)} does not divide "
                 f"among {ranks} tensor-parallel ranks; leave it off (--distribute-saved-activations)"
             )
@@ -123,7 +123,7 @@ def _backward_through(outputs: Any, grads: tuple[Tensor | None, ...], args: list
 
 def _check_plain_backward() -> None:
     if not torch.autograd._is_checkpoint_valid():
-        raise MegatronError("recomputation works with loss.backward(), not with torch.autograd.grad()")
+        raise UsageError("recomputation works with loss.backward(), not with torch.autograd.grad()")
 
 
 class CheckpointFunction(torch.autograd.Function):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.core.errors import ConfigError
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -70,7 +71,8 @@ class Float16Module(MegatronModule):
 
     def __init__(self, config: TransformerConfig, module: torch.nn.Module):
         super().__init__(config)
-        assert config.fp16 != config.bf16, "Float16Module needs exactly one of config.fp16 and config.bf16"
+        if config.fp16 == config.bf16:
+            raise ConfigError("Float16Module needs exactly one of config.fp16 and config.bf16")
         self.fp16, self.bf16 = config.fp16, config.bf16
         self.dtype = torch.float16 if config.fp16 else torch.bfloat16
         self.add_module("module", module.to(self.dtype))

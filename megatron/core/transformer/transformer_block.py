@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron.core import tensor_parallel
+from megatron.core.errors import UsageError
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.pipeline_layout import get_num_layers_to_build
@@ -111,7 +112,8 @@ class TransformerBlock(MegatronModule):
         if isinstance(hidden_states, WrappedTensor):
             hidden_states = hidden_states.unwrap()
         if not self.pre_process:
-            assert self.input_tensor is not None, "a later stage needs set_input_tensor() before forward()"
+            if self.input_tensor is None:
+                raise UsageError("a later stage needs set_input_tensor() before forward()")
             hidden_states = self.input_tensor
         arguments = {
             "attention_mask": attention_mask,

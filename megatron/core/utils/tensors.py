@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.core.errors import MegatronError
+from megatron.core.errors import UsageError
 
 
 class GlobalMemoryBuffer:
@@ -36,7 +36,7 @@ class WrappedTensor:
     def unwrap(self) -> Tensor:
         """The tensor; a second call is an error."""
         if self._tensor is None:
-            raise MegatronError("this WrappedTensor was unwrapped before; keep the tensor it returned")
+            raise UsageError("this WrappedTensor was unwrapped before; keep the tensor it returned")
         tensor, self._tensor = self._tensor, None
         return tensor
 
@@ -79,10 +79,8 @@ def assert_viewless_tensor(tensor: Any, extra_msg: str | None = None) -> Any:
     """Returns ``tensor`` (or a list of tensors), after checking that none is a view of another."""
     if isinstance(tensor, list):
         return [assert_viewless_tensor(item, extra_msg) for item in tensor]
-    if isinstance(tensor, Tensor):
-        assert tensor._base is None, (
-            f"a view keeps its base of shape {tuple(tensor._base.shape)} alive. {extra_msg}"
-        )
+    if isinstance(tensor, Tensor) and tensor._base is not None:
+        raise UsageError(f"a view keeps its base of shape {tuple(tensor._base.shape)} alive. {extra_msg}")
     return tensor
 
 

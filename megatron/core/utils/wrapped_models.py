@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from megatron.core.errors import ConfigError
+from megatron.core.errors import UsageError
 
 
 def get_attr_wrapped_model(
@@ -20,16 +20,16 @@ def get_attr_wrapped_model(
         return_model_obj: return the object that has it instead of the value.
 
     Raises:
-        ConfigError: ``model`` is a list, or nothing has the attribute.
+        UsageError: ``model`` is a list, or nothing has the attribute.
     """
     if isinstance(model, list):
-        raise ConfigError(f"looking for {attr!r} needs one model, not a list of {len(model)}: pass model[0]")
+        raise UsageError(f"looking for {attr!r} needs one model, not a list of {len(model)}: pass model[0]")
     current: Any = model
     while True:
         if hasattr(current, attr) and (allow_none or getattr(current, attr) is not None):
             return current if return_model_obj else getattr(current, attr)
         if not hasattr(current, "module"):
-            raise ConfigError(f"neither {type(model).__name__} nor what it wraps has the attribute {attr!r}")
+            raise UsageError(f"neither {type(model).__name__} nor what it wraps has the attribute {attr!r}")
         current = current.module
 
 
@@ -42,7 +42,7 @@ def get_model_xattn(model: torch.nn.Module) -> bool:
     """``xattn_needed`` of a wrapped model; False where it has none."""
     try:
         return get_attr_wrapped_model(model, "xattn_needed")
-    except ConfigError:
+    except UsageError:
         return False
 
 

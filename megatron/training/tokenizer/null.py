@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
-from megatron.core.errors import DataError, NotBuiltYetError
+from megatron.core.errors import DataError, NotBuiltYetError, NotOfferedError
 from megatron.training.tokenizer.base import BatchTokenizer
 
 
@@ -55,11 +55,11 @@ class _NullTokenizer(BatchTokenizer):
 
     @property
     def vocab(self) -> Mapping[str, int]:
-        raise NotImplementedError("NullTokenizer has no vocabulary: any id is a token")
+        raise NotOfferedError("NullTokenizer has no vocabulary: any id is a token")
 
     @property
     def inv_vocab(self) -> Mapping[int, str]:
-        raise NotImplementedError("NullTokenizer has no vocabulary: any id is a token")
+        raise NotOfferedError("NullTokenizer has no vocabulary: any id is a token")
 
     @property
     def cls(self) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 from megatron.core import tensor_parallel
 from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
 from megatron.core.enums import ModelType
-from megatron.core.errors import ConfigError, NotBuiltYetError
+from megatron.core.errors import ConfigError, NotBuiltYetError, UsageError
 from megatron.core.inference_params import InferenceParams
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -124,7 +124,8 @@ class GPTModel(LanguageModule):
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Hands in the previous stage's activations: a tensor [s, b, h], or a list of one."""
         if isinstance(input_tensor, list):
-            assert len(input_tensor) == 1, f"GPT takes one input tensor, not {len(input_tensor)}"
+            if len(input_tensor) != 1:
+                raise UsageError(f"GPT takes one input tensor, not {len(input_tensor)}")
             input_tensor = input_tensor[0]
         self.decoder.set_input_tensor(input_tensor)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron.core import tensor_parallel
-from megatron.core.errors import DataError
+from megatron.core.errors import DataError, UsageError
 from megatron.core.fusions.dropout import dropout
 from megatron.core.fusions.embedding import embedding_lookup
 from megatron.core.tensor_parallel.initial_weights import Place, new_weight
@@ -86,7 +86,8 @@ class LanguageModelEmbedding(MegatronModule):
         if self.position_embeddings is not None:
             embeddings = embeddings + self._positions(position_ids)
         if self.tokentype_embeddings is not None:
-            assert tokentype_ids is not None, "this model has token types: pass tokentype_ids"
+            if tokentype_ids is None:
+                raise UsageError("this model has token types: pass tokentype_ids")
             embeddings = embeddings + self.tokentype_embeddings(tokentype_ids)
         if not self.reduce_scatter_embeddings:
             embeddings = self._sequence_first(embeddings)
