@@ -32,6 +32,7 @@ from megatron.core.pipeline_parallel.transport import (
     start,
 )
 from megatron.core.tensor_parallel import deferred_gradients
+from megatron.core.tensor_parallel.replica_streams import replica_streams
 from megatron.core.utils import make_viewless_tensor
 
 # (micro-batch, chunk)
@@ -86,13 +87,15 @@ def run_schedule(actions: Sequence[Action], step: Step) -> list[Any]:
         One report per micro-batch where the losses are made, [] elsewhere.
     """
     runner = _Runner(step, actions)
-    for action in actions:
-        if isinstance(action, Compute):
-            runner.compute(action)
-        elif isinstance(action, Exchange):
-            runner.exchange(action)
-        else:
-            runner.start_sync(action)
+    # An evaluation draws nothing, and leaves the streams as they are.
+    with contextlib.nullcontext() if step.forward_only else replica_streams():
+        for action in actions:
+            if isinstance(action, Compute):
+                runner.compute(action)
+            elif isinstance(action, Exchange):
+                runner.exchange(action)
+            else:
+                runner.start_sync(action)
     runner.finish()
     return runner.reports
 

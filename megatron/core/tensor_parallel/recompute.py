@@ -2,49 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron.core import accelerator
 from megatron.core.errors import UsageError
 from megatron.core.tensor_parallel import collectives
-from megatron.core.tensor_parallel.rng_tracker import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.rng_tracker import RngSnapshot
 from megatron.core.tensor_parallel.utils import gather_split_1d_tensor, split_tensor_into_1d_equal_chunks
-
-
-@dataclass(frozen=True)
-class _RngSnapshot:
-    """All random state that a forward pass can draw from."""
-
-    cpu: Tensor
-    device: Tensor | None  # None where the CPU is the device
-    streams: dict[str, Tensor]
-
-    @classmethod
-    def take(cls) -> _RngSnapshot:
-        device = accelerator.get_rng_state() if accelerator.is_accelerated() else None
-        return cls(torch.get_rng_state(), device, get_cuda_rng_tracker().get_states())
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.device is not None:
-            accelerator.set_rng_state(self.device)
-        get_cuda_rng_tracker().set_states(self.streams)
-
-    @contextlib.contextmanager
-    def replay(self) -> Iterator[None]:
-        """Inside, random draws repeat those made since the snapshot; outside, nothing has changed."""
-        now = _RngSnapshot.take()
-        self.restore()
-        try:
-            yield
-        finally:
-            now.restore()
 
 
 @dataclass(frozen=True)
@@ -86,7 +54,7 @@ class _SavedCall:
         self, ctx: Any, function: Callable[..., Any], args: tuple[Any, ...], distribute_first: bool = False
     ):
         self.function = function
-        self.rng = _RngSnapshot.take()
+        self.rng = RngSnapshot.take()
         if distribute_first and collectives.group_size(collectives.tensor_group()) > 1:
             args = (_Share.of(args[0]), *args[1:])
         self.is_tensor = [isinstance(arg, Tensor) for arg in args]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megatron.core import accelerator
@@ -140,6 +142,42 @@ def get_cuda_rng_tracker(
 def get_all_rng_states() -> dict[str, Tensor]:
     """States of the process's tracker; empty while there is none."""
     return {} if _tracker is None else _tracker.get_states()
+
+
+@dataclass(frozen=True)
+class RngSnapshot:
+    """All random state that a forward pass can draw from.
+
+    Attributes:
+        cpu: of the default generator of the CPU.
+        device: of the device's default generator; None where the CPU is the device.
+        streams: of the tracker, by name.
+    """
+
+    cpu: Tensor
+    device: Tensor | None
+    streams: dict[str, Tensor]
+
+    @classmethod
+    def take(cls) -> RngSnapshot:
+        device = accelerator.get_rng_state() if accelerator.is_accelerated() else None
+        return cls(torch.get_rng_state(), device, get_cuda_rng_tracker().get_states())
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.device is not None:
+            accelerator.set_rng_state(self.device)
+        get_cuda_rng_tracker().set_states(self.streams)
+
+    @contextlib.contextmanager
+    def replay(self) -> Iterator[None]:
+        """Inside, random draws repeat those made since the snapshot; outside, nothing has changed."""
+        now = RngSnapshot.take()
+        self.restore()
+        try:
+            yield
+        finally:
+            now.restore()
 
 
 def model_parallel_cuda_manual_seed(
