@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.errors import UsageError
 from megatron.core.pipeline_parallel.actions import Action, Compute, Exchange, Message, StartSync, Work
 from megatron.core.pipeline_parallel.microbatch import (
+    averages_per_token,
     backward_step,
     check_first_val_step,
     deallocate_output_tensor,
@@ -180,7 +181,7 @@ class _Runner:
         for pending in self.pending:
             pending.wait()
         if self.config.finalize_model_grads_func is not None and not self.step.forward_only:
-            tokens = self.total_tokens if self.config.calculate_per_token_loss else None
+            tokens = self.total_tokens if averages_per_token(self.config) else None
             self.config.finalize_model_grads_func(list(self.step.models), tokens)
 
     def _forward(self, microbatch: int, chunk: int) -> None:

@@ -61,6 +61,13 @@ def custom_backward(output: Tensor, grad_output: Tensor | None) -> None:
     )
 
 
+def _replaceable_custom_backward(output: Tensor, grad_output: Tensor | None) -> None:
+    """The same, looked up under its public name at every call: scripts and tests replace it there."""
+    from megatron.core.pipeline_parallel import schedules
+
+    schedules.custom_backward(output, grad_output)
+
+
 def set_current_microbatch(model: torch.nn.Module, microbatch_id: int) -> None:
     """Tells the decoder's layers the number of the micro-batch; a model without a decoder is left alone."""
     try:
@@ -144,8 +151,13 @@ def _autocast(model: torch.nn.Module, config: Any) -> contextlib.AbstractContext
     return torch.autocast(next(model.parameters()).device.type, config.autocast_dtype)
 
 
-def _loss_and_report(result: tuple, num_microbatches: int, config: Any) -> tuple[Tensor, Tensor, Any]:
-    """Scale what a loss function returned.
+def averages_per_token(config: Any) -> bool:
+    """Whether gradients are divided by the tokens of the whole step; a plain ModelParallelConfig says no."""
+    return getattr(config, "calculate_per_token_loss", False)
+
+
+def _loss_and_report(result: tuple, num_microbatches: int, config: Any) -> tuple[Any, Tensor, Any]:
+    """Scale what a loss function returned: tensors, or in an evaluation also plain numbers.
 
     A pair is (loss, report): the loss is averaged over micro-batches. A triple is (sum of losses, number
     of tokens, report): the sum is divided by the tokens too, unless gradients are divided by the token
@@ -153,18 +165,25 @@ def _loss_and_report(result: tuple, num_microbatches: int, config: Any) -> tuple
     data- and context-parallel ranks need a loss times the context-parallel size: these ranks hold parts of
     the same sequences, so their gradients add up.
     """
+    if not isinstance(result, tuple | list) or len(result) not in (2, 3):
+        raise UsageError(
+            "a loss function returns (loss, report) or (sum of losses, number of tokens, report), not "
+            f"{len(result) if isinstance(result, tuple | list) else type(result).__name__} of something else"
+        )
+    per_token = averages_per_token(config)
     if len(result) == 2:
         loss, report = result
         num_tokens = torch.zeros((), dtype=torch.int64)
         loss = loss / num_microbatches
     else:
-        loss, num_tokens, report = result
-        if not config.calculate_per_token_loss:
+        loss, counted, report = result
+        num_tokens = torch.as_tensor(counted).detach()
+        if not per_token:
             loss = loss / num_tokens.clamp(min=1) / num_microbatches
-    if not config.calculate_per_token_loss and parallel_state.is_initialized():
+    if not per_token and parallel_state.is_initialized():
         parts = parallel_state.get_context_parallel_world_size()
         loss = loss if parts <= 1 else loss * parts
-    return loss, num_tokens.detach(), report
+    return loss, num_tokens, report
 
 
 def backward_step(
@@ -192,8 +211,8 @@ def backward_step(
         if grad is None and config.grad_scale_func is not None:
             output = config.grad_scale_func(output)
         # What has no graph of its own (a stage without layers) has not been shrunk.
-        if config.deallocate_pipeline_outputs and output.grad_fn is not None:
-            custom_backward(output, grad)
+        if config.deallocate_pipeline_outputs and getattr(output, "grad_fn", None) is not None:
+            _replaceable_custom_backward(output, grad)
         else:
             torch.autograd.backward(output, grad_tensors=grad)
         grads = [None if tensor is None else tensor.grad for tensor in inputs]

@@ -167,6 +167,11 @@ def forward_backward_pipelining_with_interleaving(
     ``config.microbatch_group_size_per_vp_stage`` micro-batches pass a chunk back to back. Arguments, result
     and errors as of :func:`forward_backward_no_pipelining`.
     """
+    if decoder_seq_length not in (None, seq_length):
+        raise UsageError(
+            f"decoder_seq_length {decoder_seq_length} with seq_length {seq_length}: all virtual stages send "
+            "tensors of one length; leave it out"
+        )
     num_chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or len(model)
     models, iterators = _per_chunk(model, data_iterator, num_chunks)
     name = get_model_config(models[0]).pipeline_schedule or "interleaved"
@@ -251,11 +256,18 @@ def get_tensor_shapes(
     parts = config.context_parallel_size
     if config.sequence_parallel:
         parts *= config.tensor_model_parallel_size
+    # Where shapes are announced before each transfer, only the number of tensors matters.
+    hidden_size = getattr(config, "hidden_size", 0)
     if seq_length % parts and not config.variable_seq_lengths:
         raise UsageError(
             f"seq_length {seq_length} is not divisible by the {parts} ranks that share a sequence"
         )
-    return [(seq_length // parts, micro_batch_size, config.hidden_size)]
+    if not hidden_size and not config.variable_seq_lengths:
+        raise UsageError(
+            f"the model's {type(config).__name__} has no hidden_size, the width of what stages send: set "
+            "config.hidden_size, or variable_seq_lengths=True"
+        )
+    return [(seq_length // parts, micro_batch_size, hidden_size)]
 
 
 def get_pp_rank_microbatches(
