@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron import unbuilt
 from megatron.core import accelerator
 from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import (
@@ -58,6 +59,8 @@ from megatron.training.utils import (
     print_rank_0,
     reduce_max_stat_across_model_parallel_group,
 )
+
+__getattr__ = unbuilt.names_of(__name__)
 
 __all__ = [
     "build_train_valid_test_data_iterators",

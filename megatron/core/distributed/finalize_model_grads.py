@@ -4,10 +4,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron import unbuilt
 from megatron.core import accelerator, parallel_state
 from megatron.core.optimizer.timing import timed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
+
+__getattr__ = unbuilt.names_of(__name__)
 
 # Norms of single heads: replicated, but every tensor-parallel rank applies them to heads of its own.
 _HEAD_NORMS = ("q_layernorm", "k_layernorm")

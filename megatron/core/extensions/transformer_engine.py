@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron import unbuilt
 from megatron.core.errors import ConfigError
 from megatron.core.fusions.cross_entropy import split_cross_entropy
 from megatron.core.fusions.fused_layer_norm import NORMS
@@ -26,6 +27,8 @@ from megatron.core.tensor_parallel.random import (
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+__getattr__ = unbuilt.names_of(__name__)
 
 __all__ = [
     "TEColumnParallelLinear",

@@ -1,5 +1,6 @@
 """Optimizers: mixed precision, loss scaling, clipping, and the update itself."""
 
+from megatron import unbuilt
 from megatron.core.optimizer.adamw import Adam
 from megatron.core.optimizer.builder import get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -13,3 +14,5 @@ from megatron.core.optimizer.optimizer import (
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_groups import _get_param_groups
 from megatron.core.optimizer.untraced import SGD
+
+__getattr__ = unbuilt.names_of(__name__)

@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron import unbuilt
 from megatron.core import accelerator
 from megatron.core.fusions.softmax import HIDDEN_SCORE
+
+__getattr__ = unbuilt.names_of(__name__)
 
 
 def get_linear_layer(

@@ -1,5 +1,6 @@
 """Small helpers used across the library, and by user scripts under this path."""
 
+from megatron import unbuilt
 from megatron.core.utils.arithmetic import divide, ensure_divisibility
 from megatron.core.utils.batch import get_batch_on_this_cp_rank
 from megatron.core.utils.experimental import (
@@ -46,3 +47,5 @@ from megatron.core.utils.wrapped_models import (
     get_model_xattn,
     is_submodule,
 )
+
+__getattr__ = unbuilt.names_of(__name__)

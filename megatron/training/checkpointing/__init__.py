@@ -4,6 +4,7 @@ User code and its tests replace ``get_args``, ``update_num_microbatches`` and ``
 this module, so the functions that need them ask for them here, at the time of the call.
 """
 
+from megatron import unbuilt
 from megatron.core.num_microbatches_calculator import update_num_microbatches
 from megatron.training.checkpointing.durable import check_save_directory
 from megatron.training.checkpointing.layout import (
@@ -27,3 +28,5 @@ from megatron.training.checkpointing.tracker import (
 )
 from megatron.training.checkpointing.version import get_checkpoint_version, set_checkpoint_version
 from megatron.training.global_vars import get_args
+
+__getattr__ = unbuilt.names_of(__name__)

@@ -1,4 +1,7 @@
 """Embeddings of tokens and positions."""
 
+from megatron import unbuilt
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+__getattr__ = unbuilt.names_of(__name__)

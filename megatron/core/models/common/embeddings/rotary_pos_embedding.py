@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron import unbuilt
 from megatron.core import accelerator
 from megatron.core.context_parallel.zigzag import own_place, take_chunks
 from megatron.core.errors import NotBuiltYetError
 from megatron.core.packed_seq_params import PackedSeqParams
+
+__getattr__ = unbuilt.names_of(__name__)
 
 # Llama 3 scaling: wavelengths are compared with this context length over these factors.
 _ORIGINAL_CONTEXT = 8192

@@ -1,0 +1,242 @@
+"""Names of parts without code: they import everywhere, and say what they are when they are used."""
+
+import abc
+import dataclasses
+import enum
+import importlib
+import importlib.machinery
+import inspect
+import pickle
+import pkgutil
+import subprocess
+import sys
+import typing
+
+import pytest
+import torch
+
+import megatron
+from megatron import unbuilt
+from megatron.core import dist_checkpointing
+from megatron.core.errors import MegatronError, NotBuiltYetError
+from megatron.core.inference.contexts import ContextOverflowError, TokenOverflowError
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.unbuilt.placeholders import make
+from megatron.unbuilt.table import FEATURES, Feature
+from megatron.unbuilt.values import VALUES
+
+ROWS = [
+    (module, name, feature) for module, names in unbuilt.rows().items() for name, feature in names.items()
+]
+
+
+def home(name: str, feature: Feature) -> str:
+    """The path under which a placeholder of several paths introduces itself."""
+    return next(module for module, names in feature.modules.items() if name in names)
+
+
+def has_a_file(module: str) -> bool:
+    """Whether the import system finds it without the table."""
+    path = None
+    for count in range(1, module.count(".") + 2):
+        spec = importlib.machinery.PathFinder.find_spec(".".join(module.split(".")[:count]), path)
+        if spec is None:
+            return False
+        path = spec.submodule_search_locations
+    return True
+
+
+@pytest.mark.parametrize("module", unbuilt.rows())
+def test_every_name_imports_and_says_that_it_is_not_built(module: str) -> None:
+    for name, feature in unbuilt.rows()[module].items():
+        value = getattr(importlib.import_module(module), name)
+        if f"{home(name, feature)}:{name}" in VALUES or name == "logger":
+            continue
+        with pytest.raises(NotBuiltYetError) as caught:
+            value(1, any_keyword=2)
+        text = str(caught.value)
+        assert text.startswith(f"{home(name, feature)}.{name} ({feature.what}) is not built yet. ")
+        assert text.endswith(feature.instead)
+        assert isinstance(caught.value, MegatronError)
+
+
+def test_a_row_goes_when_its_name_is_built() -> None:
+    stale = []
+    for module, name, _ in ROWS:
+        if has_a_file(module) and (
+            name in vars(importlib.import_module(module)) or has_a_file(f"{module}.{name}")
+        ):
+            stale.append(f"{module}:{name}")
+    stale += [
+        module
+        for feature in FEATURES
+        for module, names in feature.modules.items()
+        if not names and has_a_file(module)
+    ]
+    assert not stale, f"built, so their rows in megatron/unbuilt/table.py have to go: {stale}"
+
+
+def test_every_value_belongs_to_a_row() -> None:
+    assert set(VALUES) <= {f"{home(name, feature)}:{name}" for _, name, feature in ROWS}
+
+
+def test_no_module_is_listed_for_the_same_name_twice() -> None:
+    pairs = [(module, name) for each in FEATURES for module, names in each.modules.items() for name in names]
+    assert len(pairs) == len(set(pairs))
+
+
+def test_a_submodule_can_be_imported_from_its_package_and_by_its_path() -> None:
+    from megatron.core.transformer.moe import grouped_gemm_util, upcycling_utils
+
+    assert not grouped_gemm_util.grouped_gemm_is_available()
+    assert upcycling_utils is sys.modules["megatron.core.transformer.moe.upcycling_utils"]
+    assert dist_checkpointing is sys.modules["megatron.core.dist_checkpointing"]
+    for path in (
+        "megatron.core.models.multimodal.context_parallel",
+        "megatron.legacy.fp16_deprecated.loss_scaler",
+    ):
+        assert importlib.import_module(path).__doc__ == "Not built yet."
+
+
+def test_one_placeholder_under_all_paths_of_a_part() -> None:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    assert dist_checkpointing.ShardedTensor is ShardedTensor
+
+
+def test_a_placeholder_class_serves_as_annotation_and_as_base() -> None:
+    class Mine(MoELayer):
+        def forward(self, x: MoELayer | None, y: typing.Optional[MoELayer]) -> "list[MoELayer]":  # noqa: UP045
+            raise AssertionError
+
+    class Module(MoELayer, torch.nn.Module):
+        pass
+
+    class Abstract(MoELayer, abc.ABC):
+        pass
+
+    @dataclasses.dataclass
+    class Parts(MoESubmodules):
+        experts: int = 0
+
+    for each in (MoELayer, Mine, Module, Abstract):
+        assert not isinstance(torch.nn.Linear(1, 1), each)
+        assert issubclass(each, MoELayer)
+        with pytest.raises(
+            NotBuiltYetError, match=r"moe_layer\.MoELayer \(a mixture of experts\) is not built"
+        ):
+            each()
+    with pytest.raises(NotBuiltYetError, match=r"MoESubmodules .* is not built"):
+        Parts(experts=2)
+    assert not issubclass(torch.nn.Linear, MoELayer)
+
+
+def test_attributes_of_a_placeholder_are_missing_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.transformer.multi_token_prediction import SUPPORTED_ATTN_MASK, MTPLossAutoScaler
+
+    assert not hasattr(MTPLossAutoScaler, "set_loss_scale")
+    assert getattr(MTPLossAutoScaler, "set_loss_scale", 5) == 5
+    with pytest.raises(NotBuiltYetError, match=r"MTPLossAutoScaler\.set_loss_scale .* is not built yet"):
+        MTPLossAutoScaler.set_loss_scale(torch.ones(1))
+    with pytest.raises(NotBuiltYetError, match="SUPPORTED_ATTN_MASK"):
+        _ = 1 in SUPPORTED_ATTN_MASK
+    # Other projects patch methods onto classes.
+    monkeypatch.setattr(MTPLossAutoScaler, "set_loss_scale", lambda scale: scale, raising=False)
+    assert MTPLossAutoScaler.set_loss_scale(3) == 3
+
+
+def test_exceptions_enumerations_and_constants_are_what_they_are_called() -> None:
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+    from megatron.core.export.data_type import DataType
+    from megatron.core.models.multimodal.llava_model import IGNORE_INDEX, IMAGE_TOKEN
+    from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP
+    from megatron.legacy.model.enums import AttnMaskType
+
+    with pytest.raises(ContextOverflowError):
+        raise TokenOverflowError("too many")
+    assert StrictHandling("log_all") is StrictHandling.LOG_ALL
+    assert isinstance(DataType.bfloat16, enum.Enum)
+    assert (HAVE_DEEP_EP, IMAGE_TOKEN, IGNORE_INDEX) == (False, "<image>", -100)
+    assert AttnMaskType.causal.value == 2
+    with pytest.raises(ValueError):
+        StrictHandling("whatever")
+
+
+def test_pickles_name_placeholders_and_never_make_instances() -> None:
+    from megatron.core.export.data_type import DataType
+
+    for value in (MoELayer, DataType.float16, dist_checkpointing.save):
+        assert pickle.loads(pickle.dumps(value)) is value
+    made = b"cmegatron.core.transformer.moe.moe_layer\nMoELayer\n)R."
+    with pytest.raises(NotBuiltYetError):
+        pickle.loads(made)
+
+
+def test_unknown_modules_and_names_stay_ordinary_import_errors() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'megatron.core.nonsense'"):
+        importlib.import_module("megatron.core.nonsense")
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("megatron.core.transformer.moe.nonsense")
+    for module in (
+        "megatron.core.optimizer",
+        "megatron.core.transformer.moe.moe_layer",
+        "megatron.core.utils",
+    ):
+        with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+            _ = importlib.import_module(module).nonsense
+        with pytest.raises(ImportError):
+            exec(f"from {module} import nonsense", {})
+
+
+def test_walking_the_packages_finds_files_only() -> None:
+    found = {module.name for module in pkgutil.walk_packages(megatron.__path__, "megatron.")}
+    assert "megatron.core.utils" in found
+    assert not {name for name in found if not has_a_file(name)}
+
+
+def test_a_file_wins_over_the_table(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real module that appears inside an unbuilt package is used, and its neighbours stay placeholders."""
+    package = tmp_path / "moe"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "router.py").write_text("class TopKRouter:\n    built = True\n")
+    import megatron.core.transformer
+
+    for name in [name for name in sys.modules if name.startswith("megatron.core.transformer.moe")]:
+        monkeypatch.delitem(sys.modules, name)
+    # Importing sets these attributes; they are put back with the others.
+    monkeypatch.setattr(megatron.core.transformer, "moe", None, raising=False)
+    monkeypatch.setattr(
+        megatron.core.transformer, "__path__", [*megatron.core.transformer.__path__, str(tmp_path)]
+    )
+    importlib.invalidate_caches()
+    assert importlib.import_module("megatron.core.transformer.moe.router").TopKRouter.built
+    experts = importlib.import_module("megatron.core.transformer.moe.experts")
+    assert inspect.isclass(experts.GroupedMLP)
+    for name in [name for name in sys.modules if name.startswith("megatron.core.transformer.moe")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "megatron.core.models.mamba",
+        "megatron.legacy.model",
+        "megatron.inference.text_generation",
+        "megatron.post_training.arguments",
+    ],
+)
+def test_a_placeholder_may_be_the_first_import(first: str) -> None:
+    check = f"import sys, {first}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_the_table_is_read_only_when_a_module_is_missing() -> None:
+    check = "import sys, megatron, megatron.core; assert 'megatron.unbuilt' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_functions_keep_their_names() -> None:
+    feature = next(each for each in FEATURES if "megatron.core.dist_checkpointing" in each.modules)
+    assert make("save", feature).__qualname__ == "save"
+    assert dist_checkpointing.save.__module__ == "megatron.core.dist_checkpointing"
