@@ -28,7 +28,8 @@ Environment, all optional:
 EOF
 }
 
-say() { printf 'launch: %s\n' "$*"; }
+# Where nobody reads any more, the run goes on.
+say() { printf 'launch: %s\n' "$*" 2>/dev/null || true; }
 
 die() {
     printf 'error: %s\n' "$*" >&2
@@ -96,6 +97,8 @@ last_value() {
 find_python() {
     PYTHON=${PYTHON:-$(command -v python3 || command -v python || true)}
     [[ -n $PYTHON ]] || die "no python3 on PATH: install Python 3.10 or newer, or set PYTHON"
+    # Absolute, but not through links: an environment's interpreter is one.
+    [[ $PYTHON != [!/]*/* ]] || PYTHON=$PWD/$PYTHON
     "$PYTHON" - <<'EOF' || exit 2
 import importlib.util, sys
 found = f"{sys.executable} (Python {sys.version.split()[0]})"
@@ -200,6 +203,7 @@ count_processes() {
 # launch_gpt RECIPE ARGS...: train, then show what the model learned. RECIPE: plain, fp16 or bf16.
 launch_gpt() {
     set -eo pipefail
+    trap '' PIPE
     local recipe=$1
     shift
     case " $* " in *" --help "* | *" -h "*) usage && exit 0 ;; esac
@@ -243,8 +247,10 @@ show_sample() {
         say "no sample: tools/generate.py reads checkpoints of one tensor rank and one pipeline stage"
         return
     fi
-    say "sample: $PYTHON tools/generate.py --load $1 --prompt 'def '"
-    "$PYTHON" "$REPO/tools/generate.py" --load "$1" --prompt 'def '
+    local sample=("$PYTHON" "$REPO/tools/generate.py" --prompt 'def ' --load "$(readlink -f -- "$1")") line
+    printf -v line '%q ' "${sample[@]}" # to be pasted in any directory
+    say "sample: ${line% }"
+    "${sample[@]}"
 }
 
 LAUNCH_FILE=$(readlink -f -- "${BASH_SOURCE[0]}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron.core.errors import MegatronError
 from megatron.training import launcher_environment
+from megatron.training.output_streams import tolerate_failing_streams
 
 if TYPE_CHECKING:
     from megatron.training.lookout import Lookout
@@ -21,6 +22,7 @@ def run_main(main: Callable[[], object]) -> None:
     Of several ranks the lowest failing one prints, and all of them end with its status, whatever the
     launcher. ``MEGATRON_TRACEBACK=1`` keeps the traceback, for whoever debugs the program itself.
     """
+    tolerate_failing_streams()
     launcher_environment.adopt()
     lookout = _start_lookout()
     try:

@@ -196,7 +196,6 @@ def train(
     write_args_to_tensorboard()
     connect(model, optimizer, config)
     iteration, flops = args.iteration, args.num_floating_point_operations_so_far
-    print_rank_0(f"Setting rerun_state_machine.current_iteration to {iteration}...")
     log = _StepLog(args, model, optimizer)
     run = (model, optimizer, opt_param_scheduler)
     must_exit = False

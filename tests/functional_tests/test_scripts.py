@@ -1,6 +1,7 @@
 """The launch scripts of tests_gpt, with a stand-in for Python that writes down what it is asked to run."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -161,8 +162,13 @@ def test_default_data_ends_with_a_sample_and_starts_afresh(launch, tmp_path: Pat
     assert run.value("--vocab-file") == "/v.json"
     assert "--load" not in run.trainer
     sampler = run.calls[-1]
-    assert sampler[1:3] == ["--load", str(tmp_path / "ck pt")]
+    assert sampler[1:] == ["--prompt", "def ", "--load", str(tmp_path / "ck pt")]
     assert "SAMPLED" in run.output
+    # What is shown can be pasted into a shell in any directory.
+    (shown,) = re.findall(r"launch: sample: (.*)", run.output)
+    interpreter, *words = shlex.split(shown)
+    assert words == sampler
+    assert Path(interpreter).is_absolute() and Path(sampler[0]).is_absolute()
     assert "iteration 12" in run.output
 
 

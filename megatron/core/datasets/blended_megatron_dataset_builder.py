@@ -61,8 +61,12 @@ class BlendedMegatronDatasetBuilder:
         self.sizes = sizes
         self.is_built_on_rank = is_built_on_rank
         self.config = config
+        data = "mock data" if config.mock else ", ".join(config.data_prefixes())
         log_single_rank(
-            logger, logging.INFO, f"Building {cls.__name__} splits with sizes={sizes} and config={config}"
+            logger,
+            logging.INFO,
+            f"building {cls.__name__} splits of at least {', '.join(map(str, sizes))} samples "
+            f"({'split ' + config.split if config.split else 'a blend for each split'}) from {data}",
         )
 
     def build(self) -> list[TopLevelDataset | None]:

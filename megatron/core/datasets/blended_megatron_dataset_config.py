@@ -71,7 +71,7 @@ class BlendedMegatronDatasetConfig:
         if self.split is None:
             raise ConfigError("a blend needs a split. " + _SPLIT_REMEDY)
         self.split_matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(self.split))
-        log_single_rank(logger, logging.INFO, f"Let split_matrix = {self.split_matrix}")
+        log_single_rank(logger, logging.DEBUG, f"split_matrix = {self.split_matrix}")
 
     def writes_index(self) -> bool:
         """Whether this rank builds indices and writes them to the cache; without a builder, rank 0 does."""

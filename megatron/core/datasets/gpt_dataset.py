@@ -197,19 +197,18 @@ class GPTDataset(MegatronDataset):
             lambda *found: find_index_fault(sizes, self.indices, plan, self._extra, *found)
         )
         if not arrays:
-            log_single_rank(
-                logger,
-                logging.INFO,
-                f"Build and save the {type(self).__name__} {self.index_split.name} indices",
-            )
             self.built_anew_on_cache_miss = True
             arrays = build_gpt_index(
                 sizes, self.indices, plan, self.config.random_seed, length, self._extra, drop_last_partial
             )
             if cache and self.config.writes_index():
                 cache.store(arrays)
-        log_single_rank(logger, logging.INFO, f"> total number of samples: {plan.samples}")
-        log_single_rank(logger, logging.INFO, f"> total number of epochs: {plan.epochs}")
+        log_single_rank(
+            logger,
+            logging.INFO,
+            f"{self.index_split.name} split: {plan.samples} samples of {length} tokens in {plan.epochs} "
+            f"epoch(s), index {'built' if self.built_anew_on_cache_miss else 'found in the cache'}",
+        )
         return tuple(arrays)
 
     def _check_enough_tokens(self, tokens: int, drop_last_partial: bool) -> None:

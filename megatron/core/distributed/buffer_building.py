@@ -114,11 +114,17 @@ def build_buffers(
         log_single_rank(
             logger,
             logging.INFO,
-            "gradient buffer: %d elements of %s in %d buckets for %d parameters of %s",
+            "gradient buffer: %d elements of %s in %d bucket(s) for %d parameters of %s, reduced %s%s",
             buffers[-1].numel,
-            grad_dtype,
+            _word(grad_dtype),
             len(buffers[-1].buckets),
             len(members),
-            param_dtype,
+            _word(param_dtype),
+            "during backward" if ddp_config.overlap_grad_reduce else "after backward",
+            ", optimizer state sharded" if ddp_config.use_distributed_optimizer else "",
         )
     return buffers
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,9 +24,6 @@ from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.errors import ConfigError, NotBuiltYetError
 from megatron.core.tensor_parallel.collectives import group_size
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import log_single_rank
-
-logger = logging.getLogger(__name__)
 
 # Field of the configuration -> (feature, flag) of what has no code yet.
 _NOT_BUILT = {
@@ -82,7 +78,6 @@ class DistributedDataParallel(_BaseDataParallel):
         _check(ddp_config)
         if has_config_logger_enabled(config):
             log_config_to_disk(config, {"ddp_config": ddp_config}, prefix="DistributedDataParallel")
-        log_single_rank(logger, logging.INFO, "data parallelism: %s", ddp_config)
         self.ddp_config = ddp_config
         self.disable_bucketing = disable_bucketing
         self.overlap_param_gather_with_optimizer_step = False

@@ -71,7 +71,7 @@ def get_megatron_optimizer(
         raise ConfigError("the optimizer has no learning rate: set lr (--lr), for example to 1e-4")
     if has_config_logger_enabled(config):
         log_config_to_disk(config, {"config": config}, prefix="get_megatron_optimizer")
-    log_single_rank(logger, logging.INFO, "optimizer: %s", config)
+    log_single_rank(logger, logging.INFO, "optimizer: %s", _describe(config))
     groups = _get_param_groups(
         model_chunks,
         no_weight_decay_cond,
@@ -96,6 +96,14 @@ def get_megatron_optimizer(
             places = _Places.of(model_chunks, is_expert, collects_on_host)
             members.append(_build_member(config, chosen, model_chunks, places))
     return ChainedOptimizer(members)
+
+
+def _describe(config: OptimizerConfig) -> str:
+    """The settings that users choose, in words."""
+    clip = f"gradients clipped at norm {config.clip_grad:g}" if config.clip_grad else "no clipping"
+    floor = "" if config.min_lr is None else f", floor {config.min_lr:g}"
+    rate = f"learning rate {config.lr:g}{floor}"
+    return f"{config.optimizer}, {rate}, weight decay {config.weight_decay:g}, {clip}"
 
 
 def _some_rank_says(flag: bool) -> bool:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from megatron.core.errors import MegatronError
 from megatron.training.default_data.recipe import ensure_default_data
+from megatron.training.output_streams import tolerate_failing_streams
 
 
 def main() -> int:
+    tolerate_failing_streams()
     parser = argparse.ArgumentParser(prog="python -m megatron.training.default_data", description=__doc__)
     parser.add_argument("--cache-dir", type=Path, help="instead of $MEGATRON_CACHE or ~/.cache/megatron-npu")
     root = parser.parse_args().cache_dir

@@ -111,10 +111,12 @@ def _preprocess(corpus: Path, data: DefaultData) -> None:
         "--workers": min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1),
     }
     words = [str(word) for pair in flags.items() for word in pair]
-    # The caller evaluates our stdout, so the tool's goes to stderr.
-    run = subprocess.run([sys.executable, str(PREPROCESS), *words, "--append-eod"], stdout=sys.stderr)
+    command = [sys.executable, str(PREPROCESS), *words, "--append-eod"]
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if run.returncode:
-        raise DataError(f"tools/preprocess_data.py failed with exit status {run.returncode}, see above")
+        raise DataError(
+            f"tools/preprocess_data.py failed with exit status {run.returncode}:\n{run.stdout.strip()}"
+        )
 
 
 def _say(line: str) -> None:
