@@ -8,6 +8,7 @@ instruction of the pickle is carried out.
 
 import argparse
 import os
+import pickle
 import re
 import zipfile
 from collections.abc import Callable
@@ -21,8 +22,9 @@ from megatron.core.rerun_state_machine import RerunDiagnostic, RerunMode, RerunS
 from megatron.core.transformer.enums import AttnBackend
 from megatron.training.checkpointing import layout
 
-# Enumerations that occur in the arguments and in the state of the fault detection. They are pickled as
-# "class, value", under these names.
+# Enumerations that occur in the arguments and in the state of the fault detection, under the names that files
+# know them by. They are pickled as a call of the class with the value, and by Python 3.11.0 to 3.11.3 as a
+# call of getattr with the class and the member's name.
 ENUMS = {
     "megatron.core.enums.ModelType": ModelType,
     "megatron.core.transformer.enums.ModelType": ModelType,
@@ -32,6 +34,12 @@ ENUMS = {
     "megatron.core.rerun_state_machine.RerunState": RerunState,
     "megatron.core.rerun_state_machine.RerunDiagnostic": RerunDiagnostic,
 }
+
+# Arguments of ours that are members; they are stored as their values.
+_MEMBER_ARGUMENTS = {"model_type": ModelType, "attention_backend": AttnBackend}
+_GETATTR = "builtins.getattr"
+# NumPy's letters for truth values, and for whole, real and complex numbers of each size.
+_NUMERIC_TYPES = "?bBhHiIlLqQefdFD"
 
 _CHUNK_BYTES = 2**24
 
@@ -68,26 +76,45 @@ class _EnumReader:
         except (ValueError, TypeError):
             return self._unknown(*value)
 
+    def member(self, name: str) -> Any:
+        """The member of that name, which is all that ``getattr`` may fetch."""
+        found = self._enum.__members__.get(name)
+        return self._unknown(name) if found is None else found
+
+
+def _member_of(owner: Any, name: Any, *default: Any) -> Any:
+    """What a file gets for ``getattr``: a member of an enumeration, and nothing else."""
+    if isinstance(name, str) and not default:
+        if isinstance(owner, _EnumReader):
+            return owner.member(name)
+        if isinstance(owner, type) and issubclass(owner, Unknown):
+            return owner(name)
+    raise pickle.UnpicklingError(f"GLOBAL {_GETATTR} of something else than an enumeration")
+
 
 def _stand_in(path: str) -> type[Unknown]:
     return type("Unknown", (Unknown,), {"class_name": path})
 
 
 def _numpy_names() -> list[tuple[Any, str]]:
-    """What NumPy's generator state is made of, under the module names of NumPy 1 and 2."""
+    """What NumPy's numbers and arrays of them are made of, under the module names of NumPy 1 and 2."""
     import numpy as np
 
     reconstruct = np.ndarray(0).__reduce__()[0]
+    scalar = np.float64(0).__reduce__()[0]
     names: list[tuple[Any, str]] = [(np.ndarray, "numpy.ndarray"), (np.dtype, "numpy.dtype")]
-    names += [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    for core in ("core", "_core"):
+        names.append((reconstruct, f"numpy.{core}.multiarray._reconstruct"))
+        names.append((scalar, f"numpy.{core}.multiarray.scalar"))
     # A dtype is built through its own class, which is a private name of NumPy.
-    for kind in (type(np.dtype(np.uint32)), type(np.dtype(np.int64)), type(np.dtype(np.float64))):
+    for kind in {type(np.dtype(code)) for code in _NUMERIC_TYPES}:
         names.append((kind, f"{kind.__module__}.{kind.__qualname__}"))
     return names
 
 
 def _allow_list() -> list[tuple[Any, str]]:
-    return [(argparse.Namespace, "argparse.Namespace"), *_numpy_names()]
+    readers = [(_EnumReader(path), path) for path in ENUMS]
+    return [(argparse.Namespace, "argparse.Namespace"), *readers, *_numpy_names()]
 
 
 def load_file(path: str) -> dict[str, Any]:
@@ -101,15 +128,25 @@ def load_file(path: str) -> dict[str, Any]:
     with torch.serialization.safe_globals(allowed):
         others = _names_in(path)
     unsafe = sorted(name for name in others if not name.startswith(_FOREIGN_PACKAGES))
-    if unsafe:
+    if unsafe not in ([], [_GETATTR]):
         raise _refusal(path, unsafe)
     _explained(path, lambda: _check_sums(path))
-    allowed += [(_EnumReader(name) if name in ENUMS else _stand_in(name), name) for name in others]
+    allowed += [(_stand_in(name), name) for name in others if name != _GETATTR]
+    allowed.append((_member_of, _GETATTR))  # refuses whatever is not a member when it gets there
     with torch.serialization.safe_globals(allowed):
         content = _explained(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not a dict")
+    _restore_members(content.get("args"))
     return content
+
+
+def _restore_members(args: Any) -> None:
+    """Turn the stored values of arguments back into members; a value that we do not have stays as it is."""
+    for name, kind in _MEMBER_ARGUMENTS.items():
+        value = getattr(args, name, None)
+        if type(value) is int and value in [member.value for member in kind]:
+            setattr(args, name, kind(value))
 
 
 def _check_readable(path: str) -> None:

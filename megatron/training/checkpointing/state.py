@@ -1,20 +1,13 @@
 """What a checkpoint contains, put together from the parts of a run."""
 
 import argparse
-import enum
-import os
-from collections import OrderedDict
 from typing import Any
 
-import numpy as np
 import torch
 
-from megatron.core.errors import NotBuiltYetError
-from megatron.training.checkpointing.safe_load import ENUMS
+from megatron.core.errors import CheckpointError, NotBuiltYetError
+from megatron.training.checkpointing.plain_values import NotPlainError, to_plain
 from megatron.training.checkpointing.version import CURRENT_VERSION
-
-_PLAIN_TYPES = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
-_LEFT_OUT = object()
 
 
 def generate_state_dict(
@@ -68,51 +61,37 @@ def model_keys(chunks: int) -> list[str]:
 
 
 def storable_args(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments that a reader without this package can unpickle; the others are left out."""
-    storable = {name: _storable_value(value) for name, value in vars(args).items()}
-    return argparse.Namespace(**{name: value for name, value in storable.items() if value is not _LEFT_OUT})
+    """The arguments in plain values; what has no plain form (a function, an object) is left out."""
+    storable = argparse.Namespace()
+    for name, value in vars(args).items():
+        try:
+            setattr(storable, name, to_plain(value))
+        except NotPlainError:
+            continue
+    return storable
 
 
-def _storable_value(value: Any) -> Any:
-    kind = type(value)
-    if kind in _PLAIN_TYPES:
-        return value
-    if isinstance(value, enum.Enum):
-        return value if kind in ENUMS.values() else _LEFT_OUT
-    if isinstance(value, np.generic):
-        return _storable_value(value.item())
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if kind in (list, tuple, set):
-        items = [_storable_value(item) for item in value]
-        return _LEFT_OUT if any(item is _LEFT_OUT for item in items) else kind(items)
-    if kind is dict:
-        keys, values = (_storable_value(list(part)) for part in (value.keys(), value.values()))
-        return _LEFT_OUT if _LEFT_OUT in (keys, values) else dict(zip(keys, values, strict=True))
-    return _LEFT_OUT
-
-
-def to_host(value: Any) -> Any:
-    """The same structure with every tensor on the CPU, holding no more memory than it shows.
+def to_host(content: Any) -> Any:
+    """The same structure in plain values, with every tensor on the CPU, holding no more memory than it shows.
 
     A tensor that is a window into a large buffer would take the whole buffer to disk; it is copied. Tensors
     that share their memory go on sharing it.
+
+    Raises:
+        CheckpointError: there is an object in it that a reader would refuse.
     """
-    return _to_host(value, {})
+    seen: dict[tuple, torch.Tensor] = {}
 
+    def copy(value: Any) -> Any:
+        return _host_tensor(value.detach(), seen) if isinstance(value, torch.Tensor) else value
 
-def _to_host(value: Any, seen: dict[tuple, torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        return _host_tensor(value.detach(), seen)
-    if isinstance(value, OrderedDict):
-        copy = OrderedDict((key, _to_host(item, seen)) for key, item in value.items())
-        copy.__dict__.update(value.__dict__)  # torch keeps module versions in an attribute
-        return copy
-    if type(value) is dict:
-        return {key: _to_host(item, seen) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_to_host(item, seen) for item in value)
-    return value
+    try:
+        return to_plain(content, copy)
+    except NotPlainError as error:
+        raise CheckpointError(
+            f"the checkpoint cannot be saved: {error}, and a checkpoint holds tensors and plain values only. "
+            "Let the state_dict() that it comes from return those."
+        ) from None
 
 
 def _host_tensor(tensor: torch.Tensor, seen: dict[tuple, torch.Tensor]) -> torch.Tensor:

@@ -4,16 +4,18 @@ import builtins
 import os
 import pickle
 import subprocess
+from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from megatron.core.enums import ModelType
 from megatron.core.errors import CheckpointError
 from megatron.core.rerun_state_machine import RerunMode, RerunState
-from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.training.checkpointing import safe_load
 
 
@@ -29,6 +31,17 @@ def test_genuine_file_with_foreign_classes(golden: Path):
     assert state["rng_state"][0]["np_rng_state"][1].shape == (624,)
     assert state["rerun_state_machine"]["mode"] is RerunMode.DISABLED
     assert state["rerun_state_machine"]["sharded"]["state"] is RerunState.NOT_RUNNING_YET
+
+
+def test_file_of_a_python_that_pickles_members_as_getattr(golden: Path):
+    """Written on Debian 12's Python 3.11.2, by the version before arguments were stored as plain values."""
+    file = golden / "ckpt/python_3_11_2/iter_0000002/mp_rank_00/model_optim_rng.pt"
+    assert b"c__builtin__\ngetattr\n" in file.read_bytes()
+    state = safe_load.load_file(str(file))
+    args = state["args"]
+    assert args.attention_backend is AttnBackend.auto
+    assert (state["iteration"], args.hidden_size, args.consumed_train_samples) == (2, 4, 4)
+    assert state["rng_state"][0]["np_rng_state"][1].dtype == np.uint32
 
 
 class Payload:
@@ -94,6 +107,68 @@ def test_unknown_member_of_a_known_enumeration(tmp_path: Path):
     # The pickle holds the value as one byte after the opcode K.
     content = _rewrite_pickle(file, lambda data: data.replace(b"K\x05", b"K\x63"))
     assert repr(content["x"]) == "<megatron.core.transformer.enums.AttnBackend(99,)>"
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_members_as_every_python_pickles_them(tmp_path: Path, zipped: bool):
+    """As a call of the class with the value, and as a call of getattr with the name."""
+    content = {
+        "call": Payload(AttnBackend, 2),
+        "getattr": Payload(getattr, AttnBackend, "fused"),
+        "again": [Payload(getattr, AttnBackend, name) for name in ("flash", "auto")],
+        "text": Payload(getattr, RerunMode, "DISABLED"),
+        "unknown": Payload(getattr, AttnBackend, "quantum"),
+        "not a member": Payload(getattr, AttnBackend, "__class__"),
+        "foreign": Payload(getattr, AttnMaskType, "causal"),
+    }
+    file = tmp_path / "model_optim_rng.pt"
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    if not zipped:
+        with pytest.raises(CheckpointError, match=r"AttnMaskType.*Nothing in it was executed"):
+            safe_load.load_file(str(file))
+        del content["foreign"]
+        torch.save(content, file, _use_new_zipfile_serialization=False)
+    read = safe_load.load_file(str(file))
+    assert read["call"] is read["getattr"] is AttnBackend.fused
+    assert read["again"] == [AttnBackend.flash, AttnBackend.auto]
+    assert read["text"] is RerunMode.DISABLED
+    assert repr(read["unknown"]) == "<megatron.core.transformer.enums.AttnBackend('quantum',)>"
+    assert repr(read["not a member"]) == "<megatron.core.transformer.enums.AttnBackend('__class__',)>"
+    if zipped:
+        assert repr(read["foreign"]) == "<megatron.core.transformer.enums.AttnMaskType('causal',)>"
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", [0, 1, 2])
+@pytest.mark.parametrize(
+    "arguments",
+    [(Namespace, "__init__"), (OrderedDict, "fromkeys"), (AttnBackend, "x", 1), (AttnBackend.auto, "value")],
+    ids=str,
+)
+def test_getattr_of_anything_but_a_member_is_refused(tmp_path: Path, arguments: tuple, protocol: int):
+    file = tmp_path / "model_optim_rng.pt"
+    torch.save({"x": Payload(getattr, *arguments)}, file, pickle_protocol=protocol)
+    with pytest.raises(CheckpointError) as caught:
+        safe_load.load_file(str(file))
+    if protocol == 2:  # others hold instructions that torch's reader does not know
+        assert "wants to run or build builtins.getattr" in str(caught.value)
+
+
+@pytest.mark.parametrize("core", ["core", "_core"])
+def test_numbers_of_numpy_1_and_2(tmp_path: Path, core: str):
+    file = tmp_path / "model_optim_rng.pt"
+    values = [np.float64(0.5), np.int32(3), np.bool_(True), np.arange(3, dtype=np.float16), np.arange(2) > 0]
+    torch.save({"x": values}, file)
+    own, asked = (f"numpy.{name}.multiarray\n".encode() for name in (_numpy_core(), core))
+    read = _rewrite_pickle(file, lambda data: data.replace(own, asked))["x"]
+    assert read[:3] == [0.5, 3, True]
+    for found, expected in zip(read[3:], values[3:], strict=True):
+        np.testing.assert_array_equal(found, expected, strict=True)
+
+
+def _numpy_core() -> str:
+    """Name of the package that NumPy's functions call their own: core before version 2."""
+    return np.float64(0).__reduce__()[0].__module__.split(".")[1]
 
 
 def test_a_name_of_this_package_is_not_imported(tmp_path: Path):
