@@ -194,6 +194,12 @@ count_processes() {
     PROCESSES=${NPROC_PER_NODE:-${GPUS_PER_NODE:-$((DEVICE_COUNT > 1 ? DEVICE_COUNT : 1))}}
     [[ $PROCESSES =~ ^[1-9][0-9]*$ ]] || die "NPROC_PER_NODE=$PROCESSES: a number of processes is needed"
     WORLD=$((PROCESSES * ${NNODES:-1}))
+    if ((WORLD > 1)); then
+        # Otherwise torchrun chooses one thread each, and says so in five lines.
+        local cores
+        cores=$(nproc 2>/dev/null) || cores=1
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > PROCESSES ? cores / PROCESSES : 1))}
+    fi
     if ((WORLD > 1)) && [[ $DEVICE != cpu ]]; then
         # Communication is put before the compute it overlaps with only where one queue holds both.
         default_env CUDA_DEVICE_MAX_CONNECTIONS 1

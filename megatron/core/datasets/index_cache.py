@@ -15,6 +15,7 @@ import numpy as np
 from megatron.core.datasets.atomic_files import temporary_beside
 from megatron.core.datasets.utils import os_error_text
 from megatron.core.errors import DataError
+from megatron.core.utils import log_single_rank
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,13 @@ class IndexCache:
             fault = find_fault(*arrays)
             if fault is None:
                 return arrays
-        logger.warning("index cache %s is unusable (%s): building it again", self.path("*"), fault)
+        log_single_rank(
+            logger,
+            logging.WARNING,
+            "index cache %s is unusable (%s): building it again",
+            self.path("*"),
+            fault,
+        )
         return None
 
     def store(self, arrays: tuple[np.ndarray, ...]) -> None:

@@ -17,6 +17,7 @@ from megatron.core.optimizer.inner_state import load_inner_state
 from megatron.core.optimizer.multi_tensor import unscale_and_check, watch_overflow
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.timing import timed
+from megatron.core.utils import log_single_rank
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +91,11 @@ class MixedPrecisionOptimizer(MegatronOptimizer):
         if saved:
             self.grad_scaler.load_state_dict(saved)
         else:
-            logger.warning(
-                "the checkpoint has no loss scale: starting from %s", self.grad_scaler.scale.item()
+            log_single_rank(
+                logger,
+                logging.WARNING,
+                "the checkpoint has no loss scale: starting from %s",
+                self.grad_scaler.scale.item(),
             )
 
     @abstractmethod

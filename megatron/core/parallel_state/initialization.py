@@ -14,7 +14,7 @@ from megatron.core.errors import NotBuiltYetError, UsageError
 from megatron.core.parallel_state.state import STATE
 from megatron.core.process_groups import GroupFactory, device_backend, load_nccl_settings
 from megatron.core.rank_grid import RankGenerator, levels_of, make_grids
-from megatron.core.utils import GlobalMemoryBuffer
+from megatron.core.utils import GlobalMemoryBuffer, log_single_rank
 
 logger = logging.getLogger(__name__)
 
@@ -183,8 +183,12 @@ def _nccl_settings(path: str | None) -> dict | None:
     if path is None:
         return None
     if device_backend() != "nccl":
-        logger.warning(
-            "%s holds NCCL settings: the backend is %s, so they have no effect", path, device_backend()
+        log_single_rank(
+            logger,
+            logging.WARNING,
+            "%s holds NCCL settings: the backend is %s, so they have no effect",
+            path,
+            device_backend(),
         )
         return None
     return load_nccl_settings(path)

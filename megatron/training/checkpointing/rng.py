@@ -1,7 +1,6 @@
 """Random states: what has to be put back so that the next dropout mask and shuffle are the same."""
 
 import random
-import warnings
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from megatron.core import accelerator, parallel_state
 from megatron.core.errors import CheckpointError, NotBuiltYetError
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.training.checkpointing import replaceable
+from megatron.training.utils import print_rank_0
 
 
 def get_rng_state(ckpt_format: str) -> list[dict[str, Any]]:
@@ -66,9 +66,9 @@ def set_rng_state(state_dict: dict[str, Any], data_parallel_random_init: bool) -
         for stream_state in (state["cuda_rng_state"], *tracker_states.values()):
             torch.Generator(device=accelerator.current_device()).set_state(stream_state)
     except (RuntimeError, TypeError) as error:
-        warnings.warn(
-            f"the checkpoint's device random states do not fit this device ({accelerator.device_type()}: "
-            f"{str(error).splitlines()[0]}); dropout goes on from the seed instead"
+        print_rank_0(
+            "WARNING: the checkpoint's device random states do not fit this device "
+            f"({accelerator.device_type()}: {str(error).splitlines()[0]}); dropout goes on from the seed instead"
         )
         return
     accelerator.set_rng_state(state["cuda_rng_state"])

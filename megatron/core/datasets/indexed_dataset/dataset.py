@@ -24,6 +24,7 @@ from megatron.core.datasets.utils_s3 import (
     object_size,
 )
 from megatron.core.errors import ConfigError, DataError
+from megatron.core.utils import log_single_rank
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,9 @@ class IndexedDataset(torch.utils.data.Dataset):
                 f"{found}. Copy it again from its source, or run tools/preprocess_data.py again."
             )
         if found > expected:
-            logger.warning(
+            log_single_rank(
+                logger,
+                logging.WARNING,
                 "%s has %d bytes, its index uses %d: the two may not belong together",
                 bin_path,
                 found,
