@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
-from megatron.core.errors import TrainingError, UsageError
+from megatron.core.errors import UsageError
 from megatron.core.optimizer.multi_tensor import l2_norm
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tensor_parallel import collectives
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # A gradient of this many times the usual norm is worth a warning.
 _LARGE_GRAD_FACTOR = 10
+# Parameters named in a message.
+_MOST_NAMES = 5
 
 
 def shard_buffer(buffer: Tensor, data_parallel_world_size: int) -> list[Tensor]:
@@ -83,20 +85,27 @@ class _ParamAndGradBucketGroup:
     def register_grad_ready(self, param: torch.nn.Parameter) -> None:
         """Notes that backward has finished ``param``'s gradient; a group's last one starts its reduction.
 
-        Counts in the last micro-batch only, and with ``overlap_grad_reduce`` only.
+        Counts in the last micro-batch only.
 
         Raises:
-            TrainingError: the gradient arrived before in this step, so that a reduction may have missed some
-                of it.
+            UsageError: nothing is reduced behind backward; the parameter is not of this group; or its
+                gradient arrived before in this step, so that a reduction may have missed some of it.
         """
-        if not (self.ddp_config.overlap_grad_reduce and self.is_last_microbatch):
-            return
-        if param in self._arrived or self._reductions is not None:
-            raise TrainingError(
+        if not self.ddp_config.overlap_grad_reduce:
+            raise UsageError(
+                "register_grad_ready() counts gradients that are reduced behind backward: set "
+                "overlap_grad_reduce, or leave the call out"
+            )
+        if param not in self.params:
+            raise UsageError(f"a parameter of shape {list(param.shape)} is not of this bucket group")
+        if (self.is_last_microbatch and param in self._arrived) or self._reductions is not None:
+            raise UsageError(
                 f"a gradient of shape {list(param.shape)} arrived twice in the last micro-batch of a step, "
                 "while gradients are reduced behind backward: run all micro-batches but the last inside "
                 "no_sync(), or leave --overlap-grad-reduce out"
             )
+        if not self.is_last_microbatch:
+            return
         self._arrived.add(param)
         group: _ParamAndGradBucketGroup | None = self
         while group is not None and group._may_start():
@@ -107,8 +116,19 @@ class _ParamAndGradBucketGroup:
         in_turn = self.previous_group is None or self.previous_group._reductions is not None
         return in_turn and self._reductions is None and len(self._arrived) == len(self.params)
 
+    def missing_params(self) -> list[torch.nn.Parameter]:
+        """Parameters without whose gradients nobody may finish: a reduction behind backward waits for them.
+
+        Empty once the reduction has started, by the last gradient or by a call.
+        """
+        if not self.ddp_config.overlap_grad_reduce or self._reductions is not None:
+            return []
+        return [
+            param for bucket in self.buckets for param in bucket.params_list if param not in self._arrived
+        ]
+
     def start_grad_sync(self) -> None:
-        """Starts to reduce the gradients; nothing if that is under way.
+        """Starts to reduce the gradients, also where some are missing; nothing if that is under way.
 
         Without ``overlap_grad_reduce`` they are checked as configured, and reduced when this returns. With it
         they are checked by :meth:`finish_grad_sync`: here backward would wait for the device at every group.
@@ -137,7 +157,11 @@ class _ParamAndGradBucketGroup:
 
         Raises:
             TrainingError: NaN or Inf among this rank's, if that is to be checked.
+            UsageError: with ``overlap_grad_reduce``, gradients are still missing; nothing has been done then.
         """
+        missing = self.missing_params()
+        if missing:
+            raise missing_gradients([f"a parameter of shape {list(param.shape)}" for param in missing])
         self.start_grad_sync()
         self._check_norms()
         self.reset()
@@ -234,6 +258,16 @@ class _ParamAndGradBucketGroup:
     def _gather(self, bucket: "_ParamAndGradBucket") -> dist.Work:
         shard = shard_buffer(bucket.param_data, self.collective_group_size)[self._rank]
         return collectives.all_gather(bucket.param_data, shard, self.collective_group, async_op=True)
+
+
+def missing_gradients(names: list[str]) -> UsageError:
+    """What to raise where backward has not reached some parameters."""
+    shown = ", ".join(names[:_MOST_NAMES]) + (", ..." if len(names) > _MOST_NAMES else "")
+    return UsageError(
+        f"no gradient has arrived for {len(names)} trainable parameters ({shown}), which are reduced behind "
+        "backward: let the loss of a step's last micro-batch depend on them, freeze them "
+        "(requires_grad=False), or leave --overlap-grad-reduce out"
+    )
 
 
 def _wait(works: Iterable[dist.Work] | None) -> None:

@@ -11,7 +11,11 @@ from torch import Tensor
 
 from megatron.core import accelerator
 from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
-from megatron.core.distributed.bucket_group import _ParamAndGradBucketGroup, partition_buckets
+from megatron.core.distributed.bucket_group import (
+    _ParamAndGradBucketGroup,
+    missing_gradients,
+    partition_buckets,
+)
 from megatron.core.distributed.buffer_building import (
     ReductionGroups,
     build_buffers,
@@ -41,16 +45,17 @@ class DistributedDataParallel(_BaseDataParallel):
     After backward a parameter's gradient is in ``param.main_grad`` and ``param.grad`` is None. A layer that
     adds its weight gradient into ``main_grad`` itself says so by ``param.grad_added_to_main_grad = True``;
     what autograd delivers for that parameter is ignored then, unless the layer also set
-    ``param.zero_out_wgrad``. A layer that does so after backward calls ``param.gradient_ready()``.
+    ``param.zero_out_wgrad``. A layer that does so after backward calls ``param.gradient_ready()``, where that
+    is not None.
 
     After :meth:`finish_grad_sync` gradients are means over all data x context ranks (sums with
     ``config.calculate_per_token_loss``): everywhere in the buffers, or, with the distributed optimizer, in
     this rank's shard of each bucket, and meaningless elsewhere.
 
     With ``overlap_grad_reduce`` a bucket is reduced as soon as the last of its gradients arrives in the
-    micro-batch that runs outside :meth:`no_sync`. With ``overlap_param_gather`` the parameters that the
-    optimizer changed are gathered while forward runs: each module waits for its own, and starts the gathering
-    of the next ones.
+    micro-batch that runs outside :meth:`no_sync`; every trainable parameter must get one there. With
+    ``overlap_param_gather`` the parameters that the optimizer changed are gathered while forward runs: each
+    module waits for its own, and starts the gathering of the next ones.
 
     Args:
         config: of the model.
@@ -87,7 +92,12 @@ class DistributedDataParallel(_BaseDataParallel):
         self._group_of = {param: group for group in self._groups() for param in group.params}
         hook = _add_and_announce if ddp_config.overlap_grad_reduce else _add_to_main_grad
         for param in self._params:
-            param.gradient_ready = functools.partial(self._group_of[param].register_grad_ready, param)
+            # Told by layers that add a gradient after backward.
+            param.gradient_ready = (
+                functools.partial(self._group_of[param].register_grad_ready, param)
+                if ddp_config.overlap_grad_reduce
+                else None
+            )
             param.register_post_accumulate_grad_hook(hook)
         self._reset_flags()
         self._gather_hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -154,7 +164,13 @@ class DistributedDataParallel(_BaseDataParallel):
 
         Raises:
             TrainingError: NaN or Inf among this rank's, if that is to be checked.
+            UsageError: with ``overlap_grad_reduce``, some gradients have not arrived, and nobody called
+                :meth:`start_grad_sync`; nothing has been done then.
         """
+        names = {param: name for name, param in self.module.named_parameters()}
+        missing = [names[param] for group in self._groups() for param in group.missing_params()]
+        if missing:
+            raise missing_gradients(missing)
         for group in self._groups():
             group.start_grad_sync()
         for group in self._groups():

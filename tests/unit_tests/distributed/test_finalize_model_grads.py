@@ -119,6 +119,7 @@ def tied_embedding(sharded: bool, chunks: int) -> dict[str, Any]:
     for chunk in model:
         for param in chunk.parameters():
             param.main_grad.fill_(dist.get_rank() + 1.0)
+        chunk.start_grad_sync()
     finalize_model_grads(model)
     holder = model[0] if stage == 0 else model[-1]
     (buffer,) = holder.buffers

@@ -79,6 +79,7 @@ def overflow_on_one_rank(ddp: dict[str, Any], rank: int) -> dict[str, Any]:
     training.model.zero_grad_buffer()
     if dist.get_rank() == rank:
         training.module.head.weight.main_grad[0, 3] = float("inf")
+    training.model.start_grad_sync()
     training.model.finish_grad_sync()
     result = training.optimizer.step()
     return {
@@ -251,7 +252,7 @@ def test_the_file_is_that_of_megatron_core(tmp_path: Path) -> None:
         end = start + saved[name].numel()
         values = entry["param"][start:end].view(saved[name].shape)
         assert torch.equal(values.bfloat16(), saved[name]), name
-        assert entry["exp_avg"][start:end].any() == (name != "unused")
+        assert entry["exp_avg"][start:end].any() == (name != "idle")
     assert entry["numel_unpadded"] == end == entry["param"].numel()
     assert {entry[key].dtype for key in ("param", "exp_avg", "exp_avg_sq")} == {torch.float32}
     assert list(answer["saved"]) == ["optimizer"]
@@ -374,7 +375,7 @@ def norm_over_tensor_ranks(sharded: bool) -> tuple[float, float]:
 @pytest.mark.parametrize("sharded", [False, True])
 def test_the_norm_counts_every_parameter_of_the_model_once(sharded: bool) -> None:
     layers = 3 * (WIDTH * WIDTH + WIDTH)
-    # Two norms (the third is a shared copy), the head but its zero, and the unused parameter.
+    # Two norms (the third is a shared copy), the head but its zero, and the idle parameter.
     once = 2 * 2 * WIDTH + WIDTH - 1 + 5
     expected = (layers * (4.0 + 9.0) + once) ** 0.5
     for norm, zeros in run_ranks(4, norm_over_tensor_ranks, sharded):
