@@ -2,6 +2,11 @@
 
 from functools import partial
 
+if __name__ == "__main__":  # before torch, whose import is where a signal may well come
+    from megatron.training import stop_signals
+
+    stop_signals.install(stop_signals.BEFORE_TRAINING)
+
 import megatron.core.device_backends  # noqa: F401  (before torch: explains what it cannot load)
 
 # isort: split

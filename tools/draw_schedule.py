@@ -10,6 +10,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # before the imports that take long
+    from megatron.training import stop_signals
+
+    stop_signals.install()
+
 from megatron.core.errors import ConfigError
 from megatron.core.pipeline_parallel.actions import Work
 from megatron.core.pipeline_parallel.checker import check_schedules

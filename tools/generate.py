@@ -12,6 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":  # before the imports that take long
+    from megatron.training import stop_signals
+
+    stop_signals.install()
+
 import megatron.core.device_backends  # noqa: F401  (before torch: explains what it cannot load)
 
 # isort: split

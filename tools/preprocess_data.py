@@ -14,6 +14,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 if __name__ == "__main__":
+    from megatron.training import stop_signals
+
+    stop_signals.install()  # before the imports that take long
     from megatron.training.entry import run_main
     from megatron.training.preprocessing.command import main
 

@@ -64,16 +64,27 @@ class DistributedSignalHandler:
 
     def __init__(self, sig: int = signal.SIGTERM):
         self.sig = sig
-        self._received = False
+        self._received = 0
         self._installed = False
         self._previous: Any = None
 
     def signals_received(self) -> list[bool]:
         """Whether each rank has received the signal. All ranks must call this together."""
-        return [bool(flag) for flag in all_gather_item(self._received, dtype=torch.int32)]
+        return [number > 0 for number in all_gather_item(self._received, dtype=torch.int32)]
+
+    def signal_of_any_rank(self) -> int:
+        """Number of a signal that some rank has received, the same on all; 0 if none has.
+
+        All ranks must call this together.
+        """
+        return max(all_gather_item(self._received, dtype=torch.int32))
+
+    def record(self, number: int) -> None:
+        """Take note of a signal that somebody else has caught."""
+        self._received = self._received or number
 
     def __enter__(self) -> "DistributedSignalHandler":
-        self._received = False
+        self._received = 0
         self._previous = signal.getsignal(self.sig)
         signal.signal(self.sig, self._record)
         self._installed = True
@@ -88,7 +99,7 @@ class DistributedSignalHandler:
         self.release()
 
     def _record(self, signum: int, frame: FrameType | None) -> None:
-        self._received = True
+        self.record(signum)
 
     def release(self) -> bool:
         """Put the previous handler back; False if that has been done already."""

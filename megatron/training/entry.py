@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from megatron.core.errors import MegatronError
-from megatron.training import launcher_environment
+from megatron.training import launcher_environment, stop_signals
 from megatron.training.output_streams import tolerate_failing_streams
 
 if TYPE_CHECKING:
@@ -24,27 +24,44 @@ def run_main(main: Callable[[], object]) -> None:
     """
     tolerate_failing_streams()
     launcher_environment.adopt()
+    found = stop_signals.installed()
+    signals = stop_signals.install()
     lookout = _start_lookout()
     try:
-        _run_to_a_good_end(main)
-    except KeyboardInterrupt:
+        _run_to_its_end(main, lookout, signals)
+    except stop_signals.StoppedBySignal as stop:
+        traceback.clear_frames(stop.__traceback__)  # which hold data loaders, and they hold processes
+        sys.exit(signals.finish())
+    except KeyboardInterrupt:  # outside the main thread, or with a handler of the caller's
         sys.exit(130)
-    except Exception as error:
-        _fail(error, lookout)
     finally:
         if lookout is not None:
             lookout.stop()
+        if signals is not None and found is None:
+            signals.release()
 
 
-def _run_to_a_good_end(main: Callable[[], object]) -> None:
+def _run_to_its_end(
+    main: Callable[[], object], lookout: "Lookout | None", signals: stop_signals.StopSignals | None
+) -> None:
     """Run ``main``; where it returns, or exits with status 0, the process groups end before the process."""
     try:
-        main()
+        if signals is not None:
+            signals.run(lookout)
+        try:
+            main()
+        finally:
+            if signals is not None and not signals.has_stopped():
+                signals.run_is_over()
     except SystemExit as end:
         if not end.code:
             traceback.clear_frames(end.__traceback__)  # which hold the model, and it holds groups
             _leave_process_groups()
         raise
+    except Exception as error:
+        if signals is not None and signals.has_stopped():  # torch has made another error of the stop
+            sys.exit(signals.finish())
+        _fail(error, lookout)
     _leave_process_groups()
 
 

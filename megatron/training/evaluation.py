@@ -12,6 +12,7 @@ from megatron.core import accelerator
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from megatron.training.agreement import any_rank
+from megatron.training.exits import signal_of_any_rank
 from megatron.training.global_vars import get_args, get_tensorboard_writer, get_timers
 from megatron.training.logging.writers import write_scalar
 from megatron.training.losses import average_reports
@@ -38,7 +39,8 @@ def evaluate(
     """Mean losses over ``eval_iters`` global batches.
 
     Returns:
-        (loss per name, or None when the time limit was hit; collected non-loss data; time limit hit).
+        (loss per name, or None when it was cut short; collected non-loss data; whether the time limit or a
+        signal has cut it short).
     """
     timers = get_timers()
     timers("evaluate", log_level=0).start(barrier=True)
@@ -51,9 +53,9 @@ def evaluate(
     config.timers = None
     try:
         with gathered_parameters(model):
-            losses, timed_out = _run_eval_iters(forward_step_func, data_iterator, model, verbose)
+            losses, cut_short = _run_eval_iters(forward_step_func, data_iterator, model, verbose)
             collected = None
-            if not timed_out:
+            if not cut_short:
                 collected = _collect_non_loss_data(
                     forward_step_func, data_iterator, model, process_non_loss_data_func, non_loss_data_func
                 )
@@ -64,7 +66,7 @@ def evaluate(
         config.timers = timers
     timers("evaluate").stop()
     timers.log(["evaluate"])
-    return losses, collected, timed_out
+    return losses, collected, cut_short
 
 
 def _run_eval_iters(
@@ -76,8 +78,13 @@ def _run_eval_iters(
         print_rank_0(f"Evaluating on {args.eval_iters * args.global_batch_size} samples")
     forward_backward = get_forward_backward_func()
     reports: list[dict[str, Any]] = []
+    # Whatever cuts it short: a run that goes on from here reads what an uninterrupted one would.
+    consumed_at_the_end = args.consumed_valid_samples + args.eval_iters * args.global_batch_size
     with torch.no_grad():
         for iteration in range(1, args.eval_iters + 1):
+            if signal_of_any_rank():
+                args.consumed_valid_samples = consumed_at_the_end
+                return None, True
             if verbose:
                 print_rank_0(f"Evaluating iter {iteration}/{args.eval_iters}")
             reports += forward_backward(
@@ -95,6 +102,7 @@ def _run_eval_iters(
             args.consumed_valid_samples += args.global_batch_size
             if _time_is_up(args):
                 print_rank_0("Exiting during evaluation, timelimit reached")
+                args.consumed_valid_samples = consumed_at_the_end
                 return None, True
     return {name: float(value) for name, value in average_reports(reports).items()}, False
 
@@ -147,12 +155,12 @@ def evaluate_and_print_results(
     """Evaluate, print the losses between two rules, write their curves.
 
     Returns:
-        True when the time limit was hit, in which case nothing is printed.
+        True when the time limit or a signal has cut it short, in which case no loss is printed.
     """
     args = get_args()
     if args.manual_gc and args.manual_gc_eval:
         gc.collect()
-    losses, collected, timed_out = evaluate(
+    losses, collected, cut_short = evaluate(
         forward_step_func,
         data_iterator,
         model,
@@ -163,7 +171,7 @@ def evaluate_and_print_results(
     )
     if args.manual_gc and args.manual_gc_eval:
         gc.collect(generation=0)
-    if timed_out:
+    if cut_short:
         return True
     text = f" validation loss at {prefix} | "
     for name, value in losses.items():

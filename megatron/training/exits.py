@@ -1,13 +1,15 @@
 """When a run saves, and when it stops before its last iteration."""
 
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from megatron.training import stop_signals
 from megatron.training.agreement import any_rank
-from megatron.training.checkpointing import save_checkpoint
+from megatron.training.checkpointing import get_checkpoint_tracker_filename, save_checkpoint
 from megatron.training.global_vars import get_args, get_signal_handler, get_timers
 from megatron.training.logging.progress import append_checkpoint_line
 from megatron.training.schedule_hooks import gathered_parameters
@@ -46,6 +48,66 @@ def save_checkpoint_and_time(
     timers("interval-time", log_level=0).start(barrier=True)
 
 
+def answer_signals(in_training: bool) -> None:
+    """From now on the line about a stop says how far the run is.
+
+    With ``--exit-signal-handler`` signals are recorded, for :func:`signal_of_any_rank`.
+
+    Args:
+        in_training: False where all iterations are done.
+    """
+    signals = stop_signals.installed()
+    if signals is None:
+        return
+    signals.describe = _how_far_in_training if in_training else _how_far_after_training
+    if get_args().exit_signal_handler:
+        signals.recorder = get_signal_handler()
+
+
+def signal_of_any_rank() -> int:
+    """Number of a signal after which all ranks shall save and stop, or 0. All ranks call this together."""
+    return get_signal_handler().signal_of_any_rank() if get_args().exit_signal_handler else 0
+
+
+def print_exit_after(number: int) -> None:
+    """The last line of a run that a signal has ended."""
+    received = "" if number == stop_signals.LAUNCHER_GONE else "receiving "
+    note = "." if get_args().save else ": nothing was saved, because --save is not given."
+    print_datetime(f"exiting program after {received}{stop_signals.describe_signal(number)}{note}")
+
+
+def _how_far_in_training() -> str:
+    args = get_args()
+    iteration = getattr(args, "curr_iteration", args.iteration) + 1
+    if args.save and _saved_iteration(args.save) == iteration:
+        return f"after iteration {iteration}, whose checkpoint in {args.save} is complete"
+    advice = "add --save and --exit-signal-handler" if not args.save else "add --exit-signal-handler"
+    return f"in iteration {iteration}, which is not saved ({advice}); {_what_stands(args.save)}"
+
+
+def _how_far_after_training() -> str:
+    return f"after training; {_what_stands(get_args().save)}"
+
+
+def _what_stands(save: str | None) -> str:
+    if not save:
+        return "there is no checkpoint"
+    iteration = _saved_iteration(save)
+    if iteration is None:
+        return f"there is no checkpoint in {save}"
+    return f"the checkpoint of iteration {iteration} in {save} is complete"
+
+
+def _saved_iteration(save: str) -> int | None:
+    """What the tracker file names, read without the other ranks."""
+    path = get_checkpoint_tracker_filename(save)
+    if not os.path.isfile(path):
+        return None
+    with open(path) as file:
+        text = file.read().strip()
+    return int(text) if text.isdigit() else None
+
+
 def checkpoint_and_decide_exit(
     model: list[torch.nn.Module],
     optimizer: Any,
@@ -57,8 +119,8 @@ def checkpoint_and_decide_exit(
 ) -> bool:
     """Save if it is time to, and say whether the run must stop now.
 
-    Checked in this order: SIGTERM on any rank, the save interval, the time limit, the exit interval. A
-    run that stops has saved first, if ``--save`` is given.
+    Checked in this order: a signal to any rank, the save interval, a signal during that save, the time limit,
+    the exit interval. A run that stops has saved first, if ``--save`` is given.
     """
     args = get_args()
     saved = False
@@ -77,12 +139,15 @@ def checkpoint_and_decide_exit(
             )
             saved = True
 
-    if args.exit_signal_handler and any(get_signal_handler().signals_received()):
+    if number := signal_of_any_rank():
         save()
-        print_datetime("exiting program after receiving SIGTERM.")
+        print_exit_after(number)
         return True
     if args.save_interval and iteration % args.save_interval == 0:
         save()
+        if number := signal_of_any_rank():
+            print_exit_after(number)
+            return True
     if args.exit_duration_in_mins:
         minutes = (time.time() - args.process_start_time) / 60.0
         if any_rank(minutes > args.exit_duration_in_mins):

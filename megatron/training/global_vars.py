@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron.core.errors import ConfigError, UsageError
 from megatron.core.timers import Timers
+from megatron.training import stop_signals
 from megatron.training.tokenizer import build_tokenizer
 
 _REGISTRY: dict[str, Any] = {}
@@ -64,7 +65,7 @@ def get_adlr_autoresume():
 
 
 def get_signal_handler():
-    """Handler that records SIGTERM, installed by ``--exit-signal-handler``."""
+    """What has recorded a signal that is to end the run, with ``--exit-signal-handler``."""
     return _get("signal_handler")
 
 
@@ -99,7 +100,9 @@ def set_global_variables(args: Namespace, build_tokenizer: bool = True) -> None:
     if args.exit_signal_handler:
         from megatron.training.dist_signal_handler import DistributedSignalHandler
 
-        _set_once("signal_handler", DistributedSignalHandler().__enter__())
+        _set_once("signal_handler", DistributedSignalHandler())
+        if stop_signals.installed() is None:  # else signals are handed over to it when training begins
+            get_signal_handler().__enter__()
     if args.config_logger_dir:
         from megatron.core.config_logger import log_config_to_disk
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import socket
 from collections.abc import MutableMapping
 
@@ -14,6 +15,7 @@ _WORDS = (
     (f"{_OMPI}RANK", f"{_OMPI}SIZE", f"{_OMPI}LOCAL_RANK", f"{_OMPI}LOCAL_SIZE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
+_TORCHRUN = (b"torchrun", b"torch.distributed.run", b"torch.distributed.launch")
 _FIRST_PORT, _PORTS = 20000, 10000
 
 
@@ -52,6 +54,12 @@ def _first_host(nodes: str) -> str:
     return nodes.split(",")[0]
 
 
+def has_other_ranks() -> bool:
+    """Whether this process is one of several ranks."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return os.environ.get("RANK", "").isdigit() and size.isdigit() and int(size) > 1
+
+
 def describe() -> str:
     """Where this process runs, for messages."""
     return f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
@@ -73,3 +81,59 @@ def hand_over_failure(message: str, failed_at: float) -> None:
     data = {"message": {"message": message, "extraInfo": {"timestamp": str(int(failed_at))}}}
     with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
         json.dump(data, file)
+
+
+class LauncherWatch:
+    """Notices the end of the torchrun that started this process; of no other launcher, and of no shell.
+
+    A rank that was started by hand shall outlive its shell, and srun and mpirun end their ranks themselves.
+
+    Attributes:
+        descriptor: readable when the launcher has ended; None where the system has no such thing.
+    """
+
+    def __init__(self) -> None:
+        self._pid = _torchrun() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._parent = os.getppid()
+        self.descriptor: int | None = None
+        if self._pid is not None and hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):
+                self.descriptor = os.pidfd_open(self._pid)
+
+    def is_gone(self) -> bool:
+        """Whether the launcher has ended."""
+        if self._pid is None:
+            return False
+        if self.descriptor is not None:
+            return bool(select.select([self.descriptor], [], [], 0)[0])
+        if self._pid == self._parent:
+            return os.getppid() != self._parent
+        try:
+            os.kill(self._pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    def forget(self) -> None:
+        """The end has been noticed."""
+        self._pid = None
+
+
+def _torchrun() -> int:
+    """The process that is torchrun among those above this one; else the one right above it.
+
+    A shell or a program such as numactl may stand between, and outlives torchrun.
+    """
+    pid = os.getppid()
+    while pid > 0:
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                words = file.read().split(b"\0")
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                above = int(file.read().rpartition(b")")[2].split()[1])
+        except (OSError, ValueError):
+            break
+        if any(os.path.basename(word) in _TORCHRUN for word in words):
+            return pid
+        pid = above
+    return os.getppid()

@@ -63,17 +63,18 @@ class Lookout:
         except RuntimeError:  # the host did not wait any longer
             pass
 
-    def report(self, status: int) -> bool:
+    def report(self, status: int, patience_s: float = PRINT_S) -> bool:
         """Tell the others that this rank fails, and end them.
 
         Args:
             status: exit status for all of them.
+            patience_s: how long to wait for a rendezvous that has not come about yet.
 
         Returns:
             True for the one rank that shall print what happened; it then calls :meth:`printed`.
         """
         self._over.set()
-        if not self._connected.wait(PRINT_S) or self._store is None:
+        if not self._connected.wait(patience_s) or self._store is None:
             return True
         try:
             self._claim(status)
@@ -85,6 +86,15 @@ class Lookout:
         except RuntimeError:  # the store is gone with its host: what happened there has been told
             pass
         return False
+
+    def speaks_first(self) -> bool:
+        """Whether this rank is the first of those that leave without waiting for the others."""
+        if self._store is None or not self._connected.is_set():
+            return True
+        try:
+            return self._store.add("printing", 1) == 1
+        except RuntimeError:
+            return True
 
     def printed(self) -> None:
         """The cause is on the screen: everybody may leave, the host of the store last."""

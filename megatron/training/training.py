@@ -19,6 +19,7 @@ from megatron.core.num_microbatches_calculator import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.rerun_state_machine import DataIterators, get_rerun_state_machine
 from megatron.core.utils import get_model_config
+from megatron.training import stop_signals
 from megatron.training.agreement import failing_together
 from megatron.training.checkpointing import check_save_directory
 from megatron.training.data.batch import next_sample
@@ -31,7 +32,13 @@ from megatron.training.data.loaders import (
     get_train_valid_test_num_samples,
 )
 from megatron.training.evaluation import evaluate, evaluate_and_print_results
-from megatron.training.exits import checkpoint_and_decide_exit, save_checkpoint_and_time
+from megatron.training.exits import (
+    answer_signals,
+    checkpoint_and_decide_exit,
+    print_exit_after,
+    save_checkpoint_and_time,
+    signal_of_any_rank,
+)
 from megatron.training.global_vars import flush_writers, get_args, get_timers
 from megatron.training.initialize import initialize_megatron, write_args_to_tensorboard
 from megatron.training.logging.flops import num_floating_point_operations
@@ -117,6 +124,8 @@ def pretrain(
             ``initialize_megatron``.
         non_loss_data_func: ``(model) -> anything`` run at each evaluation.
     """
+    if signals := stop_signals.installed():
+        signals.describe = lambda: stop_signals.BEFORE_TRAINING
     finish = initialize_megatron(
         extra_args_provider,
         args_defaults,
@@ -152,19 +161,21 @@ def pretrain(
         print_rank_0("skipping training (--skip-train is on) ...")
     else:
         print_rank_0("training ...")
+        answer_signals(in_training=True)
         if args.do_train:
             run = (forward_step_func, model, optimizer, scheduler, train_iterator, valid_iterator)
             iteration, flops = train(*run, *evaluation, {}, non_loss_data_func)
             print_datetime("after training is done")
             if args.save and iteration != 0 and iteration % args.save_interval != 0:
                 save_checkpoint_and_time(iteration, model, optimizer, scheduler, flops, {})
+    answer_signals(in_training=False)
     for split, wanted, iterator in (
         ("validation", args.do_valid, valid_iterator),
         ("test", args.do_test, test_iterator),
     ):
         if wanted:
             what = (forward_step_func, iterator, model, iteration)
-            evaluate_and_print_results(
+            cut_short = evaluate_and_print_results(
                 f"iteration {iteration} on {split} set",
                 *what,
                 *evaluation,
@@ -172,6 +183,9 @@ def pretrain(
                 write_to_tensorboard=not args.skip_train,
                 non_loss_data_func=non_loss_data_func,
             )
+            if cut_short and (number := signal_of_any_rank()):
+                print_exit_after(number)
+                break
     flush_writers()
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from megatron.core.errors import CheckpointError
+from megatron.training import stop_signals
 
 _STAGING_SUFFIX = ".saving"
 
@@ -63,7 +64,8 @@ def write_file(path: str, write: Callable[[BinaryIO], Any]) -> None:
             try:
                 write(file)
             except Exception:
-                # torch's zip writer turns the system's error into a RuntimeError of its own.
+                # torch's zip writer turns the system's error, or a stop, into a RuntimeError of its own.
+                stop_signals.raise_again()
                 if file.error is not None:
                     raise file.error from None
                 raise

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron.training import stop_signals
 from megatron.training.agreement import failing_together
 from megatron.training.checkpointing import durable, layout, storage, tracker
 from megatron.training.checkpointing.state import to_host
@@ -47,10 +48,10 @@ def write_together(
             if optimizer_shards is not None:
                 beside = layout.get_distributed_optimizer_checkpoint_name(name)
                 _write_aside(optimizer_shards, beside, final, staging)
-        with failing_together():
+        with failing_together(), stop_signals.held_back():
             if role.publishes:
                 durable.publish(staging, final)
-        with failing_together():
+        with failing_together(), stop_signals.held_back():
             if role.publishes:
                 tracker.write_tracker(save_dir, iteration)
     except BaseException:

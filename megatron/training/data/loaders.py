@@ -7,6 +7,7 @@ from typing import Any
 from megatron.core import parallel_state
 from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.training.agreement import any_rank_each, failing_together
+from megatron.training.child_processes import starting_workers
 from megatron.training.data.samplers import build_pretraining_data_loader
 from megatron.training.global_vars import get_args
 from megatron.training.utils import print_rank_0
@@ -126,7 +127,8 @@ def build_train_valid_test_data_iterators(provider: Callable) -> tuple[Any, Any,
         if loader is None:
             return None
         if args.dataloader_type == "external":
-            return RerunDataIterator(iter(loader) if not hasattr(loader, "__next__") else loader)
+            with starting_workers():
+                return RerunDataIterator(iter(loader) if not hasattr(loader, "__next__") else loader)
         return RerunDataIterator(iter(loader if single_pass else cyclic_iter(loader)))
 
     return (

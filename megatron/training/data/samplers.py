@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from megatron.core.errors import ConfigError, DataError
+from megatron.training.child_processes import obey_the_rank_alone, starting_workers
 
 __all__ = [
     "MegatronPretrainingRandomSampler",
@@ -43,6 +45,8 @@ def build_pretraining_data_loader(dataset: Dataset | None, consumed_samples: int
                 f"iterators of batches, not a {type(dataset).__name__} of single samples; use "
                 "--dataloader-type single or cyclic"
             )
+        if isinstance(dataset, DataLoader):
+            dataset.worker_init_fn = partial(obey_the_rank_alone, further=dataset.worker_init_fn)
         return dataset
     if len(dataset) == 0:  # only possible where no sample was asked for
         return None
@@ -67,6 +71,7 @@ def build_pretraining_data_loader(dataset: Dataset | None, consumed_samples: int
         num_workers=args.num_workers,
         pin_memory=accelerator.is_accelerated(),
         persistent_workers=args.num_workers > 0,
+        worker_init_fn=obey_the_rank_alone,
         # One of its own: otherwise making an iterator would draw from the generator that dropout uses,
         # and a resumed run would no longer repeat the uninterrupted one.
         generator=torch.Generator().manual_seed(args.seed),
@@ -77,7 +82,9 @@ class _PretrainingLoader(DataLoader):
     """A loader whose errors are those of the data set, without the worker's traceback around them."""
 
     def __iter__(self) -> Iterator[Any]:
-        return _with_plain_errors(super().__iter__())
+        with starting_workers():
+            batches = super().__iter__()
+        return _with_plain_errors(batches)
 
 
 def _with_plain_errors(batches: Iterator[Any]) -> Iterator[Any]:

@@ -1,11 +1,10 @@
 """The run of ``tools/preprocess_data.py``, from the arguments to the renamed files."""
 
-import signal
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from megatron.training.preprocessing.blocks import Block
 from megatron.training.preprocessing.encoding import Encoder, TokenizerFacts
 from megatron.training.preprocessing.flags import parse_arguments
 from megatron.training.preprocessing.inputs import InputFile, find_inputs
-from megatron.training.preprocessing.output import OutputFiles
+from megatron.training.preprocessing.output import OutputFiles, opened
 from megatron.training.preprocessing.pool import Failure, Outcomes, WorkerPool, map_here
 from megatron.training.preprocessing.progress import Progress
 from megatron.training.preprocessing.readers import Source, open_source
@@ -27,14 +26,6 @@ _SMALLEST_BLOCK_BYTES = 64 << 10
 _BLOCKS_PER_WORKER = 4
 
 
-class InterruptedRunError(MegatronError):
-    """The user or the batch system stopped the run."""
-
-    def __init__(self, number: int):
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.exit_status = 128 + number
-
-
 def main(argv: list[str] | None = None) -> None:
     """Parse, check, run.
 
@@ -44,19 +35,16 @@ def main(argv: list[str] | None = None) -> None:
     args, notices = parse_arguments(argv)
     for line in notices:
         print(f"note: {line}", file=sys.stderr)
-    with _signals_as_errors():
-        files = find_inputs(args.input)
-        level = "sentence" if args.split_sentences else "document"
-        with OutputFiles([f"{args.output_prefix}_{key}_{level}" for key in args.json_keys]) as output:
-            for path in output.leftovers():
-                print(
-                    f"note: {path} is left of a killed run, unless that one is still at work", file=sys.stderr
-                )
-            try:
-                preprocess(args, files, output)
-            except MegatronError as error:
-                error.args = (f"{error}\n       No output file was made or changed.",)
-                raise
+    files = find_inputs(args.input)
+    level = "sentence" if args.split_sentences else "document"
+    with opened([f"{args.output_prefix}_{key}_{level}" for key in args.json_keys]) as output:
+        for path in output.leftovers():
+            print(f"note: {path} is left of a killed run, unless that one is still at work", file=sys.stderr)
+        try:
+            preprocess(args, files, output)
+        except MegatronError as error:
+            error.args = (f"{error}\n       No output file was made or changed.",)
+            raise
 
 
 def preprocess(args: Namespace, files: list[InputFile], output: OutputFiles) -> None:
@@ -150,20 +138,3 @@ def _summarise(output: OutputFiles, writer: Writer, progress: Progress) -> None:
         f"in {seconds:.1f} s ({rate:.1f} MB/s of input)",
         flush=True,
     )
-
-
-@contextmanager
-def _signals_as_errors() -> Iterator[None]:
-    """Let Ctrl-C, a batch system's SIGTERM and a closed terminal end the run with everything tidied up."""
-
-    def stop(number: int, _: object) -> None:
-        raise InterruptedRunError(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    ours = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # as under nohup
-    kept = [signal.signal(number, stop) for number in ours]
-    try:
-        yield
-    finally:
-        for number, handler in zip(ours, kept, strict=True):
-            signal.signal(number, handler)

@@ -5,7 +5,7 @@ import os
 
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, _IndexReader
 from megatron.core.errors import DataError
-from megatron.training.preprocessing.output import SUFFIXES, OutputFiles, failures_told
+from megatron.training.preprocessing.output import SUFFIXES, OutputFiles, failures_told, opened
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--multimodal", action="store_true", help="the data sets have modes")
     args = parser.parse_args(argv)
     prefixes = find_pairs(args.input)
-    with OutputFiles([args.output_prefix]) as output:
+    with opened([args.output_prefix]) as output:
         merge(prefixes, output, args.multimodal)
     print(f"Merged {len(prefixes)} data sets into {args.output_prefix}.bin and .idx")
 

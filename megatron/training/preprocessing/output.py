@@ -7,13 +7,13 @@ fails, or is killed, leaves older files as they were.
 import glob
 import os
 import shutil
-import signal
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from megatron.core.errors import ConfigError, DataError
+from megatron.training import stop_signals
 
 SUFFIXES = (".bin", ".idx")
 _Path = str | Path
@@ -27,6 +27,7 @@ class OutputFiles:
 
     Attributes:
         unfinished: the directory to write them in, under the last part of their names.
+        published: whether the finished files have their names.
 
     Raises:
         ConfigError: the directory is missing or cannot be written, or a directory has an output's name.
@@ -34,6 +35,7 @@ class OutputFiles:
 
     def __init__(self, prefixes: list[str]):
         self.prefixes = prefixes
+        self.published = False
         self.directory = Path(prefixes[0]).absolute().parent
         if not self.directory.is_dir():
             raise ConfigError(
@@ -51,6 +53,8 @@ class OutputFiles:
             ) from error
 
     def __enter__(self) -> "OutputFiles":
+        if signals := stop_signals.installed():
+            signals.describe = self._describe_a_stop
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -75,12 +79,27 @@ class OutputFiles:
         aside = [(path, self.unfinished / f"{path.name}.replaced") for path in paths if path.exists()]
         # Indices leave first and come last: an old index never stands beside new tokens.
         moves = [*reversed(aside), *zip(new, paths, strict=True)]
-        with _uninterrupted():
+        with stop_signals.held_back():
             _rename_all(moves)
+            self.published = True
         _sync(self.directory)
+
+    def _describe_a_stop(self) -> str:
+        if self.published:
+            return "after the output files were written"
+        return "before any output file was made or changed"
 
     def _paths(self) -> list[Path]:
         return [Path(prefix + suffix).absolute() for suffix in SUFFIXES for prefix in self.prefixes]
+
+
+@contextmanager
+def opened(prefixes: list[str]) -> Iterator[OutputFiles]:
+    """:class:`OutputFiles` as a context, which no signal leaves before the directory will be removed."""
+    with ExitStack() as stack:
+        with stop_signals.held_back():
+            output = stack.enter_context(OutputFiles(prefixes))
+        yield output
 
 
 @contextmanager
@@ -113,16 +132,6 @@ def _rename_all(moves: list[tuple[_Path, _Path]]) -> None:
         for source, target in reversed(done):
             os.replace(target, source)
         raise
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back for the moment that the renaming takes."""
-    kept = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, kept)
 
 
 def _sync(path: Path) -> None:

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from megatron.core.errors import MegatronError
+from megatron.training.child_processes import ignore_signals, starting_workers
 from megatron.training.preprocessing.channel import SharedSlots, receive, send
 
 # Address space for one task or one result; a larger one takes the slower way through the pipe.
@@ -196,7 +197,8 @@ class _Worker:
             daemon=True,
             name=f"preprocess-{number}",
         )
-        self.process.start()
+        with starting_workers():
+            self.process.start()
         theirs.close()
 
     def give(self, number: int, task: Any) -> None:
@@ -230,8 +232,6 @@ class _Worker:
         cause = "it crashed in native code"
         if -code == signal.SIGKILL:
             cause = "most likely the system ran out of memory (see dmesg); try fewer --workers"
-        elif -code == signal.SIGTERM:
-            cause = "somebody or a batch system asked it to stop"
         return f"{who} was killed by signal {-code} ({name}): {cause}"
 
 
@@ -241,9 +241,7 @@ def _serve(
     """The life of a worker process: build, then one task after the other until told to stop."""
     for connection in not_ours:
         connection.close()
-    for number in (signal.SIGINT, signal.SIGHUP):  # they reach the whole group; the coordinator decides
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ignore_signals()
     try:
         # What building has to say (a fallback, a warning) is said once, by the first worker.
         with _muted(place > 0):

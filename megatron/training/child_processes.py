@@ -1,0 +1,76 @@
+"""Worker processes and signals: a signal to a whole group is answered by the process that has the workers.
+
+Schedulers, terminals and torchrun send a signal to all processes of a rank. Workers that died of it would
+take away the data that the last step before a save needs; they end when their rank tells them to, or is gone.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+# SIGTERM is how multiprocessing and torch end workers that are left.
+_FOR_THE_GROUP = {
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+}
+_LOOK_S = 1.0
+
+
+@contextmanager
+def starting_workers() -> Iterator[None]:
+    """Context to start workers in: signals reach them only once they have decided what to do with them.
+
+    What this process itself receives meanwhile comes at the end of the context, or to another thread.
+    """
+    kept = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_GROUP)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, kept)
+
+
+def ignore_signals() -> None:
+    """In a worker that ends with the pipe to its owner: leave signals to the owner."""
+    for number in _FOR_THE_GROUP:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_GROUP)
+
+
+def obey_the_rank_alone(worker_id: int, further: Callable[[int], object] | None = None) -> None:
+    """In a data-loading worker (``worker_init_fn``): leave signals to the rank, and end when it is gone.
+
+    SIGTERM from the rank itself ends the worker, as torch's loader and ``multiprocessing`` expect.
+
+    Args:
+        worker_id: number of the worker.
+        further: what else is to be called with it.
+    """
+    _leave_signals_to_the_rank()
+    if further is not None:
+        further(worker_id)
+
+
+def _leave_signals_to_the_rank() -> None:
+    for number in _FOR_THE_GROUP - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+    rank = multiprocessing.parent_process()
+    if rank is None or not hasattr(signal, "sigtimedwait"):  # as on a Mac: torch's handler stays
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_GROUP)
+        return
+    # Who sent a signal is told to those who wait for it, and not to Python's handlers.
+    signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
+    threading.Thread(target=_wait_for_the_rank, args=(rank.pid,), name="signals", daemon=True).start()
+
+
+def _wait_for_the_rank(pid: int) -> None:
+    while True:
+        told = signal.sigtimedwait({signal.SIGTERM}, _LOOK_S)
+        if os.getppid() != pid or (told is not None and told.si_pid == pid):
+            os._exit(0)

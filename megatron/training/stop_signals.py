@@ -1,0 +1,373 @@
+"""What a signal does to a run: it ends, with one line that says why and an exit status that everybody knows.
+
+Python calls handlers in the main thread only, between two of its instructions, and a main thread that waits
+for another rank may never come back from there. A thread therefore hears of every signal too: it ends the
+process where the main thread has not done so after a moment, and at once at the second Ctrl-C.
+
+While a run trains with ``--exit-signal-handler``, signals are recorded instead, see ``dist_signal_handler``.
+
+This module does without torch, so that a script can call :func:`install` before that long import.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from megatron.training import launcher_environment
+
+if TYPE_CHECKING:
+    from megatron.training.lookout import Lookout
+
+BEFORE_TRAINING = "before training began: nothing to save"
+# Stands for the end of the launcher among the numbers of signals, all of which are below it.
+LAUNCHER_GONE = 100
+# What a user, a scheduler, a closed terminal or a launcher sends to end a run.
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+# Time for the main thread to leave what it is in, and for the imports of a rank that was just started.
+_UNWIND_S, _IMPORT_S, _LAST_WORDS_S = 2.0, 6.0, 6.0
+# One key press may arrive twice, from the terminal and from a program that passes it on.
+_SAME_PRESS_S = 0.1
+_LOOK_S, _BRIEFLY_S = 1.0, 0.5
+
+
+class StoppedBySignal(SystemExit):
+    """Raised in the main thread. Where nobody catches it, the process ends quietly with its status."""
+
+    def __init__(self, number: int):
+        super().__init__(exit_status(number))
+
+
+class Recorder(Protocol):
+    """Takes note of signals that shall not end the run at once."""
+
+    def record(self, number: int) -> None: ...
+
+
+def exit_status(number: int) -> int:
+    """128 + number, as shells have it; the end of the launcher counts as a hang-up."""
+    return 128 + (signal.SIGHUP if number == LAUNCHER_GONE else number)
+
+
+def describe_signal(number: int) -> str:
+    """What happened, for messages."""
+    return "the end of torchrun" if number == LAUNCHER_GONE else signal.Signals(number).name
+
+
+def installed() -> "StopSignals | None":
+    """The one that answers signals in this process, found where the system's handlers are kept."""
+    for number in _ENDING:
+        owner = getattr(signal.getsignal(number), "__self__", None)
+        if isinstance(owner, StopSignals):
+            return owner
+    return None
+
+
+def install(description: str = "") -> "StopSignals | None":
+    """Answer signals from now on, where nobody else does; see :class:`StopSignals`.
+
+    Args:
+        description: what is said about a stop until :attr:`StopSignals.describe` is replaced.
+
+    Returns:
+        The one in force; None outside the main thread, where Python allows no handlers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    launcher_environment.adopt()
+    return installed() or StopSignals(description)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Context that a signal does not interrupt: the stop comes at its end. For steps of milliseconds."""
+    signals = installed()
+    if signals is None:
+        yield
+        return
+    with signals.held_back():
+        yield
+
+
+def raise_again() -> None:
+    """Raise the stop whose consequence an error may be: some libraries make errors of their own of it."""
+    signals = installed()
+    if signals is not None and signals.has_stopped():
+        raise StoppedBySignal(signals.received)
+
+
+class StopSignals:
+    """Ends this process when a signal asks for it.
+
+    Signals that are ignored (``nohup``), or that have a handler of somebody else's, stay as they are. A
+    process that is forked from this one has the handlers from before.
+
+    Args:
+        description: first answer of :attr:`describe`.
+
+    Attributes:
+        describe: tells how far the run is and what was saved; the end of the line about a stop.
+        recorder: takes the signals instead, while a run can save and stop by itself; None ends the run.
+        received: number of the signal that ends this process, 0 before one has come.
+    """
+
+    def __init__(self, description: str):
+        self.describe: Callable[[], str] = lambda: description
+        self.recorder: Recorder | None = None
+        self._lookout: Lookout | None = None
+        self._running = self._over = self._raised = False
+        self.received, self._held = 0, 0
+        self._deadline: float | None = None
+        self._presses: list[float] = []  # when Ctrl-C was pressed
+        self._ending = threading.Lock()
+        self._previous: dict[int, Any] = {}
+        self._listen()
+        for number in (*_ENDING, signal.SIGQUIT):
+            before = signal.getsignal(number)
+            if before in (signal.SIG_DFL, signal.default_int_handler):
+                self._previous[number] = signal.signal(number, self._handle)
+        os.register_at_fork(after_in_child=self._release_in_child)
+        self._former_hook = sys.unraisablehook
+        sys.unraisablehook = self._report_unraisable
+
+    # In the main thread.
+
+    def run(self, lookout: "Lookout | None") -> None:
+        """The entry point has been reached: from now on a signal raises :class:`StoppedBySignal` there.
+
+        Args:
+            lookout: through which the ranks agree on who speaks and end together.
+
+        Raises:
+            StoppedBySignal: a signal has come before.
+        """
+        self._lookout = lookout
+        self._running = True
+        self._raise_if_due()
+
+    def run_is_over(self) -> None:
+        """The run has ended, or failed, and says so itself: signals only make sure that it does end."""
+        self._over, self.recorder = True, None
+
+    def has_stopped(self) -> bool:
+        """Whether a signal is ending this process, so that other errors are its consequences."""
+        return self._raised
+
+    def finish(self) -> int:
+        """Say what happened, if this rank is the one to do so; returns the exit status.
+
+        With other ranks, or when the thread was faster, the process ends in here.
+        """
+        self._over = True
+        self.recorder = None
+        if not self._ending.acquire(blocking=False):
+            while True:  # the thread is at it
+                time.sleep(_LOOK_S)
+        self._deadline = time.monotonic() + _LAST_WORDS_S + _UNWIND_S
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the end of data workers is no error any more
+        self._say_together()
+        if self._lookout is not None:
+            self._leave(exit_status(self.received))
+        return exit_status(self.received)
+
+    def release(self) -> None:
+        """Put the handlers from before back."""
+        for number, handler in self._previous.items():
+            if getattr(signal.getsignal(number), "__self__", None) is self:
+                signal.signal(number, handler)
+        self._previous = {}
+        sys.unraisablehook = self._former_hook
+        if self._wakeup >= 0:
+            signal.set_wakeup_fd(self._former_wakeup)
+            os.close(self._wakeup)  # which ends the thread
+            self._wakeup = -1
+
+    @contextlib.contextmanager
+    def held_back(self) -> Iterator[None]:
+        """See the function of this name."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+            self._raise_if_due()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._note(number)
+        self._raise_if_due()
+
+    def _raise_if_due(self) -> None:
+        if self.received and self._running and not (self._over or self._held or self._raised):
+            self._raised = True
+            raise StoppedBySignal(self.received)
+
+    def _report_unraisable(self, unraisable: Any) -> None:
+        """Raised in a destructor a stop does not get far; the thread knows of it all the same."""
+        if not isinstance(unraisable.exc_value, StoppedBySignal):
+            self._former_hook(unraisable)
+
+    def _release_in_child(self) -> None:
+        if installed() is not self:
+            return
+        signal.set_wakeup_fd(-1)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous, self._wakeup = {}, -1
+
+    # In both threads: the order in which they hear of a signal is not known.
+
+    def _note(self, number: int) -> None:
+        if number == signal.SIGQUIT:
+            return
+        if self.recorder is not None:
+            self.recorder.record(number)
+        elif not self.received:
+            self.received = number
+            self._deadline = time.monotonic() + self._patience()
+
+    def _patience(self) -> float:
+        """How long the main thread may take to end the process by itself."""
+        if self._running:
+            return _LAST_WORDS_S if self._over else _UNWIND_S
+        # Alone, nobody has to be told through what is being imported.
+        return _IMPORT_S if launcher_environment.has_other_ranks() else 0.0
+
+    # In the thread.
+
+    def _listen(self) -> None:
+        """Start the thread; signals are written into a pipe by the system's handler itself."""
+        self._wakeup = self._former_wakeup = -1
+        heard, wakeup = os.pipe()
+        os.set_blocking(wakeup, False)
+        self._former_wakeup = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        self._wakeup = wakeup
+        watch = launcher_environment.LauncherWatch()
+        threading.Thread(target=self._watch, args=(heard, watch), name="signals", daemon=True).start()
+
+    def _watch(self, heard: int, launcher: launcher_environment.LauncherWatch) -> None:
+        poll = select.poll()
+        poll.register(heard, select.POLLIN)
+        if launcher.descriptor is not None:
+            poll.register(launcher.descriptor, select.POLLIN)
+        while True:
+            ready = dict(poll.poll(self._time_to_look() * 1000))
+            if heard in ready:
+                numbers = os.read(heard, 4096)
+                if not numbers:
+                    os.close(heard)
+                    return
+                for number in numbers:
+                    self._hear(number)
+            if launcher.is_gone():
+                if launcher.descriptor is not None:
+                    poll.unregister(launcher.descriptor)
+                launcher.forget()
+                self._hear(LAUNCHER_GONE)
+            if self._deadline is not None and time.monotonic() >= self._deadline and not self._held:
+                self._end_here()
+
+    def _time_to_look(self) -> float:
+        """Seconds until there is something to do that no descriptor tells."""
+        if self._deadline is None:
+            return _LOOK_S
+        return min(_LOOK_S, max(0.01, self._deadline - time.monotonic()))
+
+    def _hear(self, number: int) -> None:
+        if number != LAUNCHER_GONE and number not in self._previous:
+            return
+        if self._is_second_press(number):
+            self._leave_at_once(signal.SIGINT)
+        elif number == signal.SIGQUIT:
+            self._leave_at_once(number)
+        self._note(number)
+
+    def _is_second_press(self, number: int) -> bool:
+        """Whether this is another Ctrl-C; torchrun leaves at the second one too, and cannot pass it on."""
+        if number not in (signal.SIGINT, LAUNCHER_GONE):
+            return False
+        now = time.monotonic()
+        # Processes made by torch.multiprocessing get a SIGINT when their parent ends: one event.
+        again = bool(self._presses) and now - self._presses[-1] >= _SAME_PRESS_S
+        if number == signal.SIGINT and (again or not self._presses):
+            self._presses.append(now)
+        return again
+
+    def _end_here(self) -> None:
+        """End the process in place of the main thread, which has not come back, or not come to its end."""
+        if self._ending.acquire(blocking=False):
+            said_elsewhere, self._over = self._over, True
+            if not said_elsewhere:
+                self._say_together()
+        self._leave(exit_status(self.received))
+
+    def _leave_at_once(self, number: int) -> None:
+        self._over = True
+        self._ending.acquire(blocking=False)  # the main thread says nothing from here on
+        event = "a second SIGINT" if number == signal.SIGINT else describe_signal(number)
+        if self._lookout is None or _within(_BRIEFLY_S, self._lookout.speaks_first):
+            self._say(f"stopped at once by {event}, whatever was being done; {self._description()}")
+        self._leave(exit_status(number))
+
+    # The last words.
+
+    def _say_together(self) -> None:
+        """Print the line on one rank, and end all."""
+        number, lookout = self.received, self._lookout
+        # Its store has gone with it; every rank sees that for itself.
+        if number == LAUNCHER_GONE:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                self._say(self._line())
+        elif lookout is None:
+            self._say(self._line())
+        elif _within(_LAST_WORDS_S, lambda: lookout.report(exit_status(number), patience_s=_UNWIND_S)):
+            line = self._line()
+            launcher_environment.hand_over_failure(line, time.time())
+            self._say(line)
+            lookout.printed()
+            # Ranks that find this one gone before they look would report that instead.
+            time.sleep(2 * lookout.interval_s)
+
+    def _line(self) -> str:
+        return f"stopped by {describe_signal(self.received)} {self._description()}".strip()
+
+    def _description(self) -> str:
+        try:
+            return self.describe()
+        except Exception as error:  # it reads the arguments and the disk, at any moment
+            return f"(how far the run was is not known: {error!r})"
+
+    @staticmethod
+    def _say(line: str) -> None:
+        """One line to stderr, after what is waiting for stdout; no lock of an interrupted print is needed."""
+        _within(_BRIEFLY_S, lambda: bool(sys.stdout.flush()))
+        where = f"[{launcher_environment.describe()}] " if launcher_environment.has_other_ranks() else ""
+        with contextlib.suppress(OSError):
+            os.write(2, f"{where}error: {line}\n".encode())
+
+    @staticmethod
+    def _leave(status: int) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(status)
+
+
+def _within(seconds: float, ask: Callable[[], bool]) -> bool:
+    """The answer to a question, or True where it takes too long: the other end may be gone or stuck."""
+    answers = []
+
+    def answer() -> None:
+        with contextlib.suppress(Exception):
+            answers.append(ask())
+
+    asking = threading.Thread(target=answer, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return answers[0] if answers else True
