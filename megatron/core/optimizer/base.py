@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core import accelerator, parallel_state
-from megatron.core.errors import NotBuiltYetError
+from megatron.core.errors import NotBuiltYetError, UsageError
 from megatron.core.optimizer.clip_grads import (
     clip_grad_by_total_norm_fp32,
     count_zeros_fp32,
@@ -69,7 +69,11 @@ class MegatronOptimizer(ABC):
         Returns:
             (success, gradient norm before clipping, zeros among the gradients or None if nobody wants them);
             (False, None, None) when the gradients overflowed, and then nothing has been changed.
+
+        Raises:
+            UsageError: nobody has set a learning rate; nothing has been changed.
         """
+        self.require_rates()
         if self.prepare_grads():
             return False, None, None
         with timed(self.config, "optimizer-clip-main-grad"):
@@ -79,6 +83,14 @@ class MegatronOptimizer(ABC):
             with timed(self.config, "optimizer-count-zeros"):
                 num_zeros = self.count_zeros()
         return self.step_with_ready_grads(), grad_norm, num_zeros
+
+    def require_rates(self) -> None:
+        """Raises UsageError while a group with parameters has no learning rate."""
+        if any(group["lr"] is None and group["params"] for group in self.param_groups):
+            raise UsageError(
+                "the optimizer has no learning rate: set OptimizerConfig.lr (--lr), for example to 1e-4, or "
+                "let an OptimizerParamScheduler write one before the first step"
+            )
 
     @abstractmethod
     def prepare_grads(self) -> bool:

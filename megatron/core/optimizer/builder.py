@@ -19,7 +19,7 @@ from megatron.core.optimizer.fp32 import FP32Optimizer
 from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler, MegatronGradScaler
 from megatron.core.optimizer.mixed_precision import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
-from megatron.core.optimizer.param_groups import ParamCondition, _get_param_groups, with_expert_group
+from megatron.core.optimizer.param_groups import ParamCondition, _get_param_groups, empty_group
 from megatron.core.optimizer.untraced import SGD
 from megatron.core.utils import log_single_rank
 
@@ -38,37 +38,41 @@ _NOT_BUILT = {
 
 def get_megatron_optimizer(
     config: OptimizerConfig,
-    model_chunks: list[torch.nn.Module],
+    model_chunks: list[torch.nn.Module] | torch.nn.Module,
     no_weight_decay_cond: ParamCondition | None = None,
     scale_lr_cond: ParamCondition | None = None,
     lr_mult: float = 1.0,
     use_gloo_process_groups: bool = True,
 ) -> ChainedOptimizer:
-    """Optimizer over all trainable parameters of ``model_chunks``, which must be wrapped for DDP already.
+    """Optimizer over all trainable parameters of ``model_chunks``.
 
-    All ranks of the model call this together.
+    All ranks of the model call this together. Chunks that are wrapped for DDP hand over their main gradients,
+    others ``param.grad``. Without ``config.lr`` somebody must write a rate into the groups before the first
+    step, as an ``OptimizerParamScheduler`` does.
 
     Args:
         config: settings.
-        model_chunks: the model, or its pipeline chunks.
+        model_chunks: the model, or a list of its pipeline chunks.
         no_weight_decay_cond: (name, parameter) -> True for no weight decay; default biases and 1-D tensors.
         scale_lr_cond: (name, parameter) -> True for a rate multiplied by ``lr_mult``; default none.
         use_gloo_process_groups: collect sharded state over host memory; on the device otherwise.
 
     Returns:
         A chain of one member for dense parameters and, with expert parallelism, one for expert parameters.
-        The latter also on a pipeline stage without experts: norms and overflows are found together.
+        The latter also on a pipeline stage without experts, and the former on one whose parameters are all
+        frozen: norms and overflows are found together.
 
     Raises:
         NotBuiltYetError: a setting whose code does not exist yet.
-        ConfigError: no learning rate, a model without trainable parameters, or chunks that were wrapped
-            without what ``config`` wants of them.
+        ConfigError: a model without trainable parameters on any rank, or chunks that were wrapped without
+            what ``config`` wants of them.
     """
     for field, (feature, flag) in _NOT_BUILT.items():
         if getattr(config, field):
             raise NotBuiltYetError(feature, flag, f"Leave {flag} out.")
-    if config.lr is None:
-        raise ConfigError("the optimizer has no learning rate: set lr (--lr), for example to 1e-4")
+    if isinstance(model_chunks, torch.nn.Module):
+        is_list = isinstance(model_chunks, torch.nn.ModuleList)
+        model_chunks = list(model_chunks) if is_list else [model_chunks]
     if has_config_logger_enabled(config):
         log_config_to_disk(config, {"config": config}, prefix="get_megatron_optimizer")
     log_single_rank(logger, logging.INFO, "optimizer: %s", _describe(config))
@@ -82,12 +86,13 @@ def get_megatron_optimizer(
         decoupled_lr=config.decoupled_lr,
         decoupled_min_lr=config.decoupled_min_lr,
     )
-    if not groups:
+    if not _some_rank_says(bool(groups)):
         raise ConfigError(
             "the model has no parameter that requires a gradient: unfreeze some, or do not train it"
         )
-    if _some_rank_says(any(group["is_expert_parallel"] for group in groups)):
-        groups = with_expert_group(groups, config.lr, config.min_lr)
+    kinds = {group["is_expert_parallel"] for group in groups}
+    wanted = {False, True} if _some_rank_says(True in kinds) else {False}
+    groups += [empty_group(kind, config.lr, config.min_lr) for kind in wanted - kinds]
     members = []
     for is_expert in (False, True):
         chosen = [group for group in groups if group["is_expert_parallel"] is is_expert]
@@ -102,7 +107,7 @@ def _describe(config: OptimizerConfig) -> str:
     """The settings that users choose, in words."""
     clip = f"gradients clipped at norm {config.clip_grad:g}" if config.clip_grad else "no clipping"
     floor = "" if config.min_lr is None else f", floor {config.min_lr:g}"
-    rate = f"learning rate {config.lr:g}{floor}"
+    rate = "no learning rate yet" if config.lr is None else f"learning rate {config.lr:g}{floor}"
     return f"{config.optimizer}, {rate}, weight decay {config.weight_decay:g}, {clip}"
 
 
@@ -156,7 +161,7 @@ def _build_member(
     torch_optimizer, create_state = _build_torch_optimizer(config, groups)
     for group in torch_optimizer.param_groups:
         # What a scheduler would write at once; without one the multipliers must count as well.
-        group["lr"] = group["max_lr"] * group["lr_mult"]
+        group["lr"] = None if group["max_lr"] is None else group["max_lr"] * group["lr_mult"]
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
     is_half = config.fp16 or config.bf16
     scaler = _build_grad_scaler(config) if is_half else None
@@ -198,7 +203,8 @@ def _build_torch_optimizer(
     config: OptimizerConfig, groups: list[dict[str, Any]]
 ) -> tuple[torch.optim.Optimizer, Callable[[torch.optim.Optimizer], None]]:
     """The inner optimizer, and the function that creates its state ahead of the first step."""
-    common = {"lr": config.lr, "weight_decay": config.weight_decay}
+    # torch wants a number at once; the groups' own rates are written by the caller.
+    common = {"lr": config.lr or 0.0, "weight_decay": config.weight_decay}
     if config.optimizer == "adam":
         betas = (config.adam_beta1, config.adam_beta2)
         return Adam(groups, betas=betas, eps=config.adam_eps, **common), _create_adam_states

@@ -24,6 +24,7 @@ class FP32Optimizer(MegatronOptimizer):
         """There is no loss scale."""
 
     def step_with_ready_grads(self) -> bool:
+        self.require_rates()
         with timed(self.config, "optimizer-inner-step"):
             self.optimizer.step()
         for param in self.get_parameters():

@@ -67,6 +67,7 @@ class MixedPrecisionOptimizer(MegatronOptimizer):
             self.grad_scaler.update(found_inf)
 
     def step_with_ready_grads(self) -> bool:
+        self.require_rates()
         with timed(self.config, "optimizer-inner-step"):
             self.optimizer.step()
         with timed(self.config, "optimizer-copy-main-to-model-params"):

@@ -50,13 +50,9 @@ def _get_param_groups(
     return [_describe(key, params, decoupled if key[3] else ordinary) for key, params in groups.items()]
 
 
-def with_expert_group(
-    groups: list[dict[str, Any]], lr: float | None, min_lr: float | None
-) -> list[dict[str, Any]]:
-    """``groups``, and one without parameters if none of them is of experts."""
-    if any(group["is_expert_parallel"] for group in groups):
-        return groups
-    return [*groups, _describe((1.0, 1.0, True, False), [], (lr, min_lr))]
+def empty_group(is_expert: bool, lr: float | None, min_lr: float | None) -> dict[str, Any]:
+    """A group without parameters, for a rank that takes part in statistics only."""
+    return _describe((1.0, 1.0, is_expert, False), [], (lr, min_lr))
 
 
 def _is_bias_or_vector(name: str, param: torch.nn.Parameter) -> bool:
