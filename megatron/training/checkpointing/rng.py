@@ -68,7 +68,8 @@ def set_rng_state(state_dict: dict[str, Any], data_parallel_random_init: bool) -
     except (RuntimeError, TypeError) as error:
         print_rank_0(
             "WARNING: the checkpoint's device random states do not fit this device "
-            f"({accelerator.device_type()}: {str(error).splitlines()[0]}); dropout goes on from the seed instead"
+            f"({accelerator.device_type()}: {str(error).splitlines()[0]}); "
+            "dropout goes on from the seed instead"
         )
         return
     accelerator.set_rng_state(state["cuda_rng_state"])
