@@ -125,8 +125,11 @@ class BlendedMegatronDatasetBuilder:
         members = self._build_members(prefixes, matrix, built)
         blends: list[TopLevelDataset | None] = []
         for split in Split:
-            size = sum(row[split.value] for row in planned)
-            blends.append(self._blend(_column(members, split), weights, size, matrix[split.value]))
+            datasets = _column(members, split)
+            # A member without elements for this split is left out of it, and what it would have given.
+            sizes_of_split = [row[split.value] for row in planned]
+            size = sum(n for n, dataset in zip(sizes_of_split, datasets, strict=True) if dataset is not None)
+            blends.append(self._blend(datasets, weights, size, matrix[split.value]))
         return blends
 
     def _blend_by_length(
@@ -145,12 +148,14 @@ class BlendedMegatronDatasetBuilder:
         size: int | None,
         interval: tuple[float, float] | None,
     ) -> TopLevelDataset | None:
-        """None where members are None: a split without elements, or a rank without data."""
+        """None where all members are None: a split without elements, or a rank without data."""
         if interval is None:
             return None
-        cls: Any = _nothing if any(dataset is None for dataset in datasets) else BlendedDataset
+        present = [(data, weight) for data, weight in zip(datasets, weights, strict=True) if data is not None]
+        cls: Any = BlendedDataset if present else _nothing
+        members, shares = [data for data, _ in present], [weight for _, weight in present]
         return self.build_generic_dataset(
-            cls, self.is_built_on_rank, True, datasets, weights, size, self.config
+            cls, self.is_built_on_rank, True, members, shares, size, self.config
         )
 
     def _build_members(
@@ -221,18 +226,21 @@ class BlendedMegatronDatasetBuilder:
     def _elements_of(
         self, prefix: str | None, elements: int, split: Split, interval: tuple[float, float], size: int | None
     ) -> np.ndarray:
-        """int32 indices of a split; empty only if no sample is asked of it."""
+        """int32 indices of a split; one for evaluation may be empty, which costs that evaluation alone."""
         begin, end = (round(bound * elements) for bound in interval)
         if begin >= end and size != 0:
             if elements == 0:
                 raise DataError(
                     f"{prefix} is empty: it holds no sequence. Check the input of tools/preprocess_data.py."
                 )
-            raise DataError(
-                f"the {split.name} split of {prefix} is empty: --split {self.config.split!r} gives it the "
-                f"interval {interval[0]:g} to {interval[1]:g} of {elements} sequences, which rounds to none. "
-                "Give it a larger share, use more data, or switch it off (share 0, or --eval-iters 0)."
+            fact = (
+                f"the {split.name} split of {prefix} is empty: --split {self.config.split} gives it the "
+                f"interval {interval[0]:g} to {interval[1]:g} of {elements} sequences, which rounds to none"
             )
+            remedy = "give it a larger share, or use more data"
+            if split is Split.train:
+                raise DataError(f"{fact}; {remedy}")
+            log_single_rank(logger, logging.WARNING, f"{fact}: it is left out; to have it, {remedy}")
         return np.arange(begin, end, dtype=np.int32)
 
     @staticmethod
@@ -267,7 +275,7 @@ def _column(members: list[list[MidLevelDataset | None]], split: Split) -> list[M
 
 
 def _nothing(*_: Any) -> None:
-    """Stands for the data set of a split that has no elements, and of which no sample is asked."""
+    """Stands for the data set of a split that has no elements."""
 
 
 def _built_anew(blend: BlendedDataset) -> bool:

@@ -277,12 +277,29 @@ def test_five_token_corpus(write_corpus, gpt_config, build_gpt):
             build_gpt(gpt_config(blend=([prefix], None), split=split), [10, 5, 5])
 
 
-def test_split_that_rounds_to_nothing(write_corpus, gpt_config, build_gpt):
+def test_evaluation_splits_that_round_to_nothing_are_left_out(write_corpus, gpt_config, build_gpt, caplog):
     prefix = write_corpus([[1] * 20] * 10)
-    with pytest.raises(
-        DataError, match=rf"valid split of {prefix} is empty: --split '969, 30, 1'.*of 10 sequences"
-    ):
-        build_gpt(gpt_config(blend=([prefix], None), split="969, 30, 1"), [10, 5, 5])
+    train, valid, test = build_gpt(gpt_config(blend=([prefix], None), split="969, 30, 1"), [10, 5, 5])
+    assert len(train) >= 10 and valid is None and test is None
+    (first, second) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert first.startswith(f"the valid split of {prefix} is empty: --split 969, 30, 1 gives it the interval")
+    assert "of 10 sequences, which rounds to none: it is left out" in first and "the test split" in second
+
+
+def test_training_split_that_rounds_to_nothing_is_an_error(write_corpus, gpt_config, build_gpt):
+    prefix = write_corpus([[1] * 20] * 10)
+    with pytest.raises(DataError, match=rf"train split of {prefix} is empty: --split 1,98,1"):
+        build_gpt(gpt_config(blend=([prefix], None), split="1,98,1"), [10, 5, 5])
+
+
+def test_blend_leaves_members_without_elements_out_of_a_split(write_corpus, gpt_config, build_gpt):
+    small, large = write_corpus([[1] * 20] * 10, "small"), write_corpus([[2] * 20] * 1000, "large")
+    for weights in ([0.5, 0.5], None):
+        config = gpt_config(blend=([small, large], weights), split="900,99,1")
+        train, valid, test = build_gpt(config, [40, 20, 2])
+        assert len(train) >= 40 and len(valid.datasets) == 2
+        assert [member.dataset_path for member in test.datasets] == [large]
+        assert {int(token) for token in test[0]["tokens"]} == {2}
 
 
 def test_five_token_corpus_of_single_tokens(write_corpus, gpt_config, build_gpt):
