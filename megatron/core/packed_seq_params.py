@@ -26,3 +26,13 @@ class PackedSeqParams:
     cu_seqlens_kv_padded: Tensor | None = None
     max_seqlen_q: Tensor | None = None
     max_seqlen_kv: Tensor | None = None
+
+    def longest(self) -> int:
+        """Positions of the longest sequence, counted where it was not told."""
+        return max(
+            int((ends[1:] - ends[:-1]).max()) if told is None else int(told)
+            for told, ends in (
+                (self.max_seqlen_q, self.cu_seqlens_q),
+                (self.max_seqlen_kv, self.cu_seqlens_kv),
+            )
+        )

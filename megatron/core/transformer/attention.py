@@ -9,9 +9,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.errors import NotBuiltYetError, TrainingError
+from megatron.core.errors import NotBuiltYetError, TrainingError, UsageError
 from megatron.core.inference_params import InferenceParams
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.rope_utils import (
+    apply_rotary_pos_emb,
+    apply_rotary_pos_emb_with_cos_sin,
+)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -33,9 +36,12 @@ class SelfAttentionSubmodules:
     k_layernorm: Spec = None
 
 
-def refuse_inference_state(inference_context: Any, inference_params: Any = None) -> None:
+def refuse_inference_state(
+    inference_context: Any, inference_params: Any = None, sequence_len_offset: Any = None
+) -> None:
     """There is no key/value cache: generation calls the model on the whole prefix."""
-    if deprecate_inference_params(inference_context, inference_params) is not None:
+    state = deprecate_inference_params(inference_context, inference_params)
+    if state is not None or sequence_len_offset is not None:
         raise NotBuiltYetError("a key/value cache", remedy="Call the model on the whole sequence instead.")
 
 
@@ -127,13 +133,21 @@ class Attention(MegatronModule, ABC):
             attention_mask: bool [b or 1, 1, s, s], True hides; or None.
             key_value_states: source of keys and values of cross attention.
             rotary_pos_emb: angles [s, 1, 1, d], one tensor or a (query, key) pair.
+            rotary_pos_cos, rotary_pos_sin: tables instead of angles, [s, d / 2].
+            packed_seq_params: the sequences of a packed row, b = 1.
         """
-        refuse_inference_state(inference_context, inference_params)
+        refuse_inference_state(inference_context, inference_params, sequence_len_offset)
         query, key, value = self.get_query_key_value_tensors(hidden_states, key_value_states)
         if rotary_pos_emb is not None:
-            pair = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
-            query = apply_rotary_pos_emb(query, pair[0], self.config)
-            key = apply_rotary_pos_emb(key, pair[1], self.config)
+            query, key = self._rotate(query, key, rotary_pos_emb, packed_seq_params)
+        if rotary_pos_cos is not None or rotary_pos_sin is not None:
+            if rotary_pos_emb is not None or packed_seq_params is not None:
+                raise UsageError(
+                    "rotary_pos_cos and rotary_pos_sin stand in the place of rotary_pos_emb, for sequences "
+                    "that are not packed: pass rotary_pos_emb alone"
+                )
+            tables = (rotary_pos_cos, rotary_pos_sin, self.config.rotary_interleaved)
+            query, key = (apply_rotary_pos_emb_with_cos_sin(t, *tables) for t in (query, key))
         extras = (attention_bias, packed_seq_params)
         if self.checkpoint_core_attention and self.training:
             context = tensor_parallel.checkpoint(
@@ -142,6 +156,21 @@ class Attention(MegatronModule, ABC):
         else:
             context = self._core(query, key, value, attention_mask, *extras)
         return self.linear_proj(context)
+
+    def _rotate(
+        self,
+        query: Tensor,
+        key: Tensor,
+        angles: Tensor | tuple[Tensor, Tensor],
+        packed: PackedSeqParams | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Turns queries and keys by their positions, counted from the start of each packed sequence."""
+        of_query, of_key = angles if isinstance(angles, tuple) else (angles, angles)
+        starts = (None, None) if packed is None else (packed.cu_seqlens_q, packed.cu_seqlens_kv)
+        return (
+            apply_rotary_pos_emb(query, of_query, self.config, cu_seqlens=starts[0]),
+            apply_rotary_pos_emb(key, of_key, self.config, cu_seqlens=starts[1]),
+        )
 
     def _core(
         self,
@@ -210,7 +239,16 @@ class SelfAttention(Attention):
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, key_value_states: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[s, b, h] -> query [s, b, n/TP, d], key and value [s, b, g/TP, d]."""
+        """[s, b, h] -> query [s, b, n/TP, d], key and value [s, b, g/TP, d].
+
+        In ``config.test_mode`` the norms of heads are compared between ranks first.
+        """
+        if key_value_states is not None:
+            raise UsageError(
+                "self attention makes its keys and values from hidden_states: leave key_value_states out"
+            )
+        if self.config.test_mode and parallel_state.model_parallel_is_initialized():
+            self.run_realtime_tests()
         mixed, _ = self.linear_qkv(hidden_states)
         g, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         per_group = divide(self.num_attention_heads_per_partition, g)

@@ -154,6 +154,10 @@ class DotProductAttention(MegatronModule):
                 f"packed sequences are one row of format 'thd' without a mask of their own, not {q.shape[1]} "
                 f"rows of format {params.qkv_format!r}{'' if mask is None else ' with a mask'}"
             )
+        if params.cu_seqlens_q_padded is not None or params.cu_seqlens_kv_padded is not None:
+            raise NotBuiltYetError(
+                "padding between packed sequences", remedy="Leave the cu_seqlens_*_padded fields out."
+            )
         query_ends, key_ends = (t.tolist()[1:] for t in (params.cu_seqlens_q, params.cu_seqlens_kv))
         out = packed_attention(
             q[:, 0],

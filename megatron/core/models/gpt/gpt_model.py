@@ -164,7 +164,8 @@ class GPTModel(LanguageModule):
             length = self.rotary_pos_emb.get_rotary_seq_len(
                 inference_context, self.decoder, decoder_input, self.config, packed_seq_params
             )
-            angles = self.rotary_pos_emb(length)
+            is_packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
+            angles = self.rotary_pos_emb(length, packed_seq=is_packed)
         hidden_states = self.decoder(
             decoder_input,
             attention_mask,

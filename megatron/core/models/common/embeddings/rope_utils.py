@@ -1,10 +1,12 @@
 """Applying rotary angles to queries and keys."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
-from megatron.core.context_parallel.zigzag import own_place, take_chunks
-from megatron.core.errors import NotBuiltYetError
+from megatron.core.context_parallel.zigzag import chunk_length, chunks_of_rank, own_place, take_chunks
+from megatron.core.errors import UsageError
 from megatron.core.fusions.rotary import rotary
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -19,27 +21,79 @@ def apply_rotary_pos_emb(
     """Rotates the first channels of every head.
 
     Args:
-        t: [s, b, n, d].
+        t: [s, b, n, d], or with ``cu_seqlens`` rows of all sequences, [t, n, d] or [t, 1, n, d].
         freqs: angles [s, 1, 1, d_rot] with d_rot <= d; channels beyond d_rot pass through.
         config: ``rotary_interleaved`` chooses which channels form a pair.
-        cu_seqlens: boundaries of packed sequences, not built yet.
+        cu_seqlens: where packed sequences begin, and where the last one ends; positions start anew in each.
+            Context-parallel ranks hold chunks of every sequence, and ``freqs`` all positions.
         mscale: factor of the rotated part.
+
+    Raises:
+        UsageError: packed sequences that are not as long as the rows, or longer than the table.
     """
     if cu_seqlens is not None:
-        raise NotBuiltYetError("rotary embedding of packed sequences", remedy="Pass cu_seqlens=None.")
+        freqs = freqs[_packed_positions(cu_seqlens, t.shape[0], freqs.shape[0]).to(freqs.device)]
     cos, sin = ((wave(freqs) * mscale).to(t.dtype) for wave in (torch.cos, torch.sin))
-    return apply_rotary_pos_emb_with_cos_sin(t, cos, sin, config.rotary_interleaved)
+    if t.dim() == 3:
+        return _rotate_first_channels(t.unsqueeze(1), cos, sin, config.rotary_interleaved).squeeze(1)
+    return _rotate_first_channels(t, cos, sin, config.rotary_interleaved)
 
 
 def apply_rotary_pos_emb_with_cos_sin(
     t: Tensor, cos: Tensor, sin: Tensor, rotary_interleaved: bool = False
 ) -> Tensor:
-    """Rotates the first channels by tables.  t: [s, b, n, d], cos and sin: [s, 1, 1, d_rot]."""
+    """Rotates the first channels by tables.
+
+    Args:
+        t: [s, b, n, d].
+        cos, sin: [s, d_rot / 2], as :meth:`RotaryEmbedding.get_cos_sin` gives them: an entry per pair; or
+            [s, 1, 1, d_rot], an entry per channel. Rows after the s-th are left out.
+        rotary_interleaved: pairs are neighbouring channels.
+    """
+    tables = []
+    for table in (cos, sin):
+        if table.dim() == 2:
+            # [s, d_rot / 2] -> [s, 1, 1, d_rot]
+            table = angles_of_channels(table, rotary_interleaved)[:, None, None, :]
+        if table.shape[0] < t.shape[0]:
+            raise UsageError(f"tables of {table.shape[0]} positions for a sequence of {t.shape[0]}")
+        tables.append(table[: t.shape[0]].to(t.dtype))
+    return _rotate_first_channels(t, *tables, rotary_interleaved)
+
+
+def angles_of_channels(angles: Tensor, rotary_interleaved: bool) -> Tensor:
+    """Each pair's angle at both of its channels.  [.., d_rot / 2] -> [.., d_rot]"""
+    if rotary_interleaved:
+        return angles.repeat_interleave(2, dim=-1)
+    return torch.cat((angles, angles), dim=-1)
+
+
+def _rotate_first_channels(t: Tensor, cos: Tensor, sin: Tensor, rotary_interleaved: bool) -> Tensor:
+    """t: [s, b, n, d], cos and sin: [s, 1, 1, d_rot] of its dtype."""
     width = cos.shape[-1]
     if width == t.shape[-1]:
         return rotary(t, cos, sin, rotary_interleaved)
     rotated = rotary(t[..., :width], cos, sin, rotary_interleaved)
     return torch.cat((rotated, t[..., width:]), dim=-1)
+
+
+def _packed_positions(cu_seqlens: Tensor, rows: int, longest: int) -> Tensor:
+    """Position within its sequence of every row held here.  [t], on the host"""
+    rank, size = own_place()
+    ends = cu_seqlens.tolist()
+    lengths = [end - start for start, end in itertools.pairwise(ends)]
+    if not lengths or sum(lengths) != rows * size or max(lengths) > longest:
+        raise UsageError(
+            f"packed sequences of lengths {lengths} do not fit {rows} rows on each of {size} ranks and "
+            f"{longest} angles"
+        )
+    if size == 1:
+        return torch.cat([torch.arange(length) for length in lengths])
+    parts = []
+    for length in lengths:
+        piece = chunk_length(length, size)
+        parts += [torch.arange(piece) + number * piece for number in chunks_of_rank(rank, size)]
+    return torch.cat(parts)
 
 
 def get_pos_emb_on_this_cp_rank(pos_emb: Tensor, seq_dim: int) -> Tensor:

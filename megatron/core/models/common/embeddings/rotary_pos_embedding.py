@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from megatron import unbuilt
 from megatron.core import accelerator
 from megatron.core.context_parallel.zigzag import own_place, take_chunks
-from megatron.core.errors import NotBuiltYetError
+from megatron.core.models.common.embeddings.rope_utils import angles_of_channels
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import deprecate_inference_params
 
 __getattr__ = unbuilt.names_of(__name__)
 
@@ -91,12 +92,8 @@ class RotaryEmbedding(nn.Module):
 
     def _make_table(self, max_seq_len: int, offset: int, rank: int, size: int) -> Tensor:
         freqs = self.get_freqs_non_repeated(max_seq_len, offset)
-        # [s, d_rot/2] -> [s, d_rot]: each angle at both channels of its pair
-        both = (
-            freqs.repeat_interleave(2, dim=-1)
-            if self.rotary_interleaved
-            else torch.cat((freqs, freqs), dim=-1)
-        )  # [s, d_rot] -> [s, 1, 1, d_rot]
+        both = angles_of_channels(freqs, self.rotary_interleaved)
+        # [s, d_rot] -> [s, 1, 1, d_rot]
         return take_chunks(both[:, None, None, :], 0, rank, size)
 
     def get_rotary_seq_len(
@@ -109,11 +106,16 @@ class RotaryEmbedding(nn.Module):
         *,
         inference_params: Any = None,
     ) -> int:
-        """How many positions the stack's input has over all ranks that share a sequence."""
+        """How many positions a table needs.
+
+        Of packed sequences the longest; of a static inference batch as many as it may get; otherwise those of
+        the stack's input over all ranks that share a sequence.
+        """
         if packed_seq_params is not None:
-            raise NotBuiltYetError(
-                "rotary embedding of packed sequences", remedy="Pass packed_seq_params=None."
-            )
+            return packed_seq_params.longest()
+        inference_context = deprecate_inference_params(inference_context, inference_params)
+        if inference_context is not None:
+            return inference_context.max_sequence_length * transformer_config.context_parallel_size
         received = getattr(transformer, "input_tensor", None)
         length = (received if received is not None else transformer_input).shape[0]
         if transformer_config.sequence_parallel:
