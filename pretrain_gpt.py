@@ -29,6 +29,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.data.batch import stage_needs_data
 from megatron.training.data.storage_domain import storage_domain
 from megatron.training.entry import run_main
+from megatron.training.tokenizer import num_token_ids
 from megatron.training.utils import (
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
@@ -155,7 +156,7 @@ def core_gpt_dataset_config_from_args(args) -> GPTDatasetConfig:
         # A plain causal mask need not be stored: [s, s] booleans per sample, remade in every layer.
         create_attention_mask=args.create_attention_mask_in_dataloader and args.reset_attention_mask,
         s3_cache_path=args.s3_cache_path,
-        vocab_size=args.padded_vocab_size,
+        vocab_size=num_token_ids(get_tokenizer(), args),
     )
     config.storage_domain = storage_domain(args, config.data_prefixes())
     return config

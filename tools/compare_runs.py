@@ -75,9 +75,14 @@ def read_run(path: Path, tag: str) -> dict[int, float]:
 
 def _read_log(path: Path, tag: str) -> dict[int, float]:
     losses = {}
-    wanted = re.compile(rf"\| *{re.escape(tag)}: *([-+\w.]+)")
+    name, _, split = tag.rpartition(" ")
+    if split in ("validation", "test"):  # the lines of evaluations, under TensorBoard's tags
+        lines = re.compile(rf"\b{split} loss at iteration (\d+)\b")
+        wanted = re.compile(rf"\| *{re.escape(name)} value: *([-+\w.]+)")
+    else:
+        lines, wanted = _ITERATION, re.compile(rf"\| *{re.escape(tag)}: *([-+\w.]+)")
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        iteration, value = _ITERATION.search(line), wanted.search(line)
+        iteration, value = lines.search(line), wanted.search(line)
         if iteration and value:
             losses[int(iteration[1])] = _number(value[1], path)
     return losses
@@ -188,7 +193,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--bound", type=float, default=0.01, help="largest relative error of an iteration (0.01)"
     )
-    parser.add_argument("--tag", default="lm loss", help="quantity, as the log line and TensorBoard name it")
+    parser.add_argument(
+        "--tag", default="lm loss", help="quantity as TensorBoard names it, such as 'lm loss validation'"
+    )
     parser.add_argument(
         "--output", type=Path, help="draw losses and errors into this file (.png, .svg, .pdf)"
     )

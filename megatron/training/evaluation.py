@@ -65,7 +65,8 @@ def evaluate(
         rerun_machine.set_mode(rerun_mode)
         config.timers = timers
     timers("evaluate").stop()
-    timers.log(["evaluate"])
+    if get_args().timing_log_level > 0:
+        timers.log(["evaluate"], reset=False)
     return losses, collected, cut_short
 
 
@@ -74,19 +75,18 @@ def _run_eval_iters(
 ) -> tuple[dict[str, float] | None, bool]:
     args = get_args()
     num_microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    batch_size = num_microbatches * args.micro_batch_size * args.data_parallel_size
     if verbose:
-        print_rank_0(f"Evaluating on {args.eval_iters * args.global_batch_size} samples")
+        print_rank_0(f"Evaluating on {args.eval_iters * batch_size} samples")
     forward_backward = get_forward_backward_func()
     reports: list[dict[str, Any]] = []
     # Whatever cuts it short: a run that goes on from here reads what an uninterrupted one would.
-    consumed_at_the_end = args.consumed_valid_samples + args.eval_iters * args.global_batch_size
+    consumed_at_the_end = args.consumed_valid_samples + args.eval_iters * batch_size
     with torch.no_grad():
-        for iteration in range(1, args.eval_iters + 1):
+        for _ in range(args.eval_iters):
             if signal_of_any_rank():
                 args.consumed_valid_samples = consumed_at_the_end
                 return None, True
-            if verbose:
-                print_rank_0(f"Evaluating iter {iteration}/{args.eval_iters}")
             reports += forward_backward(
                 forward_step_func=forward_step_func,
                 data_iterator=data_iterator,
@@ -99,7 +99,7 @@ def _run_eval_iters(
             )
             if args.empty_unused_memory_level >= 1:
                 accelerator.empty_cache()
-            args.consumed_valid_samples += args.global_batch_size
+            args.consumed_valid_samples += batch_size
             if _time_is_up(args):
                 print_rank_0("Exiting during evaluation, timelimit reached")
                 args.consumed_valid_samples = consumed_at_the_end
@@ -151,8 +151,17 @@ def evaluate_and_print_results(
     verbose: bool = False,
     write_to_tensorboard: bool = True,
     non_loss_data_func: Callable | None = None,
+    split: str | None = None,
 ) -> bool:
-    """Evaluate, print the losses between two rules, write their curves.
+    """Evaluate, print the losses in one line, write their points.
+
+    Args:
+        prefix: what the line says after "loss at", such as ``iteration 10 on test set``.
+        iteration: x of the points.
+        verbose: say before how many samples are evaluated.
+        write_to_tensorboard: write the points, to every writer.
+        split: ``validation`` or ``test``: the first word of the line, and the last of the points' tags; None
+            takes ``test`` from a prefix that ends in "test set", as callers of the original give it.
 
     Returns:
         True when the time limit or a signal has cut it short, in which case no loss is printed.
@@ -171,19 +180,26 @@ def evaluate_and_print_results(
     )
     if args.manual_gc and args.manual_gc_eval:
         gc.collect(generation=0)
+    # Taken on all ranks, so that every evaluation is timed alone.
+    seconds = get_timers()("evaluate").elapsed()
     if cut_short:
         return True
-    text = f" validation loss at {prefix} | "
-    for name, value in losses.items():
-        text += f"{name} value: {value:.6E} | {name} PPL: {perplexity(value):.6E} | "
-        if write_to_tensorboard:
-            write_scalar(f"{name} validation", value, iteration, args.consumed_train_samples)
-            if args.log_validation_ppl_to_tensorboard:
-                write_scalar(
-                    f"{name} validation ppl", perplexity(value), iteration, args.consumed_train_samples
-                )
+    split = split or ("test" if prefix.endswith("test set") else "validation")
+    if write_to_tensorboard:
+        _write_points(args, split, losses, iteration)
     if process_non_loss_data_func is not None and is_last_rank():
         process_non_loss_data_func(collected, iteration, get_tensorboard_writer())
-    rule = "-" * (len(text) + 1)
-    print_rank_last(f"{rule}\n{text}\n{rule}")
+    fields = [f"{split} loss at {prefix}"]
+    for name, value in losses.items():
+        fields += [f"{name} value: {value:.6E}", f"{name} PPL: {perplexity(value):.6E}"]
+    fields.append(f"elapsed time (ms): {seconds * 1000.0:.1f}")
+    print_rank_last("".join(f" {field} |" for field in fields))
     return False
+
+
+def _write_points(args: Any, split: str, losses: dict[str, float], iteration: int) -> None:
+    for name, value in losses.items():
+        write_scalar(f"{name} {split}", value, iteration, args.consumed_train_samples)
+        if args.log_validation_ppl_to_tensorboard:
+            ppl = perplexity(value)
+            write_scalar(f"{name} {split} ppl", ppl, iteration, args.consumed_train_samples)

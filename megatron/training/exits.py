@@ -2,6 +2,7 @@
 
 import os
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,15 @@ from megatron.training.logging.progress import append_checkpoint_line
 from megatron.training.schedule_hooks import gathered_parameters
 from megatron.training.utils import print_datetime
 
+# In a checkpointing context: the iteration whose checkpoint is the newest.
+_LAST_SAVED = "last saved iteration"
+
+
+def context_after_loading(args: Namespace) -> dict[str, Any]:
+    """A checkpointing context at the start of a run; a checkpoint just loaded from ``--save`` is in it."""
+    loaded_from_there = args.load and args.save and os.path.realpath(args.load) == os.path.realpath(args.save)
+    return {_LAST_SAVED: args.iteration} if loaded_from_there and args.iteration > 0 else {}
+
 
 def save_checkpoint_and_time(
     iteration: int,
@@ -22,12 +32,20 @@ def save_checkpoint_and_time(
     optimizer: Any,
     opt_param_scheduler: Any,
     num_floating_point_operations_so_far: float,
-    checkpointing_context: dict,
+    checkpointing_context: dict | None,
     non_persistent_ckpt: bool = False,
     train_data_iterator: Iterator | None = None,
 ) -> None:
-    """Save, outside the interval that counts as training time, and report how long it took."""
+    """Save, outside the interval that counts as training time, and report how long it took.
+
+    An iteration that ``checkpointing_context`` knows to be in ``--save`` already is not saved again: several
+    reasons to save may meet at one iteration (interval, growing batch, exit, end of the run).
+    """
     args, timers = get_args(), get_timers()
+    if checkpointing_context is None:
+        checkpointing_context = {}
+    if not non_persistent_ckpt and checkpointing_context.get(_LAST_SAVED) == iteration:
+        return
     timers("interval-time").stop()
     timers("save-checkpoint", log_level=0).start(barrier=True)
     with gathered_parameters(model):
@@ -41,6 +59,8 @@ def save_checkpoint_and_time(
             non_persistent_ckpt=non_persistent_ckpt,
             train_data_iterator=train_data_iterator,
         )
+    if not non_persistent_ckpt:
+        checkpointing_context[_LAST_SAVED] = iteration
     timers("save-checkpoint").stop(barrier=True)
     timers.log(["save-checkpoint"])
     if args.log_progress:
@@ -123,11 +143,9 @@ def checkpoint_and_decide_exit(
     the exit interval. A run that stops has saved first, if ``--save`` is given.
     """
     args = get_args()
-    saved = False
 
     def save() -> None:
-        nonlocal saved
-        if args.save and not saved:
+        if args.save:
             save_checkpoint_and_time(
                 iteration,
                 model,
@@ -137,7 +155,6 @@ def checkpoint_and_decide_exit(
                 checkpointing_context,
                 train_data_iterator=train_data_iterator,
             )
-            saved = True
 
     if number := signal_of_any_rank():
         save()
@@ -152,7 +169,7 @@ def checkpoint_and_decide_exit(
         minutes = (time.time() - args.process_start_time) / 60.0
         if any_rank(minutes > args.exit_duration_in_mins):
             save()
-            print_datetime(f"exiting program after {minutes} minutes")
+            print_datetime(f"exiting program after {minutes:.1f} minutes")
             return True
     if args.exit_interval and iteration % args.exit_interval == 0:
         save()

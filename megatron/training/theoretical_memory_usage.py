@@ -1,6 +1,6 @@
 """What a run should need on its fullest device, from the arguments alone.
 
-The counts are estimates to be read in billions and megabytes: biases, for one, are left out. The exact number
+The counts are estimates, to two digits or so: biases, for one, are left out. The exact number
 of parameters of a model is in ``megatron.core.models.gpt.parameter_count``.
 """
 
@@ -8,6 +8,8 @@ from argparse import Namespace
 from dataclasses import dataclass
 
 MEBIBYTE = 2**20
+# Name, size, and the smallest number that is told in it: 0.01 billion is, as in the original.
+_UNITS = (("billions", 1e9, 1e7), ("millions", 1e6, 1e5), ("thousands", 1e3, 0))
 # Mixed precision: 2 weight + 4 main weight + 4 main gradient + 8 Adam moments; the last 12 (main weight and
 # moments) can be spread over data-parallel ranks.
 BYTES_PER_PARAMETER = 18
@@ -80,6 +82,23 @@ def estimate_parameters(args: Namespace) -> ParameterEstimate:
     )
 
 
+def _print_parameters(count: ParameterEstimate, has_other_shards: bool) -> None:
+    """A line for each part, in billions, or in a smaller unit where that would be 0.00."""
+    parts = [
+        ("Number of parameters in transformer block", count.block, 2),
+        ("Number of parameters in embedding layers", count.embedding, 2),
+        ("Total number of parameters", count.block + count.embedding, 2),
+        ("Number of parameters in most loaded shard", count.most_loaded_shard, 4),
+    ]
+    if has_other_shards:
+        parts.append(("Number of parameters in other shards", count.other_shards, 4))
+    for label, number, digits in parts:
+        unit, size, _ = next(unit for unit in _UNITS if number >= unit[2])
+        # The line of the block has two blanks in the original; readers of logs may count on them.
+        blanks = "  " if label.endswith("block") else " "
+        print(f"{label} in {unit}:{blanks}{number / size:.{digits}f}", flush=True)
+
+
 def compute_weight_and_optimizer_memory(args: Namespace, verbose: bool = False) -> float:
     """Bytes of weights, gradients and optimizer state on the fullest rank.
 
@@ -89,16 +108,7 @@ def compute_weight_and_optimizer_memory(args: Namespace, verbose: bool = False) 
     """
     count = estimate_parameters(args)
     if verbose:
-        total = count.block + count.embedding
-        lines = [
-            f"Number of parameters in transformer block in billions:  {count.block / 1e9:.2f}",
-            f"Number of parameters in embedding layers in billions: {count.embedding / 1e9:.2f}",
-            f"Total number of parameters in billions: {total / 1e9:.2f}",
-            f"Number of parameters in most loaded shard in billions: {count.most_loaded_shard / 1e9:.4f}",
-        ]
-        if args.pipeline_model_parallel_size > 1:
-            lines.append(f"Number of parameters in other shards in billions: {count.other_shards / 1e9:.4f}")
-        print("\n".join(lines), flush=True)
+        _print_parameters(count, has_other_shards=args.pipeline_model_parallel_size > 1)
     bytes_each: float = BYTES_PER_PARAMETER
     if args.use_distributed_optimizer:
         bytes_each = REPLICATED_BYTES_PER_PARAMETER + SHARDABLE_BYTES_PER_PARAMETER / args.data_parallel_size

@@ -35,15 +35,17 @@ from megatron.training.evaluation import evaluate, evaluate_and_print_results
 from megatron.training.exits import (
     answer_signals,
     checkpoint_and_decide_exit,
+    context_after_loading,
     print_exit_after,
     save_checkpoint_and_time,
     signal_of_any_rank,
 )
 from megatron.training.global_vars import flush_writers, get_args, get_timers
 from megatron.training.initialize import initialize_megatron, write_args_to_tensorboard
+from megatron.training.logging.event_files import set_points_aside
 from megatron.training.logging.flops import num_floating_point_operations
 from megatron.training.logging.progress import append_start_line
-from megatron.training.logging.step_log import training_log
+from megatron.training.logging.step_log import explain_skipped_step, training_log
 from megatron.training.losses import average_reports
 from megatron.training.model_setup import (
     get_model,
@@ -157,6 +159,9 @@ def pretrain(
 
     evaluation = (process_non_loss_data_func, get_model_config(model[0]))
     iteration = args.iteration
+    args.num_floating_point_operations_at_start = args.num_floating_point_operations_so_far
+    args.validated_iteration = None
+    saves = context_after_loading(args)
     if args.skip_train:
         print_rank_0("skipping training (--skip-train is on) ...")
     else:
@@ -164,29 +169,48 @@ def pretrain(
         answer_signals(in_training=True)
         if args.do_train:
             run = (forward_step_func, model, optimizer, scheduler, train_iterator, valid_iterator)
-            iteration, flops = train(*run, *evaluation, {}, non_loss_data_func)
+            iteration, flops = train(*run, *evaluation, saves, non_loss_data_func)
             print_datetime("after training is done")
-            if args.save and iteration != 0 and iteration % args.save_interval != 0:
-                save_checkpoint_and_time(iteration, model, optimizer, scheduler, flops, {})
+            if args.save and iteration != 0:
+                save_checkpoint_and_time(iteration, model, optimizer, scheduler, flops, saves)
     answer_signals(in_training=False)
-    for split, wanted, iterator in (
-        ("validation", args.do_valid, valid_iterator),
-        ("test", args.do_test, test_iterator),
-    ):
+    what = (forward_step_func, model, iteration, *evaluation, non_loss_data_func)
+    _evaluate_at_the_end(args, *what, {"validation": valid_iterator, "test": test_iterator})
+    flush_writers()
+
+
+def _evaluate_at_the_end(
+    args: Any,
+    forward_step_func: Callable,
+    model: list[torch.nn.Module],
+    iteration: int,
+    process_non_loss_data_func: Callable | None,
+    config: Any,
+    non_loss_data_func: Callable | None,
+    iterators: dict[str, DataIterators],
+) -> None:
+    """Each split of ``iterators`` that is asked for, unless the loop has just evaluated it."""
+    # Without a step, the points of this iteration are those of the run that made it.
+    has_trained = iteration > args.iteration
+    for split, iterator in iterators.items():
+        wanted = args.do_test if split == "test" else args.do_valid and args.validated_iteration != iteration
         if wanted:
-            what = (forward_step_func, iterator, model, iteration)
             cut_short = evaluate_and_print_results(
                 f"iteration {iteration} on {split} set",
-                *what,
-                *evaluation,
+                forward_step_func,
+                iterator,
+                model,
+                iteration,
+                process_non_loss_data_func,
+                config,
                 verbose=True,
-                write_to_tensorboard=not args.skip_train,
+                write_to_tensorboard=has_trained,
                 non_loss_data_func=non_loss_data_func,
+                split=split,
             )
             if cut_short and (number := signal_of_any_rank()):
                 print_exit_after(number)
-                break
-    flush_writers()
+                return
 
 
 def train(
@@ -207,6 +231,7 @@ def train(
         (last iteration, floating-point operations of all runs so far).
     """
     args, timers = get_args(), get_timers()
+    set_points_aside(args)
     write_args_to_tensorboard()
     connect(model, optimizer, config)
     iteration, flops = args.iteration, args.num_floating_point_operations_so_far
@@ -234,18 +259,8 @@ def train(
             args.num_floating_point_operations_so_far = flops
             log.write(iteration, result)
             if _evaluation_is_due(args, iteration):
-                timers("interval-time").stop()
-                evaluate_and_print_results(
-                    f"iteration {iteration}",
-                    forward_step_func,
-                    valid_data_iterator,
-                    model,
-                    iteration,
-                    process_non_loss_data_func,
-                    config,
-                    non_loss_data_func=non_loss_data_func,
-                )
-                timers("interval-time", log_level=0).start(barrier=True)
+                what = (forward_step_func, valid_data_iterator, model, iteration)
+                _validate(args, *what, process_non_loss_data_func, config, non_loss_data_func)
             hooks.after_step(iteration)
             must_exit = checkpoint_and_decide_exit(
                 *run, iteration, flops, checkpointing_context, train_data_iterator
@@ -256,6 +271,39 @@ def train(
     return iteration, flops
 
 
+def _validate(
+    args: Any,
+    forward_step_func: Callable,
+    data_iterator: DataIterators,
+    model: list[torch.nn.Module],
+    iteration: int,
+    process_non_loss_data_func: Callable | None,
+    config: Any,
+    non_loss_data_func: Callable | None,
+) -> None:
+    """Evaluate after a step, outside the interval that counts as training time.
+
+    After the last step this is the final validation too: another one would give a second figure for the same
+    iteration.
+    """
+    timers = get_timers()
+    timers("interval-time").stop()
+    where = " on validation set" if iteration == args.train_iters else ""
+    cut_short = evaluate_and_print_results(
+        f"iteration {iteration}{where}",
+        forward_step_func,
+        data_iterator,
+        model,
+        iteration,
+        process_non_loss_data_func,
+        config,
+        non_loss_data_func=non_loss_data_func,
+        split="validation",
+    )
+    args.validated_iteration = None if cut_short else iteration
+    timers("interval-time", log_level=0).start(barrier=True)
+
+
 class _StepLog:
     """What is kept between the log lines of a run, and asked from model and optimizer for each."""
 
@@ -263,10 +311,16 @@ class _StepLog:
         self._args, self._model, self._optimizer = args, model, optimizer
         self._totals: dict[str, Any] = {}
         self._report_memory = True
+        self._loss_scale = optimizer.get_loss_scale().item()
+        self._has_explained_skip = False
 
     def write(self, iteration: int, result: StepResult) -> None:
         """Count one step and print its line when that is due; all ranks call this together."""
         losses, skipped, _, _, _, grad_norm, num_zeros = result
+        used_scale, self._loss_scale = self._loss_scale, self._optimizer.get_loss_scale().item()
+        if skipped and not self._has_explained_skip:
+            self._has_explained_skip = True
+            explain_skipped_step(self._args, iteration, used_scale)
         params_norm = None
         if self._args.log_params_norm:
             with gathered_parameters(self._model):
@@ -276,7 +330,7 @@ class _StepLog:
             self._totals,
             *_learning_rates(self._optimizer),
             iteration,
-            self._optimizer.get_loss_scale().item(),
+            self._loss_scale,
             self._report_memory,
             skipped,
             grad_norm,

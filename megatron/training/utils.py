@@ -1,5 +1,6 @@
 """Small helpers of the training application: printing on one rank, model statistics, batches."""
 
+import math
 import os
 from argparse import Namespace
 from datetime import datetime
@@ -31,6 +32,7 @@ __all__ = [
     "print_rank_last",
     "reduce_max_stat_across_model_parallel_group",
     "report_memory",
+    "rounded",
     "unwrap_model",
     "update_use_dist_ckpt",
 ]
@@ -70,6 +72,13 @@ def print_datetime(label: str) -> None:
     if _rank_and_world_size()[1] > 1:
         torch.distributed.barrier()
     print_rank_0(f"[{label}] datetime: {datetime.now():%Y-%m-%d %H:%M:%S} ")
+
+
+def rounded(value: float, decimals: int) -> str:
+    """``value`` with ``decimals`` decimals, or with as many as show two digits of a small one."""
+    if value != 0.0 and math.isfinite(value):
+        decimals = max(decimals, 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{decimals}f}"
 
 
 def unwrap_model(model: Any, module_instances: tuple[type, ...] | None = None) -> Any:
@@ -163,7 +172,7 @@ def report_memory(name: str) -> None:
         return
     report = accelerator.memory_report()
     figures = " | ".join(
-        f"{label}: {report[key] / 2**20}"
+        f"{label}: {report[key] / 2**20:.1f}"
         for label, key in (
             ("allocated", "allocated"),
             ("max allocated", "max_allocated"),

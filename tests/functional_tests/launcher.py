@@ -19,7 +19,7 @@ from tests.distributed import fork_server
 TIMEOUT_S = 300
 
 _LOSS = re.compile(r"iteration +(\d+)/.*?lm loss: ([0-9.E+-]+)")
-_EVAL = re.compile(r"validation loss at (.*?) \| lm loss value: ([0-9.E+-]+)")
+_EVAL = re.compile(r"(?:validation|test) loss at (.*?) \| lm loss value: ([0-9.E+-]+)")
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def tiny_gpt(golden: Path, tmp_path: Path, **changes: object) -> list[str]:
         "transformer-impl": "local",
         "ckpt-format": "torch",
     }
-    flags.update({name.replace("_", "-"): value for name, value in changes.items()})
+    flags.update({name if "-" in name else name.replace("_", "-"): value for name, value in changes.items()})
     words: list[str] = []
     for name, value in flags.items():
         if value is None or value is False:

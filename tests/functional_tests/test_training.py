@@ -66,10 +66,11 @@ def test_iteration_line_and_order_of_a_run(golden, tmp_path):
         "validation loss at iteration 4 |",
         "saving checkpoint at iteration       4 to",
         "iteration        8/       8",
+        "validation loss at iteration 8 on validation set |",
+        "saving checkpoint at iteration       8 to",
         "[after training is done] datetime:",
         "Evaluating on 4 samples",
-        "validation loss at iteration 8 on validation set |",
-        "validation loss at iteration 8 on test set |",
+        "test loss at iteration 8 on test set |",
     ]
     position = 0
     for text in landmarks:

@@ -3,6 +3,7 @@
 import logging
 import os
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -39,7 +40,8 @@ class GPTDatasetConfig(BlendedMegatronDatasetConfig):
         add_extra_token_to_sequence: read one token more, so that every input has a label; else the
             labels are the inputs moved by one, and the last has none.
         s3_cache_path: directory for index files of data sets on S3.
-        vocab_size: rows of the embedding table; larger ids in the data are an error. None: unchecked.
+        vocab_size: number of ids that are tokens; others in the data are an error, also those that only pad
+            the embedding table. None: unchecked.
             Not part of the cache key.
     """
 
@@ -113,7 +115,7 @@ class GPTDataset(MegatronDataset):
         """Sample ``idx``; for None, sample 0 without any loss (it fills up batches).
 
         Raises:
-            DataError: a token id beyond ``config.vocab_size``.
+            DataError: a token id that is not below ``config.vocab_size``.
         """
         text = torch.from_numpy(self._read_tokens(0 if idx is None else idx))  # int64 [s + extra]
         length = self.config.sequence_length
@@ -165,20 +167,25 @@ class GPTDataset(MegatronDataset):
         text = np.full(wanted, self._pad_token_id, dtype=np.int64)
         filled = sum(map(len, parts))
         np.concatenate(parts, out=text[:filled], casting="unsafe")
-        self._check_vocabulary(text[:filled], idx)
+        place = self._first_outside_vocabulary(text[:filled])
+        if place is not None:
+            part = int(np.searchsorted(np.cumsum(list(map(len, parts))), place, side="right"))
+            self._refuse_id(int(text[place]), documents[part], idx)
         return text
 
-    def _check_vocabulary(self, ids: np.ndarray, idx: int) -> None:
+    def _first_outside_vocabulary(self, ids: np.ndarray) -> int | None:
         """Ids are compared as unsigned numbers, so that one pass also finds negative ones."""
-        limit = self.config.vocab_size
-        if limit is None or not len(ids) or ids.view(np.uint64).max() < limit:
-            return
-        bad = int(ids[ids.view(np.uint64) >= limit][0])
-        source = self.dataset_path or "the mock data"
+        limit, unsigned = self.config.vocab_size, ids.view(np.uint64)
+        if limit is None or not len(ids) or unsigned.max() < limit:
+            return None
+        return int(np.argmax(unsigned >= limit))
+
+    def _refuse_id(self, bad: int, document: int, idx: int) -> NoReturn:
         raise DataError(
-            f"{source} holds token id {bad} ({self.index_split.name} sample {idx}), but the vocabulary has "
-            f"{limit} ids. Name the tokenizer the data was made with (--tokenizer-type, --tokenizer-model, "
-            "--vocab-file, --vocab-size), or make the data again with tools/preprocess_data.py."
+            f"{self.dataset_path} holds token id {bad} in document {document} ({self.index_split.name} "
+            f"sample {idx}), but the vocabulary has {self.config.vocab_size} ids. Name the tokenizer the "
+            "data was made with (--tokenizer-type, --tokenizer-model, --vocab-file, --vocab-size), or make "
+            "the data again with tools/preprocess_data.py."
         )
 
     def _load_or_build_index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -277,6 +284,13 @@ class MockGPTDataset(GPTDataset):
         config: GPTDatasetConfig,
     ) -> None:
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
+
+    def _refuse_id(self, bad: int, document: int, idx: int) -> NoReturn:
+        largest = MockGPTLowLevelDataset.max_sequence_length - 2  # the last of a sequence is its end
+        raise DataError(
+            f"the mock data holds token id {bad}, but the vocabulary has {self.config.vocab_size} ids; its "
+            f"ids go up to {largest}: give --vocab-size {largest + 1} or more"
+        )
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: MockGPTLowLevelDataset) -> int:

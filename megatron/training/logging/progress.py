@@ -4,7 +4,7 @@ import os
 from argparse import Namespace
 from datetime import datetime
 
-from megatron.training.utils import append_to_progress_log
+from megatron.training.utils import append_to_progress_log, rounded
 
 _TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 
@@ -16,37 +16,51 @@ def append_start_line(args: Namespace) -> None:
 
 
 def append_checkpoint_line(args: Namespace, iteration: int, flops_so_far: float) -> None:
-    """Note a saved checkpoint with the throughput of this job and of all jobs so far."""
+    """Note a saved checkpoint with the throughput of this job, and of all jobs so far on as many devices."""
     now = datetime.now()
-    per_device = 1e12 * args.world_size
-    job_seconds = max(now.timestamp() - args.process_start_time, 1e-6)
-    started, flops_at_start = get_start_time_from_progress_log(args.save)
-    total_seconds = max((now - started).total_seconds(), 1e-6) if started else job_seconds
+    job_seconds = now.timestamp() - args.process_start_time
     job_flops = flops_so_far - getattr(args, "num_floating_point_operations_at_start", 0.0)
-    tokens = args.consumed_train_samples * args.seq_length / 1e9
+    started, flops_at_start = get_start_time_from_progress_log(args.save, args.world_size)
+    total_seconds = (now - started).total_seconds() if started else job_seconds
     append_to_progress_log(
         "\t".join(
             (
                 "Saved checkpoint",
                 f"Iteration: {iteration}",
-                f"Job throughput: {job_flops / (job_seconds * per_device):.1f} TFLOP/s/GPU",
+                f"Job throughput: {_throughput(job_flops, job_seconds, args.world_size)}",
                 "Cumulative throughput: "
-                f"{(flops_so_far - flops_at_start) / (total_seconds * per_device):.1f} TFLOP/s/GPU",
+                f"{_throughput(flops_so_far - flops_at_start, total_seconds, args.world_size)}",
                 f"Floating-point operations: {flops_so_far:.2e}",
-                f"Tokens (in billions): {tokens:.2f}",
+                f"Tokens (in billions): {rounded(args.consumed_train_samples * args.seq_length / 1e9, 2)}",
             )
         )
     )
 
 
-def get_start_time_from_progress_log(save_dir: str) -> tuple[datetime | None, float]:
-    """When the first job of this directory started, and the operations counted before it (0)."""
+def _throughput(operations: float, seconds: float, devices: int) -> str:
+    return f"{rounded(operations / (max(seconds, 1e-6) * 1e12 * devices), 1)} TFLOP/s/GPU"
+
+
+def get_start_time_from_progress_log(save_dir: str, world_size: int) -> tuple[datetime | None, float]:
+    """When the series of jobs on ``world_size`` devices that goes on now began, and the operations before it.
+
+    A job on another number of devices ends a series: its throughput cannot be averaged with that of others.
+    """
     path = os.path.join(save_dir, "progress.txt")
+    started, operations_at_start, operations = None, 0.0, 0.0
     if not os.path.exists(path):
         return None, 0.0
     with open(path) as progress:
         for line in progress:
-            stamp, *fields = line.rstrip("\n").split("\t")
-            if fields and fields[-1] == "Starting job":
-                return datetime.strptime(stamp, _TIME_FORMAT), 0.0
-    return None, 0.0
+            fields = line.rstrip("\n").split("\t")
+            if len(fields) < 4:
+                continue
+            stamp, devices, event = fields[0], fields[2], fields[3]
+            saved = [field for field in fields if field.startswith("Floating-point operations: ")]
+            if saved:
+                operations = float(saved[0].split(": ")[1])
+            if devices != f"# GPUs: {world_size}":
+                started = None
+            elif event == "Starting job" and started is None:
+                started, operations_at_start = datetime.strptime(stamp, _TIME_FORMAT), operations
+    return started, operations_at_start if started else 0.0

@@ -13,13 +13,19 @@ from typing import Any
 import torch
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.training.global_vars import get_args, get_tensorboard_writer, get_timers
+from megatron.training.global_vars import (
+    get_args,
+    get_tensorboard_writer,
+    get_timers,
+    get_wandb_writer,
+)
 from megatron.training.logging.flops import num_floating_point_operations
 from megatron.training.logging.writers import write_scalar, write_step
 from megatron.training.theoretical_memory_usage import report_theoretical_memory
-from megatron.training.utils import is_rank0, print_rank_last, report_memory
+from megatron.training.utils import is_rank0, print_rank_last, report_memory, rounded
 
 ADVANCED, SKIPPED, NAN = "advanced iterations", "skipped iterations", "nan iterations"
+_SAMPLES = "samples"
 
 # Timers of the report below an iteration line, in this order.
 TIMERS_TO_LOG = [
@@ -96,20 +102,25 @@ def training_log(
         num_zeros_in_grad=num_zeros_in_grad,
         batch_size=args.micro_batch_size * args.data_parallel_size * get_num_microbatches(),
     )
-    _accumulate(loss_dict, total_loss_dict, bool(skipped_iter))
-    if get_tensorboard_writer() is not None and iteration % args.tensorboard_log_interval == 0:
+    _accumulate(loss_dict, total_loss_dict, bool(skipped_iter), figures.batch_size)
+    has_writer = get_tensorboard_writer() is not None or get_wandb_writer() is not None
+    if has_writer and iteration % args.tensorboard_log_interval == 0:
         write_step(args, iteration, _scalars(args, figures, loss_dict))
     writes_timers = args.log_timers_to_tensorboard and args.tensorboard_dir
     if writes_timers and iteration % args.tensorboard_log_interval == 0:
         # On all ranks, although one alone has a writer: the slowest rank's times are written.
-        counted = max(total_loss_dict[ADVANCED] + total_loss_dict[SKIPPED], 1)
+        counted = total_loss_dict[ADVANCED] + total_loss_dict[SKIPPED]
         timers.write(TIMERS_TO_LOG, get_tensorboard_writer(), iteration, normalizer=counted, reset=False)
     if iteration % args.log_interval != 0:
         return report_memory_flag
 
+    # Fewer than the interval in the first line after a checkpoint, and where iterations were passed over.
     counted = total_loss_dict[ADVANCED] + total_loss_dict[SKIPPED]
-    seconds = timers("interval-time").elapsed(barrier=True) / max(counted, 1)
-    throughput = num_floating_point_operations(args, figures.batch_size) / (seconds * 1e12 * args.world_size)
+    interval_s = timers("interval-time").elapsed(barrier=True)
+    seconds = interval_s / counted
+    # The batch may have grown since the last line.
+    operations = num_floating_point_operations(args, total_loss_dict[_SAMPLES])
+    throughput = operations / (interval_s * 1e12 * args.world_size)
     if args.log_timers_to_tensorboard:
         write_scalar("iteration-time", seconds, iteration)
         if args.log_throughput:
@@ -119,13 +130,37 @@ def training_log(
     if report_memory_flag and learning_rate is not None:
         _report_memory_once(args, iteration)
         report_memory_flag = False
-    timers.log(TIMERS_TO_LOG, normalizer=args.log_interval)
+    timers.log(TIMERS_TO_LOG, normalizer=counted)
     return report_memory_flag
 
 
-def _accumulate(loss_dict: dict[str, torch.Tensor], total: dict[str, Any], skipped: bool) -> None:
-    for name in (ADVANCED, SKIPPED, NAN):
+def explain_skipped_step(args: Namespace, iteration: int, loss_scale: float) -> None:
+    """Say on the last rank why a step changed nothing.
+
+    Args:
+        iteration: of the step.
+        loss_scale: used in it.
+    """
+    if args.loss_scale is not None:
+        advice = (
+            f"--loss-scale {args.loss_scale:.1f} stays as it is: give a smaller one, or none to have it found"
+        )
+    else:
+        advice = (
+            f"the scale starts at --initial-loss-scale {args.initial_loss_scale:.1f} and is halved until "
+            "gradients fit, so a fp16 run usually skips its first steps"
+        )
+    print_rank_last(
+        f" step {iteration} skipped: gradients overflowed at loss scale {loss_scale:.1f}; {advice}"
+    )
+
+
+def _accumulate(
+    loss_dict: dict[str, torch.Tensor], total: dict[str, Any], skipped: bool, batch_size: int
+) -> None:
+    for name in (ADVANCED, SKIPPED, NAN, _SAMPLES):
         total.setdefault(name, 0)
+    total[_SAMPLES] += batch_size
     total[SKIPPED if skipped else ADVANCED] += 1
     total[NAN] += int(any(not math.isfinite(float(value)) for value in loss_dict.values()))
     if not skipped:
@@ -170,14 +205,14 @@ def _line(
         fields.append(f"skipped samples: {args.skipped_train_samples:12d}")
     fields.append(f"elapsed time per iteration (ms): {seconds * 1000.0:.1f}")
     if args.log_throughput:
-        fields.append(f"throughput per GPU (TFLOP/s/GPU): {throughput:.1f}")
+        fields.append(f"throughput per GPU (TFLOP/s/GPU): {rounded(throughput, 1)}")
     if figures.learning_rate is not None:
         fields.append(f"learning rate: {figures.learning_rate:.{3 if old_format else 6}E}")
     if args.decoupled_lr is not None and figures.decoupled_learning_rate is not None:
         fields.append(f"decoupled learning rate: {figures.decoupled_learning_rate:.6E}")
     fields.append(f"global batch size: {figures.batch_size:5d}")
     for name, value in total.items():
-        if name not in (ADVANCED, SKIPPED, NAN):
+        if name not in (ADVANCED, SKIPPED, NAN, _SAMPLES):
             average = value / max(total[ADVANCED], 1)
             if average > 0.0:
                 fields.append(f"{name}: {average:.6E}")

@@ -35,7 +35,7 @@ class Progress:
         self.documents += documents
         self.bytes_done += size_bytes
         seconds = self.seconds
-        rates = f"{self.documents / seconds} docs/s, {self.bytes_done / seconds / _MIB} MB/s"
+        rates = f"{self.documents / seconds:.1f} docs/s, {self.bytes_done / seconds / _MIB:.1f} MB/s"
         for count in range(due, self.documents + 1, self._interval):
             print(f"Processed {count} documents ({rates}).{self._left(seconds, bytes_read)}", file=sys.stderr)
         if due <= self.documents:

@@ -1,5 +1,5 @@
 """Tokenizers: text to ids, from the files that other programs made."""
 
-from megatron.training.tokenizer.build import _vocab_size_with_padding, build_tokenizer
+from megatron.training.tokenizer.build import _vocab_size_with_padding, build_tokenizer, num_token_ids
 
-__all__ = ["_vocab_size_with_padding", "build_tokenizer"]
+__all__ = ["_vocab_size_with_padding", "build_tokenizer", "num_token_ids"]

@@ -89,6 +89,18 @@ def _size_to_pad(tokenizer: MegatronTokenizer, args: Namespace) -> int:
     return asked
 
 
+def num_token_ids(tokenizer: MegatronTokenizer, args: Namespace) -> int:
+    """Number of ids that may stand for something: the tokenizer's, and those that ``--vocab-size`` adds.
+
+    Ids from here up to ``args.padded_vocab_size`` only pad the embedding table.
+    """
+    asked = getattr(args, "vocab_size", None)
+    size = tokenizer.vocab_size
+    if asked is not None and args.tokenizer_type not in SIZED_BY_FLAG:
+        size = max(size, asked)
+    return min(size, args.padded_vocab_size)
+
+
 # Each builder imports its module itself: one tokenizer's libraries are no price for another.
 
 
