@@ -163,6 +163,16 @@ def companion(name: str) -> Callable[..., Any] | None:
     return getattr(importlib.import_module(package), name, None)
 
 
+def architecture() -> tuple[int, int]:
+    """Numbers of the device's architecture as its driver counts them, (9, 0) for a Hopper GPU.
+
+    (0, 0) where devices have no such numbers: on a CPU and on Ascend NPUs.
+    """
+    module = _module() if is_accelerated() else None
+    numbers = getattr(module, "get_device_capability", lambda: None)()
+    return (0, 0) if numbers is None else (numbers[0], numbers[1])
+
+
 # --- random numbers ---------------------------------------------------------------------------------------
 
 

@@ -164,7 +164,13 @@ class NumMicroBatchesCalculator(ABC):
         num_micro_batches: of a step, on each data-parallel rank.
     """
 
-    def __init__(
+    def __init__(self) -> None:
+        self.micro_batch_size = 0
+        self.current_global_batch_size = 0
+        self.current_running_global_batch_size = 0
+        self.num_micro_batches = 0
+
+    def _set_unit(
         self,
         global_batch_size: int,
         micro_batch_size: int,
@@ -193,9 +199,6 @@ class NumMicroBatchesCalculator(ABC):
         self.data_parallel_size = data_parallel_size
         self.micro_batch_times_data_parallel_size = micro_batch_size * data_parallel_size
         self.decrease_batch_size_if_needed = decrease_batch_size_if_needed
-        self.current_global_batch_size = 0
-        self.current_running_global_batch_size = 0
-        self.num_micro_batches = 0
 
     def get(self) -> int:
         """Micro-batches per step, on each data-parallel rank."""
@@ -244,7 +247,8 @@ class ConstantNumMicroBatchesCalculator(NumMicroBatchesCalculator):
         decrease_batch_size_if_needed: bool,
         rank: int,
     ):
-        super().__init__(
+        super().__init__()
+        self._set_unit(
             global_batch_size, micro_batch_size, data_parallel_size, decrease_batch_size_if_needed, rank
         )
         self._set_global_batch_size(global_batch_size, consistency_check=True)
@@ -274,7 +278,8 @@ class RampupBatchsizeNumMicroBatchesCalculator(NumMicroBatchesCalculator):
         batch_size_increment: int,
         ramup_samples: int,
     ):
-        super().__init__(
+        super().__init__()
+        self._set_unit(
             global_batch_size, micro_batch_size, data_parallel_size, decrease_batch_size_if_needed, rank
         )
         _check_ramp(global_batch_size, start_global_batch_size, batch_size_increment, ramup_samples)

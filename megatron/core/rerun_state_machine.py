@@ -9,13 +9,16 @@ import math
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from megatron import unbuilt
 from megatron.core import accelerator
 from megatron.core.errors import NotBuiltYetError, TrainingError
+
+__getattr__ = unbuilt.names_of(__name__)
 
 logger = logging.getLogger(__name__)
 
@@ -47,21 +50,132 @@ class RerunState(Enum):
     RERUNNING_AGAIN_FROM_CHECKPOINT = 5
 
 
+class RerunValidationStatus(str, Enum):
+    """What a line of a log file of validations reports."""
+
+    RERUN_DISABLED = "rerun_disabled"
+    INITIAL_RUN = "initial_run"
+    FIRST_RERUN_NOT_REPRODUCIBLE = "first_rerun_not_reproducible"
+    FIRST_RERUN_REPRODUCIBLE = "first_rerun_reproducible"
+    SECOND_RERUN_NOT_REPRODUCIBLE = "second_rerun_not_reproducible"
+    SECOND_RERUN_REPRODUCIBLE = "second_rerun_reproducible"
+
+
+class Caller(NamedTuple):
+    """Where a result is validated."""
+
+    filename: str
+    lineno: int
+    rank: int
+
+
+class Call(NamedTuple):
+    """One of the validations that a caller makes in an iteration, counted from 1."""
+
+    caller: Caller
+    sequence: int
+
+
+class RerunErrorInjector:
+    """Source of faults for trials.
+
+    Args:
+        error_injection_rate: one result in so many is made wrong; only 0, never, so far.
+        error_injection_type: which kind of fault.
+
+    Raises:
+        NotBuiltYetError: another rate than 0.
+    """
+
+    def __init__(
+        self,
+        error_injection_rate: int = 0,
+        error_injection_type: RerunDiagnostic = RerunDiagnostic.TRANSIENT_ERROR,
+    ):
+        if error_injection_rate:
+            raise NotBuiltYetError(
+                "making results wrong on purpose", f"error_injection_rate {error_injection_rate}", "Pass 0."
+            )
+        self.error_injection_rate = error_injection_rate
+        self.error_injection_type = RerunDiagnostic(error_injection_type)
+
+    def maybe_inject(self) -> bool:
+        """Whether the result at hand is to be made wrong: never, at rate 0."""
+        return False
+
+    def maybe_miscompare(
+        self,
+        comparison_func: Callable[[Any, Any], float],
+        initial_result: Any,
+        result: Any,
+        state: RerunState,
+    ) -> float:
+        """Distance of two results, as ``comparison_func`` finds it."""
+        return comparison_func(initial_result, result)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rate and kind, in plain types."""
+        return {
+            "error_injection_rate": self.error_injection_rate,
+            "error_injection_type": self.error_injection_type.value,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up what :meth:`state_dict` returned."""
+        self.__init__(state_dict["error_injection_rate"], state_dict["error_injection_type"])
+
+
 class RerunDataIterator:
-    """Iterator over the training batches, of the kind that a repeated iteration will be able to rewind.
+    """Iterator over the training batches, of the kind that a repeated iteration can rewind.
 
     Args:
         iterable: what yields the batches; an iterator is taken as it is.
+
+    Batches are kept from one :meth:`advance` to the next, except while the machine is disabled: nothing is
+    repeated then.
     """
 
     def __init__(self, iterable: Iterable[Any]):
         self.iterable = iter(iterable)
+        self.saved_microbatches: list[Any] = []
+        self.replaying = False
+        self.replay_pos = 0
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        return next(self.iterable)
+        if self.replaying:
+            if self.replay_pos < len(self.saved_microbatches):
+                self.replay_pos += 1
+                return self.saved_microbatches[self.replay_pos - 1]
+            self.replaying = False
+        batch = next(self.iterable)
+        if get_rerun_state_machine().get_mode() is not RerunMode.DISABLED:
+            self.saved_microbatches.append(batch)
+        return batch
+
+    def rewind(self) -> None:
+        """Go back to the first batch of this iteration."""
+        self.replaying, self.replay_pos = True, 0
+
+    def advance(self) -> None:
+        """Forget the batches of this iteration; the next one begins."""
+        self.saved_microbatches, self.replaying, self.replay_pos = [], False, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The batches kept and the place among them; not the state of what yields them."""
+        return {
+            "saved_microbatches": self.saved_microbatches,
+            "replaying": self.replaying,
+            "replay_pos": self.replay_pos,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up what :meth:`state_dict` returned."""
+        self.saved_microbatches = state_dict["saved_microbatches"]
+        self.replaying = state_dict["replaying"]
+        self.replay_pos = state_dict["replay_pos"]
 
 
 # One iterator, several for virtual pipeline stages, or none on ranks that get no data.

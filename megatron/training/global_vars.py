@@ -23,6 +23,25 @@ def _get(name: str) -> Any:
     return _REGISTRY[name]
 
 
+def __getattr__(name: str) -> Any:
+    """``_GLOBAL_ARGS`` and its like: the objects of this moment, None before they are set."""
+    if not name.startswith("_GLOBAL_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _REGISTRY.get(name.removeprefix("_GLOBAL_").lower())
+
+
+def _ensure_var_is_not_initialized(var: Any, name: str) -> None:
+    """Raises AssertionError if there is something called ``name`` already."""
+    if var is not None:
+        raise AssertionError(f"{name} is already initialized: call destroy_global_vars() first")
+
+
+def _ensure_var_is_initialized(var: Any, name: str) -> None:
+    """Raises AssertionError if there is nothing called ``name`` yet."""
+    if var is None:
+        raise AssertionError(f"{name} is not initialized: call initialize_megatron() first")
+
+
 def _set_once(name: str, value: Any) -> None:
     if name in _REGISTRY:
         raise UsageError(f"{name} is already initialized: call destroy_global_vars() first")
@@ -94,7 +113,7 @@ def set_global_variables(args: Namespace, build_tokenizer: bool = True) -> None:
     )
     if build_tokenizer:
         rebuild_tokenizer(args)
-    _set_once("timers", Timers(args.timing_log_level, args.timing_log_option))
+    _set_timers(args)
     _set_tensorboard_writer(args)
     _set_wandb_writer(args)
     if args.exit_signal_handler:
@@ -130,6 +149,10 @@ def unset_global_variables() -> None:
 
 
 destroy_global_vars = unset_global_variables
+
+
+def _set_timers(args: Namespace) -> None:
+    _set_once("timers", Timers(args.timing_log_level, args.timing_log_option))
 
 
 def _set_tensorboard_writer(args: Namespace) -> None:

@@ -6,13 +6,14 @@ import random
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 
+from megatron import unbuilt
 from megatron.core import accelerator, overrides, parallel_state
 from megatron.core.errors import ConfigError
 from megatron.core.process_groups import communicator_options, device_backend
@@ -25,12 +26,14 @@ from megatron.training.global_vars import get_args, get_tensorboard_writer, set_
 from megatron.training.log_handler import CustomHandler
 from megatron.training.utils import print_datetime, print_rank_0
 
+__getattr__ = unbuilt.names_of(__name__)
+
 logger = logging.getLogger(__name__)
 
 
 def initialize_megatron(
     extra_args_provider: Callable | None = None,
-    args_defaults: dict | None = None,
+    args_defaults: Mapping[str, Any] = {},
     ignore_unknown_args: bool = False,
     allow_no_cuda: bool = False,
     skip_mpu_initialization: bool = False,

@@ -10,9 +10,30 @@ from megatron.core import accelerator
 from megatron.core.errors import TrainingError
 from megatron.core.utils import check_param_hashes_across_dp_replicas
 from megatron.training.agreement import any_rank
+from megatron.training.global_vars import get_args
 from megatron.training.profiling import make_profiler
 from megatron.training.schedule_hooks import gathered_parameters
 from megatron.training.utils import print_rank_0
+
+
+def post_training_step_callbacks(
+    model: list[torch.nn.Module],
+    optimizer: Any,
+    opt_param_scheduler: Any,
+    iteration: int,
+    prof: Any,
+    num_floating_point_operations_since_last_log_event: float,
+) -> None:
+    """What is due after ``iteration`` finished iterations, for loops of one's own.
+
+    Args:
+        model: model chunks.
+        prof: profiler that is running, or None.
+        optimizer, opt_param_scheduler, num_floating_point_operations_since_last_log_event: not looked at.
+    """
+    hooks = StepHooks(get_args(), model, 0)
+    hooks._profiler = prof
+    hooks.after_step(iteration)
 
 
 class StepHooks:

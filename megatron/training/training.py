@@ -2,13 +2,13 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from megatron import unbuilt
-from megatron.core import accelerator
+from megatron.core import accelerator, parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import (
     get_current_global_batch_size,
@@ -17,11 +17,16 @@ from megatron.core.num_microbatches_calculator import (
     update_num_microbatches,
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.rerun_state_machine import DataIterators, get_rerun_state_machine
+from megatron.core.rerun_state_machine import (
+    DataIterators,
+    destroy_rerun_state_machine,
+    get_rerun_state_machine,
+)
 from megatron.core.utils import get_model_config
 from megatron.training import stop_signals
 from megatron.training.agreement import failing_together
 from megatron.training.checkpointing import check_save_directory
+from megatron.training.checkpointing.state import preprocess_common_state_dict
 from megatron.training.data.batch import next_sample
 from megatron.training.data.loaders import (
     build_data_iterators_of_chunks,
@@ -40,11 +45,21 @@ from megatron.training.exits import (
     save_checkpoint_and_time,
     signal_of_any_rank,
 )
-from megatron.training.global_vars import flush_writers, get_args, get_timers
+from megatron.training.global_vars import (
+    destroy_global_vars,
+    flush_writers,
+    get_args,
+    get_one_logger,
+    get_timers,
+)
 from megatron.training.initialize import initialize_megatron, write_args_to_tensorboard
 from megatron.training.logging.event_files import set_points_aside
 from megatron.training.logging.flops import num_floating_point_operations
-from megatron.training.logging.progress import append_start_line
+from megatron.training.logging.progress import (
+    append_start_line,
+    compute_throughputs_and_append_to_progress_log,
+    get_start_time_from_progress_log,
+)
 from megatron.training.logging.step_log import explain_skipped_step, training_log
 from megatron.training.losses import average_reports
 from megatron.training.model_setup import (
@@ -60,38 +75,49 @@ from megatron.training.schedule_hooks import (
     gathered_parameters,
     should_disable_forward_pre_hook,
 )
-from megatron.training.step_hooks import StepHooks
+from megatron.training.step_hooks import StepHooks, post_training_step_callbacks
 from megatron.training.utils import (
+    append_to_progress_log,
     calc_params_l2_norm,
     logical_and_across_model_parallel_group,
     print_datetime,
     print_rank_0,
     reduce_max_stat_across_model_parallel_group,
+    unwrap_model,
 )
 
 __getattr__ = unbuilt.names_of(__name__)
 
 __all__ = [
+    "append_to_progress_log",
     "build_train_valid_test_data_iterators",
     "build_train_valid_test_data_loaders",
     "build_train_valid_test_datasets",
     "checkpoint_and_decide_exit",
+    "compute_throughputs_and_append_to_progress_log",
     "cyclic_iter",
+    "destroy_global_state",
     "disable_forward_pre_hook",
     "enable_forward_pre_hook",
     "evaluate",
     "evaluate_and_print_results",
     "get_model",
+    "get_one_logger",
     "get_optimizer_param_scheduler",
+    "get_start_time_from_progress_log",
     "get_train_valid_test_num_samples",
     "num_floating_point_operations",
+    "post_training_step_callbacks",
+    "preprocess_common_state_dict",
     "pretrain",
+    "print_datetime",
     "save_checkpoint_and_time",
     "setup_model_and_optimizer",
     "should_disable_forward_pre_hook",
     "train",
     "train_step",
     "training_log",
+    "unwrap_model",
     "update_train_iters",
 ]
 
@@ -99,7 +125,14 @@ __all__ = [
 StepResult = tuple[dict[str, torch.Tensor], int, bool, bool, int, float | None, float | None]
 
 # Limits such as --exit-duration-in-mins count from here: importing is part of what a job waits for.
-_PROCESS_START_TIME = time.time()
+_PROCESS_START_TIME = _TRAIN_START_TIME = time.time()
+
+
+def destroy_global_state() -> None:
+    """Forget everything that a process can have only one of, so that another run can begin in it."""
+    destroy_global_vars()
+    parallel_state.destroy_model_parallel()
+    destroy_rerun_state_machine()
 
 
 def pretrain(
@@ -109,7 +142,7 @@ def pretrain(
     forward_step_func: Callable,
     process_non_loss_data_func: Callable | None = None,
     extra_args_provider: Callable | None = None,
-    args_defaults: dict | None = None,
+    args_defaults: Mapping[str, Any] = {},
     get_embedding_ranks: Callable | None = None,
     get_position_embedding_ranks: Callable | None = None,
     non_loss_data_func: Callable | None = None,

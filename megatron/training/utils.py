@@ -8,14 +8,18 @@ from typing import Any
 
 import torch
 
+from megatron import unbuilt
 from megatron.core import accelerator, parallel_state
 from megatron.core.datasets.utils import get_blend_from_list
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.errors import ConfigError, DataError
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-from megatron.core.transformer.module import param_is_not_shared
+from megatron.core.transformer.module import Float16Module, param_is_not_shared
 from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.training.data.batch import get_batch_on_this_tp_rank
 from megatron.training.global_vars import get_args
+
+__getattr__ = unbuilt.names_of(__name__)
 
 __all__ = [
     "append_to_progress_log",
@@ -24,10 +28,12 @@ __all__ = [
     "get_batch_on_this_cp_rank",
     "get_batch_on_this_tp_rank",
     "get_blend_and_blend_per_split",
+    "get_device_arch_version",
     "get_ltor_masks_and_position_ids",
     "is_last_rank",
     "is_rank0",
     "logical_and_across_model_parallel_group",
+    "print_params_min_max_norm",
     "print_rank_0",
     "print_rank_last",
     "reduce_max_stat_across_model_parallel_group",
@@ -67,11 +73,11 @@ def print_rank_last(message: str) -> None:
         print(message, flush=True)
 
 
-def print_datetime(label: str) -> None:
-    """Wait for every rank, then print ``[label] datetime: ...`` on rank 0."""
+def print_datetime(string: str) -> None:
+    """Wait for every rank, then print ``[string] datetime: ...`` on rank 0."""
     if _rank_and_world_size()[1] > 1:
         torch.distributed.barrier()
-    print_rank_0(f"[{label}] datetime: {datetime.now():%Y-%m-%d %H:%M:%S} ")
+    print_rank_0(f"[{string}] datetime: {datetime.now():%Y-%m-%d %H:%M:%S} ")
 
 
 def rounded(value: float, decimals: int) -> str:
@@ -81,7 +87,13 @@ def rounded(value: float, decimals: int) -> str:
     return f"{value:.{decimals}f}"
 
 
-def unwrap_model(model: Any, module_instances: tuple[type, ...] | None = None) -> Any:
+# Wrappers that hold the model in ``.module``.
+ALL_MODULE_WRAPPER_CLASSNAMES = (DistributedDataParallel, Float16Module)
+
+
+def unwrap_model(
+    model: Any, module_instances: tuple[type, ...] | None = ALL_MODULE_WRAPPER_CLASSNAMES
+) -> Any:
     """Strip wrappers that keep the model in ``.module`` (DDP, Float16Module); lists are unwrapped itemwise.
 
     Args:
@@ -161,9 +173,31 @@ def reduce_max_stat_across_model_parallel_group(stat: float | None) -> float | N
     return None if reduced == -1.0 else reduced
 
 
-def logical_and_across_model_parallel_group(flag: bool) -> bool:
+def logical_and_across_model_parallel_group(input: bool) -> bool:
     """True when every rank of the tensor x pipeline group says True."""
-    return bool(_reduce_over_model_parallel_group(float(flag), torch.distributed.ReduceOp.MIN))
+    return bool(_reduce_over_model_parallel_group(float(input), torch.distributed.ReduceOp.MIN))
+
+
+def get_device_arch_version() -> int:
+    """First number of the device's architecture (9 for a Hopper GPU); 0 where devices have no such number."""
+    return accelerator.architecture()[0]
+
+
+def print_params_min_max_norm(optimizer: Any, iteration: int) -> None:
+    """Print a line for every parameter of the optimizer: smallest and largest value, and norm.
+
+    A line names the iteration, the rank, the number of the parameter and whether it is split over the
+    tensor-parallel ranks. Each rank prints its own.
+    """
+    rank = _rank_and_world_size()[0]
+    lines = ["iteration, rank, index, tensor-model-parallel, min, max, norm"]
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for index, param in enumerate(params, 1):
+        values = param.detach().float()
+        split = int(getattr(param, "tensor_model_parallel", False))
+        low, high, norm = values.min().item(), values.max().item(), values.norm().item()
+        lines.append(f"{iteration:7d}, {rank:4d}, {index:4d}, {split:2d}, {low:.6E}, {high:.6E}, {norm:.6E}")
+    print("\n".join(lines), flush=True)
 
 
 def report_memory(name: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from megatron.core.errors import NotBuiltYetError
-from megatron.unbuilt.table import Feature
+from megatron.unbuilt.table import FEATURES, Feature
 from megatron.unbuilt.values import VALUES, Answer, Enumeration, Failure, SameAs
 
 
@@ -52,6 +52,17 @@ def _refuse(asked: str, feature: Feature, error: type[NotBuiltYetError] = NotBui
 def _named(function: Callable, module: str, name: str) -> Callable:
     function.__module__, function.__name__, function.__qualname__ = module, name, name
     return function
+
+
+class WithoutShardedState:
+    """What modules have in the place of their part of a distributed checkpoint."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> NoReturn:
+        """Not built yet."""
+        feature = next(each for each in FEATURES if "megatron.core.dist_checkpointing" in each.modules)
+        _refuse(f"{type(self).__name__}.sharded_state_dict", feature)
 
 
 class _Unbuilt(abc.ABCMeta):

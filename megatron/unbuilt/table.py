@@ -8,6 +8,17 @@ import functools
 from dataclasses import dataclass
 
 
+def names_by_module(text: str) -> dict[str, list[str]]:
+    """Reads "module: NAME NAME ..." over and over."""
+    found: dict[str, list[str]] = {}
+    for word in text.split():
+        if word.endswith(":"):
+            module = found.setdefault(word[:-1], [])
+        else:
+            module.append(word)
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Feature:
     """A part without code.
@@ -25,13 +36,7 @@ class Feature:
     @functools.cached_property
     def modules(self) -> dict[str, list[str]]:
         """Module -> names that scripts import from it."""
-        found: dict[str, list[str]] = {}
-        for word in self.names.split():
-            if word.endswith(":"):
-                module = found.setdefault(word[:-1], [])
-            else:
-                module.append(word)
-        return found
+        return names_by_module(self.names)
 
 
 FEATURES = [
@@ -346,6 +351,43 @@ FEATURES = [
         megatron.core.optimizer: CPUAdam CPUSGD HybridDeviceOptimizer
         megatron.core.optimizer.cpu_offloading: HybridDeviceOptimizer
         megatron.core.optimizer.cpu_offloading.hybrid_optimizer: HybridDeviceOptimizer
+        """,
+    ),
+    Feature(
+        "statistics of results that differ between runs",
+        "Leave out --rerun-mode report_determinism_stats.",
+        """
+        megatron.core.rerun_state_machine: QuickStats
+        """,
+    ),
+    Feature(
+        "asynchronous saves",
+        "Saves are synchronous: leave out --async-save.",
+        """
+        megatron.training.async_utils: init_persistent_async_worker is_empty_async_queue
+            maybe_finalize_async_save schedule_async_save
+        """,
+    ),
+    Feature(
+        "the hooks of NVIDIA's clusters (one_logger, fault tolerance, ADLR autoresume)",
+        "Use --tensorboard-dir, --exit-duration-in-mins and --exit-signal-handler.",
+        """
+        megatron.training.ft_integration: get_rank_monitor_client on_checkpoint_loaded
+            on_checkpointing_end on_checkpointing_start on_eval_step_end on_eval_step_start
+            on_training_step_end on_training_step_start setup shutdown
+        megatron.training.initialize: _init_autoresume
+        megatron.training.one_logger_utils: finish on_pretrain_start on_save_checkpoint_end
+            on_save_checkpoint_start on_save_checkpoint_success on_train_start track_app_tag
+            track_config_flags track_e2e_metrics
+        megatron.training.utils: check_adlr_autoresume_termination
+        """,
+    ),
+    Feature(
+        "compiled helpers and user buffers",
+        "None are needed.",
+        """
+        megatron.training.initialize: _compile_dependencies _initialize_tp_communicators
+            _warmup_jit_function
         """,
     ),
     Feature(

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.unbuilt.table import names_by_module
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -116,4 +118,22 @@ VALUES: dict[str, Any] = {
     "megatron.legacy.model.module:fp32_to_float16": SameAs(
         "megatron.core.transformer.module:fp32_to_float16"
     ),
+    "megatron.training.async_utils:is_empty_async_queue": Answer(True),
+    "megatron.training.async_utils:maybe_finalize_async_save": Answer(None),
+}
+# Calls at points of a run where there is nothing to do here: no service to report to, nothing to compile.
+_NOTHING_TO_DO = """
+    megatron.training.ft_integration: get_rank_monitor_client on_checkpoint_loaded on_checkpointing_end
+        on_checkpointing_start on_eval_step_end on_eval_step_start on_training_step_end
+        on_training_step_start shutdown
+    megatron.training.initialize: _compile_dependencies _init_autoresume _initialize_tp_communicators
+        _warmup_jit_function
+    megatron.training.one_logger_utils: finish on_pretrain_start on_save_checkpoint_end
+        on_save_checkpoint_start on_save_checkpoint_success on_train_start track_app_tag
+        track_config_flags track_e2e_metrics
+"""
+VALUES |= {
+    f"{module}:{name}": Answer(None)
+    for module, names in names_by_module(_NOTHING_TO_DO).items()
+    for name in names
 }

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
-from megatron.core.datasets.gpt_index import build_gpt_index, find_index_fault, plan_epochs
+from megatron.core.datasets.gpt_index import (
+    _build_document_index,  # noqa: F401  (also importable from here)
+    _build_shuffle_index,  # noqa: F401
+    build_gpt_index,
+    find_index_fault,
+    plan_epochs,
+)
 from megatron.core.datasets.gpt_masks import causal_mask, document_attention_mask, document_position_ids
 from megatron.core.datasets.index_cache import IndexCache
 from megatron.core.datasets.indexed_dataset import IndexedDataset

@@ -1,10 +1,20 @@
 """Small shared pieces: the split names, weights, and the ``--data-path`` word list."""
 
 from enum import Enum
+from typing import Any
 
 import numpy as np
 
 from megatron.core.errors import ConfigError, DataError
+
+
+def __getattr__(name: str) -> Any:
+    """``log_single_rank`` on first use: what reads words and weights needs no torch."""
+    if name != "log_single_rank":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from megatron.core.utils import log_single_rank
+
+    return log_single_rank
 
 
 class Split(Enum):

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megatron import unbuilt
 from megatron.core import accelerator, parallel_state
+from megatron.core.errors import NotBuiltYetError
 from megatron.core.optimizer.timing import timed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
@@ -37,6 +38,8 @@ def finalize_model_grads(model: list[torch.nn.Module], num_tokens: Tensor | None
         for chunk in model:
             chunk.finish_grad_sync()
     if parallel_state.model_parallel_is_initialized():
+        with timed(config, "conditional-embedder-grads-all-reduce"):
+            _allreduce_conditional_embedding_grads(model, config)
         with timed(config, "layernorm-grads-all-reduce"):
             _allreduce_layernorm_grads(model, config)
         with timed(config, "embedding-grads-all-reduce"):
@@ -75,6 +78,50 @@ def _allreduce_layernorm_grads(model: list[torch.nn.Module], config: Transformer
         dist.all_reduce(flat, group=group)
         pieces = flat.split([grad.numel() for grad in members])
         torch._foreach_copy_(members, [p.view_as(g) for p, g in zip(pieces, members, strict=True)])
+
+
+def _allreduce_conditional_embedding_grads(model: list[torch.nn.Module], config: TransformerConfig) -> None:
+    """Sums the gradients of conditional embedders, which every pipeline stage and chunk has a copy of.
+
+    They are the parameters marked ``pipeline_parallel``, in models whose config says ``has_cond_embedder``.
+    Copies are told by their names; every rank must hold the same.
+    """
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() == 1 or not getattr(config, "has_cond_embedder", False):
+        return
+    copies: dict[str, list[Tensor]] = {}
+    for chunk in model:
+        for name, param in chunk.named_parameters():
+            if param.requires_grad and getattr(param, "pipeline_parallel", False):
+                copies.setdefault(name, []).append(getattr(param, _get_main_grad_attr(param)))
+    for grads in copies.values():
+        total = torch.stack(grads).sum(dim=0)
+        dist.all_reduce(total, group=group)
+        for grad in grads:
+            grad.copy_(total)
+
+
+def _get_main_grad_attr(param: torch.nn.Parameter, use_custom_fsdp: bool = False) -> str:
+    """Name of the attribute that holds the gradient to reduce: ``main_grad`` where there is a buffer."""
+    if use_custom_fsdp:
+        raise NotBuiltYetError("fully sharded data parallelism", "use_custom_fsdp", "Pass False.")
+    return "main_grad" if hasattr(param, "main_grad") else "grad"
+
+
+def _unshard_if_dtensor(tensor: Tensor) -> Tensor:
+    """The whole of a DTensor; any other tensor as it is."""
+    full_tensor = getattr(tensor, "full_tensor", None)
+    return tensor if full_tensor is None else full_tensor()
+
+
+def _reshard_if_dtensor(tensor_to_shard: Tensor, reference_tensor: Tensor) -> Tensor:
+    """``tensor_to_shard`` spread like ``reference_tensor`` where that is a DTensor; else as it is."""
+    mesh = getattr(reference_tensor, "device_mesh", None)
+    if mesh is None:
+        return tensor_to_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor_to_shard, mesh, reference_tensor.placements)
 
 
 def _allreduce_word_embedding_grads(model: list[torch.nn.Module], config: TransformerConfig) -> None:

@@ -1,6 +1,7 @@
 """Contiguous gradient (and, for the distributed optimizer, parameter) buffers, cut into buckets."""
 
 import enum
+import logging
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,10 @@ from torch import Tensor
 from megatron.core.distributed.bucket_group import _ParamAndGradBucketGroup, partition_buckets, shard_buffer
 from megatron.core.distributed.buffer_layout import Alignment, lay_out, sharded_alignment
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
+from megatron.core.tensor_parallel.collectives import (  # noqa: F401  (also importable from here)
+    dist_all_gather_func,
+    dist_reduce_scatter_func,
+)
 
 __all__ = [
     "BufferType",
@@ -18,6 +23,8 @@ __all__ = [
     "partition_buckets",
     "shard_buffer",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 class BufferType(enum.Enum):

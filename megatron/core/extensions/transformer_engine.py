@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron import unbuilt
+from megatron.core.context_parallel.zigzag import own_place
 from megatron.core.errors import ConfigError
 from megatron.core.fusions.cross_entropy import split_cross_entropy
 from megatron.core.fusions.fused_layer_norm import NORMS
 from megatron.core.fusions.layer_norm import layer_norm
 from megatron.core.fusions.rms_norm import rms_norm
 from megatron.core.fusions.rotary import rotary
+from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_thd
 from megatron.core.tensor_parallel.initial_weights import InitMethod, new_bias, new_weight
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, LinearBase, RowParallelLinear
 from megatron.core.tensor_parallel.random import (
@@ -268,6 +270,17 @@ class TECudaRNGStatesTracker(CudaRNGStatesTracker):
         super().__init__(is_inference_rng_tracker=is_inference_rng_tracker)
 
 
+# Kernels of TransformerEngine that callers test for None before they use them.
+Fp8Padding = Fp8Unpadding = SplitAlongDim = None
+fused_permute = fused_permute_with_probs = fused_unpermute = None
+fused_sort_chunks_by_index = fused_sort_chunks_by_index_with_probs = None
+
+
+def condition_init_method(config: TransformerConfig, init_method: InitMethod) -> InitMethod:
+    """``init_method``, or one that leaves the weight as it is without ``config.perform_initialization``."""
+    return init_method if config.perform_initialization else (lambda weight: None)
+
+
 def te_checkpoint(
     forward_func: Callable[..., Any],
     distribute_saved_activations: bool,
@@ -303,3 +316,19 @@ def fused_apply_rotary_pos_emb(
     rotated = rotary(t[..., :width], freqs.cos().to(t.dtype), freqs.sin().to(t.dtype), interleaved)
     out = torch.cat((rotated, t[..., width:]), dim=-1)
     return out.transpose(0, 1).contiguous().transpose(0, 1) if transpose_output_memory else out
+
+
+def fused_apply_rotary_pos_emb_thd(
+    t: Tensor, cu_seqlens: Tensor, freqs: Tensor, cp_size: int = 1, cp_rank: int = 0
+) -> Tensor:
+    """The same for packed sequences.
+
+    Args:
+        t: rows of all sequences that this context-parallel rank holds, [t, n, d].
+        cu_seqlens: where sequences begin, and where the last one ends.
+        freqs: angles of all positions.
+        cp_size, cp_rank: this rank's place; it has to be what ``parallel_state`` says.
+    """
+    if (cp_rank, cp_size) != own_place():
+        raise ConfigError(f"rank {cp_rank} of {cp_size} is not this process's context-parallel place")
+    return _apply_rotary_pos_emb_thd(t, cu_seqlens, freqs)

@@ -70,6 +70,36 @@ def bias_geglu_back(g: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     return geglu_back(g, y + bias)
 
 
+class GeGLUFunction(torch.autograd.Function):
+    """Autograd form of :func:`geglu`."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        ctx.save_for_backward(input)
+        gate, up = input.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh").mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        return geglu_back(grad_output, *ctx.saved_tensors)
+
+
+class BiasGeGLUFunction(torch.autograd.Function):
+    """:class:`GeGLUFunction` of ``input + bias``."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(input, bias)
+        gate, up = (input + bias).chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh").mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+        input, bias = ctx.saved_tensors
+        grad = bias_geglu_back(grad_output, input, bias)
+        return grad, grad.sum_to_size(bias.shape)
+
+
 def bias_geglu_impl(input: Tensor, bias: Tensor | None) -> Tensor:
     """Differentiable :func:`geglu` with an optional bias.  [..., 2f] -> [..., f]"""
     return geglu(input if bias is None else input + bias)

@@ -31,6 +31,7 @@ class SwiGLUFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, fp8_input_store: bool) -> Tensor:
+        _refuse_fp8(fp8_input_store)
         ctx.save_for_backward(input)
         gate, up = input.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
@@ -39,6 +40,39 @@ class SwiGLUFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         (input,) = ctx.saved_tensors
         return swiglu_back(grad_output, input), None
+
+
+class BiasSwiGLUFunction(torch.autograd.Function):
+    """:class:`SwiGLUFunction` of ``input + bias``."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, bias: Tensor, fp8_input_store: bool) -> Tensor:
+        _refuse_fp8(fp8_input_store)
+        ctx.save_for_backward(input, bias)
+        gate, up = (input + bias).chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
+        input, bias = ctx.saved_tensors
+        grad = swiglu_back(grad_output, input + bias)
+        return grad, grad.sum_to_size(bias.shape), None
+
+
+class WeightedSwiGLUFunction(torch.autograd.Function):
+    """Autograd form of :func:`weighted_swiglu`."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weights: Tensor, fp8_input_store: bool) -> Tensor:
+        _refuse_fp8(fp8_input_store)
+        ctx.save_for_backward(input, weights)
+        gate, up = input.chunk(2, dim=-1)
+        return (F.silu(gate).mul_(up) * weights).to(input.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
+        input, weights = ctx.saved_tensors
+        return *weighted_swiglu_back(grad_output, input, weights), None
 
 
 def bias_swiglu(y: Tensor, bias: Tensor) -> Tensor:
@@ -54,6 +88,14 @@ def bias_swiglu_back(g: Tensor, y: Tensor, bias: Tensor) -> Tensor:
 def weighted_swiglu(y: Tensor, weights: Tensor) -> Tensor:
     """:func:`swiglu` times one weight per row, in the dtype of ``y``.  weights: [rows, 1]"""
     return (swiglu(y) * weights).to(y.dtype)
+
+
+def weighted_swiglu_back(g: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`weighted_swiglu` with respect to ``y`` and ``weights``, each in its dtype."""
+    gate, up = y.chunk(2, dim=-1)
+    grad_y = swiglu_back((g * weights).to(y.dtype), y)
+    grad_weights = (g.to(weights.dtype) * (F.silu(gate) * up)).sum(dim=-1, keepdim=True)
+    return grad_y, grad_weights.to(weights.dtype)
 
 
 def bias_swiglu_impl(input: Tensor, bias: Tensor | None, fp8_input_store: bool = False) -> Tensor:

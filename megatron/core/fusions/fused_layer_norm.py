@@ -66,8 +66,16 @@ class FusedLayerNorm(_Norm):
 
     normalization = "LayerNorm"
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        config: Any,
+        hidden_size: int,
+        eps: float = 1e-5,
+        persist_layer_norm: bool = True,
+        zero_centered_gamma: bool = False,
+        normalization: str | None = "LayerNorm",
+    ):
+        super().__init__(config, hidden_size, eps, persist_layer_norm, zero_centered_gamma, normalization)
         self.bias = self._new_parameter()
         self.reset_parameters()
 

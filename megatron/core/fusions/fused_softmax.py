@@ -110,3 +110,12 @@ class FusedScaleMaskSoftmax(nn.Module):
         if mask is not None:
             scores = self.mask_func(scores, mask)
         return torch.softmax(scores, dim=-1).to(input.dtype)
+
+    @staticmethod
+    def get_batch_per_block(sq: int, sk: int, b: int, np: int) -> int:
+        """Rows of scores that one block of threads of the original's kernel works on.
+
+        A warp of up to 32 threads takes 2 rows of up to 128 scores, 1 row of more; a block has 128 threads.
+        """
+        width = 1 << max(sk - 1, 0).bit_length()
+        return 128 // min(width, 32) * (2 if width <= 128 else 1)

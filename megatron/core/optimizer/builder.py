@@ -119,6 +119,41 @@ def _some_rank_says(flag: bool) -> bool:
     return bool(found.item())
 
 
+def _get_megatron_optimizer_based_on_param_groups(
+    config: OptimizerConfig,
+    model_chunks: list[torch.nn.Module],
+    param_groups: list[dict[str, Any]],
+    per_model_buffers: dict[int, list[Any]] | None = None,
+    model_parallel_group: dist.ProcessGroup | None = None,
+    data_parallel_group: dist.ProcessGroup | None = None,
+    data_parallel_group_gloo: dist.ProcessGroup | None = None,
+    data_parallel_group_idx: int | None = None,
+    distributed_optimizer_instance_id: int | None = 0,
+) -> MegatronOptimizer:
+    """The optimizer of one set of param groups: one member of what :func:`get_megatron_optimizer` chains.
+
+    Args:
+        config: settings.
+        model_chunks: chunks that hold the parameters.
+        param_groups: as of ``_get_param_groups``.
+        per_model_buffers: number of the chunk -> gradient buffers, for the distributed optimizer.
+        model_parallel_group: ranks over which norms and overflows are found.
+        data_parallel_group, data_parallel_group_gloo: ranks that share the distributed optimizer's state.
+        data_parallel_group_idx: number of that group; by default this rank's place in the model group.
+        distributed_optimizer_instance_id: only 0; several instances are not built yet.
+    """
+    if distributed_optimizer_instance_id:
+        raise NotBuiltYetError(
+            "more than one instance of the distributed optimizer",
+            f"distributed_optimizer_instance_id {distributed_optimizer_instance_id}",
+            "Pass 0.",
+        )
+    places = _Places(
+        per_model_buffers or {}, data_parallel_group, data_parallel_group_gloo, model_parallel_group
+    )
+    return _build_member(config, param_groups, model_chunks, places, data_parallel_group_idx)
+
+
 @dataclass(frozen=True)
 class _Places:
     """Where the dense, or the expert, parameters and their gradients are."""
@@ -156,6 +191,7 @@ def _build_member(
     groups: list[dict[str, Any]],
     model_chunks: list[torch.nn.Module],
     places: _Places,
+    group_number: int | None = None,
 ) -> MegatronOptimizer:
     """The optimizer of one set of param groups."""
     torch_optimizer, create_state = _build_torch_optimizer(config, groups)
@@ -163,6 +199,8 @@ def _build_member(
         # What a scheduler would write at once; without one the multipliers must count as well.
         group["lr"] = None if group["max_lr"] is None else group["max_lr"] * group["lr_mult"]
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
+    if group_number is None:
+        group_number = 0 if places.model_group is None else places.model_group.rank()
     is_half = config.fp16 or config.bf16
     scaler = _build_grad_scaler(config) if is_half else None
     if config.use_distributed_optimizer:
@@ -176,7 +214,7 @@ def _build_member(
             places.buffers,
             places.data_group,
             places.data_group_gloo,
-            0 if places.model_group is None else places.model_group.rank(),
+            group_number,
             0,
         )
     member: MegatronOptimizer

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["DistributedOptimizer", "Range"]
 
+# Neither library is used here, whether it is installed or not.
+HAVE_APEX_OR_TE = False
+
 
 class DistributedOptimizer(MixedPrecisionOptimizer):
     """Updates this rank's slice of every bucket.
@@ -229,6 +232,15 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         """
         self.init_state_fn(self.optimizer)
         param_state.scatter(self, state_dict, update_legacy_format)
+
+    def sharded_state_dict(
+        self,
+        model_sharded_state_dict: dict[str, Any],
+        is_loading: bool = False,
+        sharding_type: str = "fully_sharded_model_space",
+    ) -> dict[str, Any]:
+        """Not built yet, like that of every optimizer."""
+        return super().sharded_state_dict(model_sharded_state_dict, is_loading)
 
     def save_parameter_state(self, filename: str) -> None:
         """Writes ``distrib_optim.pt`` from the first rank; all ranks of the group must call it."""

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
+
 # (name, parameter) -> bool
 ParamCondition = Callable[[str, torch.nn.Parameter], bool]
 
@@ -53,6 +55,59 @@ def _get_param_groups(
 def empty_group(is_expert: bool, lr: float | None, min_lr: float | None) -> dict[str, Any]:
     """A group without parameters, for a rank that takes part in statistics only."""
     return _describe((1.0, 1.0, is_expert, False), [], (lr, min_lr))
+
+
+def _get_param_groups_and_buffers(
+    model_chunks: list[torch.nn.Module],
+    model_chunk_offset: int,
+    config: OptimizerConfig,
+    no_weight_decay_cond: ParamCondition | None,
+    scale_lr_cond: ParamCondition | None,
+    lr_mult: float,
+    filter_fn: Callable[[dict[str, Any]], bool],
+    buffer_name: str,
+) -> tuple[list[dict[str, Any]], dict[int, list[Any]]]:
+    """The param groups that ``filter_fn`` takes, and the chunks' gradient buffers.
+
+    Args:
+        model_chunk_offset: number of the first chunk.
+        filter_fn: of a group as :func:`_get_param_groups` makes it.
+        buffer_name: "buffers", or "expert_parallel_buffers", of the wrapped chunks.
+
+    Returns:
+        (groups, number of the chunk -> its buffers).
+    """
+    groups = _get_param_groups(
+        model_chunks,
+        no_weight_decay_cond,
+        scale_lr_cond,
+        lr_mult,
+        lr=config.lr,
+        min_lr=config.min_lr,
+        decoupled_lr=config.decoupled_lr,
+        decoupled_min_lr=config.decoupled_min_lr,
+    )
+    buffers = {
+        number: getattr(chunk, buffer_name) for number, chunk in enumerate(model_chunks, model_chunk_offset)
+    }
+    return [group for group in groups if filter_fn(group)], buffers
+
+
+def _update_min_and_max_lr_in_param_groups(
+    param_groups: list[dict[str, Any]],
+    lr: float | None,
+    min_lr: float | None,
+    decoupled_lr: float | None,
+    decoupled_min_lr: float | None,
+) -> list[dict[str, Any]]:
+    """Writes the limits of the learning rate into the groups, which it returns; arguments as above."""
+    if decoupled_min_lr is None:
+        decoupled_min_lr = min_lr
+    for group in param_groups:
+        is_decoupled = group.get("is_decoupled_lr", False)
+        group["max_lr"] = decoupled_lr if is_decoupled else lr
+        group["min_lr"] = decoupled_min_lr if is_decoupled else min_lr
+    return param_groups
 
 
 def _is_bias_or_vector(name: str, param: torch.nn.Parameter) -> bool:

@@ -58,6 +58,7 @@ from megatron.core.parallel_state.expert import (
 )
 from megatron.core.parallel_state.initialization import (
     GROUP_NAMES,
+    _set_global_memory_buffer,
     create_hierarchical_parallel_groups,
     default_embedding_ranks,
     default_position_embedding_ranks,

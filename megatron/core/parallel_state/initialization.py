@@ -328,6 +328,15 @@ def get_global_memory_buffer() -> GlobalMemoryBuffer:
     return STATE.memory_buffer
 
 
+def _set_global_memory_buffer() -> None:
+    """Make the scratch buffers; there must be none yet."""
+    if STATE.memory_buffer is not None:
+        raise UsageError(
+            "global memory buffer is already initialized: call destroy_global_memory_buffer() first"
+        )
+    STATE.memory_buffer = GlobalMemoryBuffer()
+
+
 def destroy_global_memory_buffer() -> None:
     """Drop the scratch buffers."""
     STATE.memory_buffer = None

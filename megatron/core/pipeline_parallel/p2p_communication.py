@@ -7,6 +7,7 @@ and the last no gradients. Shapes are [s, b, h], types ``config.pipeline_dtype``
 from collections.abc import Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core import parallel_state
@@ -140,6 +141,118 @@ def send_forward_backward_recv_forward_backward(
     return received.get(False), received.get(True)
 
 
+def _communicate(
+    *,
+    tensor_send_next: Tensor | None,
+    tensor_send_prev: Tensor | None,
+    recv_prev: bool,
+    recv_next: bool,
+    tensor_shape: Shape,
+    config: ModelParallelConfig,
+    wait_on_reqs: bool = True,
+) -> tuple[Tensor | None, Tensor | None, list[Pending] | None]:
+    """Up to four transfers with both neighbours, cyclic: activations onwards, gradients back.
+
+    Returns:
+        (from the previous stage, from the next stage, None or, without ``wait_on_reqs``, what to ``wait()``
+        for before they are used).
+    """
+    received, pending = _exchange(
+        tensor_send_next, tensor_send_prev, recv_prev, recv_next, tensor_shape, config
+    )
+    if wait_on_reqs:
+        pending.wait()
+    return received.get(False), received.get(True), None if wait_on_reqs else [pending]
+
+
+def _communicate_shapes(
+    tensor_send_next: Tensor | None,
+    tensor_send_prev: Tensor | None,
+    recv_prev: bool,
+    recv_next: bool,
+    config: ModelParallelConfig,
+) -> tuple[list[int], list[int]]:
+    """Tells the neighbours the shapes of what they will get.
+
+    Returns:
+        Shapes of what the previous and the next stage are about to send; [0, 0, 0] where nothing comes.
+    """
+    messages = _messages(tensor_send_next is not None, tensor_send_prev is not None, recv_prev, recv_next)
+    sent = [tensor_send_prev if m.gradient else tensor_send_next for m in messages if m.send]
+    announced = iter(announce_shapes(sent, [(m.peer, m.send) for m in messages], config))
+    shapes = {m.gradient: list(next(announced)) for m in messages if not m.send}
+    return shapes.get(False, [0, 0, 0]), shapes.get(True, [0, 0, 0])
+
+
+def _batched_p2p_ops(
+    *,
+    tensor_send_prev: Tensor | None,
+    tensor_recv_prev: Tensor | None,
+    tensor_send_next: Tensor | None,
+    tensor_recv_next: Tensor | None,
+    group: dist.ProcessGroup,
+    prev_pipeline_rank: int,
+    next_pipeline_rank: int,
+) -> list[dist.Work]:
+    """Starts the transfers whose tensor is not None in one call; neighbours are global ranks."""
+    wanted = (
+        (dist.isend, tensor_send_prev, prev_pipeline_rank),
+        (dist.irecv, tensor_recv_prev, prev_pipeline_rank),
+        (dist.isend, tensor_send_next, next_pipeline_rank),
+        (dist.irecv, tensor_recv_next, next_pipeline_rank),
+    )
+    operations = [
+        dist.P2POp(kind, tensor, peer, group) for kind, tensor, peer in wanted if tensor is not None
+    ]
+    return dist.batch_isend_irecv(operations) if operations else []
+
+
+def _p2p_ops(
+    *,
+    tensor_send_prev: Tensor | None,
+    tensor_recv_prev: Tensor | None,
+    tensor_send_next: Tensor | None,
+    tensor_recv_next: Tensor | None,
+    group: dist.ProcessGroup,
+    prev_pipeline_rank: int,
+    next_pipeline_rank: int,
+) -> dict[str, dist.Work]:
+    """:func:`_batched_p2p_ops` one by one: stages of even number send where those of odd number receive.
+
+    Returns:
+        What to wait for, by "send_next", "recv_prev", "send_prev" and "recv_next".
+    """
+    wanted = {
+        "send_next": (dist.isend, tensor_send_next, next_pipeline_rank),
+        "recv_prev": (dist.irecv, tensor_recv_prev, prev_pipeline_rank),
+        "send_prev": (dist.isend, tensor_send_prev, prev_pipeline_rank),
+        "recv_next": (dist.irecv, tensor_recv_next, next_pipeline_rank),
+    }
+    order = list(wanted)
+    if parallel_state.get_pipeline_model_parallel_rank() % 2:
+        order = ["recv_prev", "send_next", "recv_next", "send_prev"]
+    calls = {name: wanted[name] for name in order if wanted[name][1] is not None}
+    return {name: kind(tensor, peer, group=group) for name, (kind, tensor, peer) in calls.items()}
+
+
+def _messages(output: bool, input_grad: bool, recv_prev: bool, recv_next: bool) -> list[Message]:
+    """The transfers wanted, in the order in which both ends start them."""
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    size = parallel_state.get_pipeline_model_parallel_world_size()
+    following, preceding = (rank + 1) % size, (rank - 1) % size
+    wanted = [
+        (output, Message(True, False, 0, 0, following)),
+        (input_grad, Message(True, True, 0, 0, preceding)),
+        (recv_prev, Message(False, False, 0, 0, preceding)),
+        (recv_next, Message(False, True, 0, 0, following)),
+    ]
+    # With two stages both neighbours are one rank: activations go first, at both ends.
+    return sorted(
+        (message for is_wanted, message in wanted if is_wanted),
+        key=lambda message: (*place_in_exchange(message, rank, size), message.gradient),
+    )
+
+
 def _exchange(
     output: Tensor | None,
     input_grad: Tensor | None,
@@ -149,20 +262,7 @@ def _exchange(
     config: ModelParallelConfig,
 ) -> tuple[dict[bool, Tensor], Pending]:
     """Starts up to four transfers; what is received is keyed by whether it is a gradient."""
-    rank = parallel_state.get_pipeline_model_parallel_rank()
-    size = parallel_state.get_pipeline_model_parallel_world_size()
-    following, preceding = (rank + 1) % size, (rank - 1) % size
-    wanted = [
-        (output is not None, Message(True, False, 0, 0, following)),
-        (input_grad is not None, Message(True, True, 0, 0, preceding)),
-        (recv_prev, Message(False, False, 0, 0, preceding)),
-        (recv_next, Message(False, True, 0, 0, following)),
-    ]
-    # With two stages both neighbours are one rank: activations go first, at both ends.
-    messages = sorted(
-        (message for is_wanted, message in wanted if is_wanted),
-        key=lambda message: (*place_in_exchange(message, rank, size), message.gradient),
-    )
+    messages = _messages(output is not None, input_grad is not None, recv_prev, recv_next)
     sent = {m: as_sent(input_grad if m.gradient else output, config) for m in messages if m.send}
     places = [(m.peer, m.send) for m in messages]
     announced = (

@@ -24,14 +24,16 @@ from megatron.core.pipeline_parallel.microbatch import (
 )
 from megatron.core.pipeline_parallel.orders import num_warmup, schedule_table
 from megatron.core.pipeline_parallel.planning import make_schedule
-from megatron.core.utils import get_model_config
+from megatron.core.utils import drain_embedding_wgrad_compute, get_attr_wrapped_model, get_model_config
 
 __all__ = [
     "backward_step",
     "check_first_val_step",
+    "clear_embedding_activation_buffer",
     "convert_schedule_table_to_order",
     "custom_backward",
     "deallocate_output_tensor",
+    "finish_embedding_wgrad_compute",
     "forward_backward_no_pipelining",
     "forward_backward_pipelining_with_interleaving",
     "forward_backward_pipelining_without_interleaving",
@@ -292,6 +294,38 @@ def get_pp_rank_microbatches(
             forward_only,
         )
     return total, warmup == total, warmup, total - warmup
+
+
+def clear_embedding_activation_buffer(config: Any, model: Any) -> torch.nn.Module | None:
+    """Empties the buffer of activations that a model keeps for its output layer's late weight gradient.
+
+    Returns:
+        The model inside its wrappers, for :func:`finish_embedding_wgrad_compute`; None on other stages than
+        the last and without ``config.defer_embedding_wgrad_compute``.
+    """
+    if not _keeps_output_layer_for_the_flush(config):
+        return None
+    last = model[-1] if isinstance(model, list) else model
+    embedding_module = get_attr_wrapped_model(last, "post_process", return_model_obj=True)
+    embedding_module.embedding_activation_buffer.clear()
+    return embedding_module
+
+
+def finish_embedding_wgrad_compute(config: Any, embedding_module: torch.nn.Module | None) -> None:
+    """Computes the weight gradients of the output layer that the model's buffers hold the operands of."""
+    if not _keeps_output_layer_for_the_flush(config) or embedding_module is None:
+        return
+    weight = (
+        embedding_module.shared_embedding_or_output_weight()
+        if embedding_module.share_embeddings_and_output_weights
+        else embedding_module.output_layer.weight
+    )
+    buffers = embedding_module.embedding_activation_buffer, embedding_module.grad_output_buffer
+    drain_embedding_wgrad_compute(config, *buffers, weight)
+
+
+def _keeps_output_layer_for_the_flush(config: Any) -> bool:
+    return config.defer_embedding_wgrad_compute and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
 
 
 def get_schedule_table(

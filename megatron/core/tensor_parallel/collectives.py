@@ -16,6 +16,9 @@ _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "al
 _REDUCE_SCATTER = (
     "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 )
+# Under the names that other projects import them by.
+dist_all_gather_func = getattr(dist, _ALL_GATHER)
+dist_reduce_scatter_func = getattr(dist, _REDUCE_SCATTER)
 
 
 def tensor_group(group: ProcessGroup | None = None) -> ProcessGroup | None:

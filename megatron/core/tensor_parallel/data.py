@@ -9,7 +9,7 @@ from megatron.core import accelerator, parallel_state
 from megatron.core.errors import DataError
 from megatron.core.tensor_parallel.collectives import group_rank, group_size, tensor_group
 
-MAX_DIMENSIONS = 5
+MAX_DIMENSIONS = _MAX_DATA_DIM = 5
 # In the place of the first number of dimensions: the reading rank has found something wrong.
 _FAILED = -1
 
@@ -75,6 +75,16 @@ def _receive(keys: list[str], datatype: torch.dtype, source: int) -> dict[str, T
 
 def _broadcast(tensor: Tensor, source: int) -> None:
     torch.distributed.broadcast(tensor, source, group=parallel_state.get_tensor_model_parallel_group())
+
+
+def _check_data_types(keys: Iterable[str], data: dict[str, Tensor], target_dtype: torch.dtype) -> None:
+    """Every named entry is there and has the dtype.
+
+    Raises:
+        DataError: one has not.
+    """
+    for key in keys:
+        _checked(data, key, target_dtype)
 
 
 def _unpack(keys: list[str], flat: Tensor, shapes: list[torch.Size]) -> dict[str, Tensor]:

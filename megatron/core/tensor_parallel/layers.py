@@ -20,6 +20,10 @@ from megatron.core.tensor_parallel.attributes import (
     set_defaults_if_not_set_tensor_model_parallel_attributes,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.tensor_parallel.collectives import (  # noqa: F401  (also importable from here)
+    dist_all_gather_func,
+    dist_reduce_scatter_func,
+)
 from megatron.core.tensor_parallel.initial_weights import (
     InitMethod,
     Place,
@@ -43,6 +47,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.tensor_parallel.overlap import overlap_of
 from megatron.core.tensor_parallel.utils import VocabUtility
+from megatron.unbuilt.placeholders import WithoutShardedState
 
 __all__ = [
     "ColumnParallelLinear",
@@ -59,8 +64,11 @@ __all__ = [
     "set_tensor_model_parallel_attributes",
 ]
 
+# Adding weight gradients straight into main_grad needs no extension here.
+_grad_accum_fusion_available = True
 
-class _StatelessExtra(nn.Module):
+
+class _StatelessExtra(WithoutShardedState, nn.Module):
     """Writes ``_extra_state: None`` as existing checkpoints have it; loads with any or no extra state."""
 
     def get_extra_state(self) -> None:
@@ -301,7 +309,7 @@ class RowParallelLinear(LinearBase):
         return self._linear_then_sum(input_, self.weight)
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(WithoutShardedState, nn.Module):
     """Embedding table [V, h] with its rows split over the group.
 
     Args:

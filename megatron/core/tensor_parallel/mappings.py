@@ -357,3 +357,53 @@ def all_to_all_hp2sp(input_: Tensor, group: ProcessGroup | None = None) -> Tenso
     received = all_to_all(group, input_.reshape(-1, input_.shape[-1]))
     # [TP * tokens/TP, h/TP] -> [tokens/TP, h]
     return torch.cat(received.split(divide(received.shape[0], ranks)), dim=-1)
+
+
+# ---- the steps themselves, without a gradient, under the names that other projects call them by ---------
+
+
+def _reduce(input_: Tensor) -> Tensor:
+    """Sum over the tensor-parallel ranks, in place where ``input_`` is contiguous."""
+    total = input_.contiguous()
+    collectives.all_reduce(total, tensor_group())
+    return total
+
+
+def _split_along_last_dim(input_: Tensor) -> Tensor:
+    """[..., h] -> [..., h/TP], this rank's."""
+    return _own_last(input_, tensor_group())
+
+
+def _split_along_first_dim(input_: Tensor) -> Tensor:
+    """[s, ...] -> [s/TP, ...], this rank's."""
+    return _own_first(input_, tensor_group())
+
+
+def _gather_along_last_dim(input_: Tensor) -> Tensor:
+    """[..., h/TP] -> [..., h]"""
+    return _gather_last(input_, tensor_group())
+
+
+def _reduce_scatter_along_last_dim(input_: Tensor) -> Tensor:
+    """[..., h] -> [..., h/TP], summed over the ranks."""
+    return _reduce_scatter_last(input_, tensor_group())
+
+
+def _gather_along_first_dim(
+    input_: Tensor,
+    group: ProcessGroup | None = None,
+    output_split_sizes: list[int] | None = None,
+    use_global_buffer: bool = False,
+) -> Tensor:
+    """[s/ranks, ...] -> [s, ...]; arguments as of :func:`gather_from_sequence_parallel_region`."""
+    return _gather_first(input_, tensor_group(group), output_split_sizes, use_global_buffer)
+
+
+def _reduce_scatter_along_first_dim(
+    input_: Tensor,
+    group: ProcessGroup | None = None,
+    input_split_sizes: list[int] | None = None,
+    use_global_buffer: bool = False,
+) -> Tensor:
+    """[s, ...] -> [s/ranks, ...]; arguments as of :func:`reduce_scatter_to_sequence_parallel_region`."""
+    return _reduce_scatter_first(input_, tensor_group(group), input_split_sizes, use_global_buffer)

@@ -10,6 +10,8 @@ from megatron.core.tensor_parallel.rng_tracker import (
     _MODEL_PARALLEL_RNG_TRACKER_NAME,  # noqa: F401  (the default of fork(), which user code names)
     CudaRNGStatesTracker,
     RngStreamError,
+    _get_cuda_rng_state,  # noqa: F401
+    _set_cuda_rng_state,  # noqa: F401
     get_all_rng_states,
     get_cuda_rng_tracker,
     get_data_parallel_rng_tracker_name,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.errors import NotBuiltYetError, TrainingError, UsageError
+from megatron.core.errors import ConfigError, NotBuiltYetError, TrainingError, UsageError
 from megatron.core.inference_params import InferenceParams
 from megatron.core.models.common.embeddings.rope_utils import (
     apply_rotary_pos_emb,
@@ -34,6 +34,16 @@ class SelfAttentionSubmodules:
     linear_proj: Spec = None
     q_layernorm: Spec = None
     k_layernorm: Spec = None
+
+
+@dataclass
+class CrossAttentionSubmodules:
+    """Slots of cross attention."""
+
+    linear_q: Spec = None
+    linear_kv: Spec = None
+    core_attention: Spec = None
+    linear_proj: Spec = None
 
 
 def refuse_inference_state(
@@ -282,6 +292,58 @@ class SelfAttention(Attention):
                             "although all copies see the same updates: memory or a collective is faulty, or "
                             "code outside the optimizer changed it"
                         )
+
+
+class CrossAttention(Attention):
+    """Attention of one sequence, the queries, to another, the keys and values.
+
+    Rows of ``linear_kv`` are grouped by head: its key, then its value. Ranks hold whole heads.
+
+    Raises:
+        ConfigError: grouped queries, or keys and values of another width than the queries.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: CrossAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.padding,
+        cp_comm_type: str | None = None,
+    ):
+        if config.num_query_groups != config.num_attention_heads:
+            raise ConfigError(
+                f"num_query_groups {config.num_query_groups}: cross attention takes no grouped queries; "
+                f"leave it out, or set it to num_attention_heads ({config.num_attention_heads})"
+            )
+        super().__init__(config, submodules, layer_number, attn_mask_type, "cross", cp_comm_type)
+        self.linear_q = self._projection(submodules.linear_q, self.query_projection_size)
+        self.linear_kv = self._projection(submodules.linear_kv, 2 * self.kv_projection_size)
+
+    def _projection(self, spec: Spec, width: int) -> torch.nn.Module:
+        return build_module(
+            spec,
+            self.config.hidden_size,
+            width,
+            config=self.config,
+            init_method=self.config.init_method,
+            gather_output=False,
+            bias=self.config.add_bias_linear,
+            skip_bias_add=False,
+            is_expert=False,
+        )
+
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, key_value_states: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[sq, b, h] and [sk, b, h] -> query [sq, b, n/TP, d], key and value [sk, b, n/TP, d]."""
+        n, d = self.num_attention_heads_per_partition, self.hidden_size_per_attention_head
+        mixed, _ = self.linear_kv(key_value_states)
+        # [sk, b, n*2*d] -> 2 x [sk, b, n, d]
+        key, value = mixed.unflatten(-1, (n, 2 * d)).chunk(2, dim=-1)
+        query, _ = self.linear_q(hidden_states)
+        # [sq, b, n*d] -> [sq, b, n, d]
+        return query.unflatten(-1, (n, d)), key, value
 
 
 def _named_parameters(module: torch.nn.Module | None) -> list[tuple[str, Tensor]]:

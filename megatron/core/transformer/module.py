@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron.core.errors import ConfigError
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.unbuilt.placeholders import WithoutShardedState
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -17,7 +18,7 @@ def param_is_not_shared(param: Tensor) -> bool:
     return not getattr(param, "shared", False)
 
 
-class MegatronModule(torch.nn.Module):
+class MegatronModule(WithoutShardedState, torch.nn.Module):
     """A module that keeps its config."""
 
     def __init__(self, config: TransformerConfig):

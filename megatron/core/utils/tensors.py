@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron.core.errors import UsageError
 
@@ -96,6 +97,41 @@ def to_local_if_dtensor(tensor: Tensor) -> Tensor:
     return tensor if to_local is None else to_local()
 
 
+def get_data_parallel_group_if_dtensor(
+    tensor: Tensor, data_parallel_group: ProcessGroup | None = None
+) -> ProcessGroup | None:
+    """The group over which a DTensor is spread; None for any other tensor.
+
+    Args:
+        data_parallel_group: the group expected, if any.
+
+    Raises:
+        MegatronError: the tensor is spread over another one.
+    """
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None:
+        return None
+    group = mesh.get_group()
+    if data_parallel_group is not None and group != data_parallel_group:
+        raise UsageError(
+            f"a DTensor of shape {tuple(tensor.shape)} is spread over another group than expected"
+        )
+    return group
+
+
+def get_full_tensor_if_necessary(tensor: Tensor) -> Tensor:
+    """The whole of a DTensor if some ranks hold none of it; else the tensor as it is.
+
+    Ranks that come after the last row of the first dimension hold nothing.
+    """
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None or tensor.dim() == 0 or tensor.shape[0] % mesh.size() == 0:
+        return tensor
+    per_rank = -(-tensor.shape[0] // mesh.size())
+    holders = -(-tensor.shape[0] // per_rank)
+    return tensor.full_tensor() if holders < mesh.size() else tensor
+
+
 def prepare_input_tensors_for_wgrad_compute(
     grad_output: Tensor, all_gathered_input: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -104,3 +140,42 @@ def prepare_input_tensors_for_wgrad_compute(
         grad_output.contiguous().view(-1, grad_output.shape[-1]),
         all_gathered_input.contiguous().view(-1, all_gathered_input.shape[-1]),
     )
+
+
+def drain_embedding_wgrad_compute(
+    config: Any,
+    embedding_activation_buffer: list[Tensor],
+    grad_output_buffer: list[Tensor],
+    weight: Tensor,
+) -> None:
+    """Adds the weight gradients of an output layer that were left for later to ``weight.main_grad``.
+
+    Args:
+        config: ``sequence_parallel`` says that activations are this rank's part of the sequence.
+        embedding_activation_buffer: inputs of the layer, one per micro-batch, [s, b, h] or [s/TP, b, h].
+        grad_output_buffer: gradients of its outputs in the same order, [s, b, v/TP]; both are emptied.
+        weight: [v/TP, h]; without a ``main_grad`` its ``grad`` is added to.
+
+    Raises:
+        UsageError: buffers of different lengths.
+    """
+    from megatron.core.fusions.weight_gradient import accumulate_weight_gradient, weight_gradient
+    from megatron.core.tensor_parallel.mappings import _gather_along_first_dim
+
+    if len(embedding_activation_buffer) != len(grad_output_buffer):
+        raise UsageError(
+            f"{len(embedding_activation_buffer)} activations of the output layer but "
+            f"{len(grad_output_buffer)} gradients: empty the first buffer with "
+            "clear_embedding_activation_buffer() before each step"
+        )
+    with torch.no_grad():
+        while grad_output_buffer:
+            x, grad_output = embedding_activation_buffer.pop(0), grad_output_buffer.pop(0)
+            whole = _gather_along_first_dim(x) if config.sequence_parallel else x
+            operands = prepare_input_tensors_for_wgrad_compute(grad_output, whole)
+            if getattr(weight, "main_grad", None) is not None:
+                accumulate_weight_gradient(weight.main_grad, *operands)
+                weight.grad_added_to_main_grad = True
+            else:
+                grad = weight_gradient(*operands)
+                weight.grad = grad if weight.grad is None else weight.grad + grad

@@ -8,7 +8,7 @@ model's config.
 
 from typing import Any
 
-from megatron.training.arguments.dump import print_args
+from megatron.training.arguments.dump import _check_arg_is_not_none, _print_args, print_args
 from megatron.training.arguments.parsing import _add_tokenizer_args, add_megatron_arguments, parse_args
 from megatron.training.arguments.problem import ArgumentsError, Problem
 from megatron.training.arguments.unsupported import (

@@ -29,6 +29,18 @@ def print_args(args: Namespace, given: Collection[str] | None = None) -> None:
         print(format_args(args), flush=True)
 
 
+def _print_args(title: str, args: Namespace) -> None:
+    """Every argument on rank 0, under a title."""
+    if getattr(args, "rank", 0) == 0:
+        print(f"{title}:\n{format_args(args)}", flush=True)
+
+
+def _check_arg_is_not_none(args: Namespace, arg: str) -> None:
+    """Raises AssertionError if the argument has no value."""
+    if getattr(args, arg) is None:
+        raise AssertionError(f"the argument {arg} has no value: give --{arg.replace('_', '-')}")
+
+
 def format_args(args: Namespace) -> str:
     """Every argument, sorted without regard to case, one a line, names and values joined by dots."""
     lines = [f"  {name} {'.' * (WIDTH - len(name))} {value}" for name, value in vars(args).items()]

@@ -9,6 +9,7 @@ from megatron.core.num_microbatches_calculator import update_num_microbatches
 from megatron.training.checkpointing.durable import check_save_directory
 from megatron.training.checkpointing.layout import (
     _NON_PERSISTENT_CKPT_SUBDIR,
+    _get_checkpoint_format,
     ensure_directory_exists,
     find_checkpoint_rank_0,
     get_checkpoint_name,
@@ -18,6 +19,7 @@ from megatron.training.checkpointing.load import load_checkpoint
 from megatron.training.checkpointing.locate import CheckpointType, _load_base_checkpoint
 from megatron.training.checkpointing.model_args import check_checkpoint_args, load_args_from_checkpoint
 from megatron.training.checkpointing.names import fix_query_key_value_ordering
+from megatron.training.checkpointing.publishing import cleanup_old_non_persistent_checkpoint
 from megatron.training.checkpointing.rng import get_rng_state
 from megatron.training.checkpointing.save import maybe_save_dataloader_state, save_checkpoint
 from megatron.training.checkpointing.state import generate_state_dict

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from megatron.core import parallel_state
+from megatron.core.errors import CheckpointError
 
 MODEL_FILE = "model_optim_rng.pt"
 DISTRIBUTED_OPTIMIZER_FILE = "distrib_optim.pt"
@@ -132,6 +133,23 @@ def disk_format(directory: str) -> str | None:
     if any(entry.startswith("mp_rank_0") for entry in entries):
         return "torch"
     return "torch_dcp" if ".metadata" in entries else None
+
+
+def _get_checkpoint_format(checkpoint_name: str) -> str:
+    """Format of an iteration's directory, or of a rank's file in one.
+
+    Raises:
+        CheckpointError: there is no checkpoint there.
+    """
+    directory = checkpoint_name
+    if os.path.isfile(checkpoint_name):
+        directory = os.path.dirname(os.path.dirname(checkpoint_name))
+    found = disk_format(directory)
+    if found is None:
+        raise CheckpointError(
+            f"{checkpoint_name} is no checkpoint: it holds no {MODEL_FILE} and no metadata.json"
+        )
+    return found
 
 
 def saved_iterations(checkpoints_path: str) -> list[int]:

@@ -52,7 +52,7 @@ def load_checkpoint(
     """
     args = replaceable.get_args()
     load_dir = _directory_to_load(args, load_arg)
-    model = unwrap_model(ddp_model)
+    model = unwrap_model(ddp_model, None)
     state_dict, name, release, _ = _load_base_checkpoint(
         load_dir, args, checkpointing_context=checkpointing_context
     )

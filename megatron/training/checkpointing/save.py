@@ -65,7 +65,7 @@ def save_checkpoint(
         maybe_save_dataloader_state(train_data_iterator, iteration, getattr(args, "dataloader_save", None))
     state = generate_state_dict(
         args,
-        unwrap_model(model),
+        unwrap_model(model, None),
         optimizer,
         opt_param_scheduler,
         None if args.no_save_rng else get_rng_state(args.ckpt_format),

@@ -105,3 +105,17 @@ def _host_tensor(tensor: torch.Tensor, seen: dict[tuple, torch.Tensor]) -> torch
             return host
         seen[identity] = host
     return seen[identity]
+
+
+def preprocess_common_state_dict(common_state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What of a state is the same on all ranks, for comparing it between them.
+
+    Arguments become a dict without the rank's own numbers; the input stays as it is.
+    """
+    common = dict(common_state_dict)
+    if "args" in common:
+        own = ("rank", "local_rank")
+        args = common["args"]
+        fields = args if isinstance(args, dict) else vars(args)
+        common["args"] = {name: value for name, value in fields.items() if name not in own}
+    return common

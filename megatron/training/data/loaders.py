@@ -13,10 +13,10 @@ from megatron.training.global_vars import get_args
 from megatron.training.utils import print_rank_0
 
 
-def cyclic_iter(iterable: Any) -> Iterator:
-    """Iterate over ``iterable`` again and again."""
+def cyclic_iter(iter: Any) -> Iterator:
+    """Go through ``iter``, which is anything to iterate over, again and again."""
     while True:
-        yield from iterable
+        yield from iter
 
 
 def get_train_valid_test_num_samples() -> tuple[int, int, int]:
@@ -32,13 +32,15 @@ def get_train_valid_test_num_samples() -> tuple[int, int, int]:
     return train, evaluations * per_evaluation, per_evaluation
 
 
-def build_train_valid_test_datasets(provider: Callable) -> tuple[Any, Any, Any]:
+def build_train_valid_test_datasets(
+    build_train_valid_test_datasets_provider: Callable,
+) -> tuple[Any, Any, Any]:
     """Call the datasets provider with the sizes of this run and print them."""
     sizes = get_train_valid_test_num_samples()
     print_rank_0(" > datasets target sizes (minimum size):")
     for label, size in zip(("train:     ", "validation:", "test:      "), sizes, strict=True):
         print_rank_0(f"    {label} {size}")
-    return provider(sizes)
+    return build_train_valid_test_datasets_provider(sizes)
 
 
 def _restore_consumed_samples(args: Namespace) -> None:
@@ -63,7 +65,9 @@ def _valid_samples_to_pass_over(args: Namespace, valid: Any) -> int:
     return args.consumed_valid_samples if args.consumed_valid_samples + step <= len(valid) else 0
 
 
-def build_train_valid_test_data_loaders(provider: Callable) -> tuple[Any, Any, Any]:
+def build_train_valid_test_data_loaders(
+    build_train_valid_test_datasets_provider: Callable,
+) -> tuple[Any, Any, Any]:
     """Loaders of the three splits on the ranks that read them, None elsewhere. All ranks call this together.
 
     Sets ``args.do_train``, ``do_valid`` and ``do_test`` where any rank has a loader. A provider with the
@@ -73,6 +77,7 @@ def build_train_valid_test_data_loaders(provider: Callable) -> tuple[Any, Any, A
     print_rank_0("> building train, validation, and test datasets ...")
     _restore_consumed_samples(args)
     loaders: tuple[Any, Any, Any] = (None, None, None)
+    provider = build_train_valid_test_datasets_provider
     is_distributed = getattr(provider, "is_distributed", False)
     reads = is_distributed or parallel_state.get_tensor_model_parallel_rank() == 0
     train, valid, test = build_train_valid_test_datasets(provider) if reads else (None, None, None)
@@ -114,14 +119,16 @@ def build_data_iterators_of_chunks(provider: Callable, chunks: int) -> tuple[Any
     return train, valid, test
 
 
-def build_train_valid_test_data_iterators(provider: Callable) -> tuple[Any, Any, Any]:
+def build_train_valid_test_data_iterators(
+    build_train_valid_test_datasets_provider: Callable,
+) -> tuple[Any, Any, Any]:
     """Iterators of the three splits, None where a split has no data or this rank reads none.
 
     A single-pass training loader ends when its samples do. Validation and test start again from where
     they began, so that an evaluation can always run.
     """
     args = get_args()
-    loaders = build_train_valid_test_data_loaders(provider)
+    loaders = build_train_valid_test_data_loaders(build_train_valid_test_datasets_provider)
 
     def iterator(loader: Any, single_pass: bool) -> RerunDataIterator | None:
         if loader is None:

@@ -4,6 +4,7 @@ import os
 from argparse import Namespace
 from datetime import datetime
 
+from megatron.training.global_vars import get_args
 from megatron.training.utils import append_to_progress_log, rounded
 
 _TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
@@ -15,12 +16,21 @@ def append_start_line(args: Namespace) -> None:
         append_to_progress_log("Starting job")
 
 
+def compute_throughputs_and_append_to_progress_log(
+    iteration: int, num_floating_point_operations_so_far: float
+) -> None:
+    """:func:`append_checkpoint_line` of the run's own arguments; nothing without ``--save``."""
+    args = get_args()
+    if args.save is not None:
+        append_checkpoint_line(args, iteration, num_floating_point_operations_so_far)
+
+
 def append_checkpoint_line(args: Namespace, iteration: int, flops_so_far: float) -> None:
     """Note a saved checkpoint with the throughput of this job, and of all jobs so far on as many devices."""
     now = datetime.now()
     job_seconds = now.timestamp() - args.process_start_time
     job_flops = flops_so_far - getattr(args, "num_floating_point_operations_at_start", 0.0)
-    started, flops_at_start = get_start_time_from_progress_log(args.save, args.world_size)
+    started, flops_at_start = _start_of_series(args.save, args.world_size)
     total_seconds = (now - started).total_seconds() if started else job_seconds
     append_to_progress_log(
         "\t".join(
@@ -41,7 +51,13 @@ def _throughput(operations: float, seconds: float, devices: int) -> str:
     return f"{rounded(operations / (max(seconds, 1e-6) * 1e12 * devices), 1)} TFLOP/s/GPU"
 
 
-def get_start_time_from_progress_log(save_dir: str, world_size: int) -> tuple[datetime | None, float]:
+def get_start_time_from_progress_log() -> tuple[datetime | None, float]:
+    """:func:`_start_of_series` of the run's own arguments."""
+    args = get_args()
+    return _start_of_series(args.save, args.world_size)
+
+
+def _start_of_series(save_dir: str, world_size: int) -> tuple[datetime | None, float]:
     """When the series of jobs on ``world_size`` devices that goes on now began, and the operations before it.
 
     A job on another number of devices ends a series: its throughput cannot be averaged with that of others.

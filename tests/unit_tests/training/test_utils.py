@@ -43,4 +43,5 @@ def test_unwrap_strips_every_wrapper():
     wrapped = torch.nn.Module()
     wrapped.module = torch.nn.Module()
     wrapped.module.module = inner
-    assert utils.unwrap_model([wrapped]) == [inner]
+    assert utils.unwrap_model([wrapped], None) == [inner]
+    assert utils.unwrap_model(wrapped) is wrapped

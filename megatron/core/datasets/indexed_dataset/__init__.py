@@ -11,6 +11,7 @@ _HOMES = {
     "bin_readers": ("_BinReader", "_FileBinReader", "_MMapBinReader", "_S3BinReader"),
     "dataset": ("IndexedDataset",),
     "builder": ("IndexedDatasetBuilder",),
+    "megatron.core.datasets.utils_s3": ("S3Config",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -20,6 +21,7 @@ __all__ = sorted(_HOME_OF)
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    home = _HOME_OF[name]
+    value = getattr(importlib.import_module(home if "." in home else f"{__name__}.{home}"), name)
     globals()[name] = value
     return value

@@ -103,6 +103,18 @@ def get_mlp_module_spec(
     )
 
 
+def _get_mlp_module_spec(
+    use_te: bool | None = True,
+    num_experts: int | None = None,
+    moe_grouped_gemm: bool | None = False,
+    fp8: str | None = None,
+    moe_use_legacy_grouped_gemm: bool | None = False,
+) -> ModuleSpec:
+    """Older name of :func:`get_mlp_module_spec`."""
+    warnings.warn("_get_mlp_module_spec() is now get_mlp_module_spec()", DeprecationWarning, stacklevel=2)
+    return get_mlp_module_spec(use_te, num_experts, moe_grouped_gemm, fp8, moe_use_legacy_grouped_gemm)
+
+
 def get_gpt_decoder_block_spec(
     config: TransformerConfig,
     use_transformer_engine: bool,

@@ -33,10 +33,10 @@ def apply_rotary_pos_emb(
     """
     if cu_seqlens is not None:
         freqs = freqs[_packed_positions(cu_seqlens, t.shape[0], freqs.shape[0]).to(freqs.device)]
-    cos, sin = ((wave(freqs) * mscale).to(t.dtype) for wave in (torch.cos, torch.sin))
     if t.dim() == 3:
-        return _rotate_first_channels(t.unsqueeze(1), cos, sin, config.rotary_interleaved).squeeze(1)
-    return _rotate_first_channels(t, cos, sin, config.rotary_interleaved)
+        rotated = _apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs, config.rotary_interleaved, mscale=mscale)
+        return rotated.squeeze(1)
+    return _apply_rotary_pos_emb_bshd(t, freqs, config.rotary_interleaved, mscale=mscale)
 
 
 def apply_rotary_pos_emb_with_cos_sin(
@@ -59,6 +59,52 @@ def apply_rotary_pos_emb_with_cos_sin(
             raise UsageError(f"tables of {table.shape[0]} positions for a sequence of {t.shape[0]}")
         tables.append(table[: t.shape[0]].to(t.dtype))
     return _rotate_first_channels(t, *tables, rotary_interleaved)
+
+
+def _rotate_half(x: Tensor, rotary_interleaved: bool) -> Tensor:
+    """Every channel's partner, negated where it comes second: what the sine of the angle multiplies.
+
+    x: [..., d]; partners are the two halves, or neighbours if interleaved.
+    """
+    if rotary_interleaved:
+        first, second = x[..., 0::2], x[..., 1::2]
+        return torch.stack((-second, first), dim=-1).flatten(-2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def _apply_rotary_pos_emb_bshd(
+    t: Tensor,
+    freqs: Tensor,
+    rotary_interleaved: bool = False,
+    multi_latent_attention: bool = False,
+    mscale: float = 1.0,
+) -> Tensor:
+    """Rotates the first channels of every head.  t: [s, b, n, d], freqs: [s, 1, 1, d_rot]
+
+    Args:
+        multi_latent_attention: first bring the rotated channels into the order even, then odd.
+        mscale: factor of the rotated part.
+    """
+    if multi_latent_attention:
+        width = freqs.shape[-1]
+        t = torch.cat((t[..., 0:width:2], t[..., 1:width:2], t[..., width:]), dim=-1)
+    cos, sin = ((wave(freqs) * mscale).to(t.dtype) for wave in (torch.cos, torch.sin))
+    return _rotate_first_channels(t, cos, sin, rotary_interleaved)
+
+
+def _apply_rotary_pos_emb_thd(
+    t: Tensor,
+    cu_seqlens: Tensor,
+    freqs: Tensor,
+    rotary_interleaved: bool = False,
+    multi_latent_attention: bool = False,
+    mscale: float = 1.0,
+) -> Tensor:
+    """The same for packed sequences.  t: [t, n, d], cu_seqlens and freqs as of the public function."""
+    freqs = freqs[_packed_positions(cu_seqlens, t.shape[0], freqs.shape[0]).to(freqs.device)]
+    options = (rotary_interleaved, multi_latent_attention, mscale)
+    return _apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs, *options).squeeze(1)
 
 
 def angles_of_channels(angles: Tensor, rotary_interleaved: bool) -> Tensor:

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from megatron import unbuilt
 from megatron.core import accelerator
 from megatron.core.context_parallel.zigzag import own_place, take_chunks
-from megatron.core.models.common.embeddings.rope_utils import angles_of_channels
+from megatron.core.models.common.embeddings.rope_utils import (  # noqa: F401  (importable from here)
+    _apply_rotary_pos_emb_bshd,
+    _apply_rotary_pos_emb_thd,
+    _rotate_half,
+    angles_of_channels,
+    apply_rotary_pos_emb,
+    get_pos_emb_on_this_cp_rank,
+)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import deprecate_inference_params
 
