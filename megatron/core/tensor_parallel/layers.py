@@ -207,7 +207,7 @@ class ColumnParallelLinear(LinearBase):
         disable_grad_reduce: bool = False,
     ):
         super().__init__(config, (input_size, output_size), skip_bias_add, is_expert)
-        self.gather_output = gather_output
+        self.gather_output, self.stride = gather_output, stride
         self.output_size_per_partition = self.place.divide(output_size, "output_size")
         self.disable_grad_reduce = disable_grad_reduce
         self.embedding_activation_buffer = embedding_activation_buffer
@@ -253,6 +253,7 @@ class ColumnParallelLinear(LinearBase):
         if gather and self.place.size > 1:
             # [..., out/TP] -> [..., out]
             out = gather_from_tensor_model_parallel_region(out, self.place.group())
+            out = _swap_blocks(out, self.place.size, self.stride)
         return out, self.bias if self.skip_bias_add else None
 
 
@@ -288,7 +289,12 @@ class RowParallelLinear(LinearBase):
         tp_comm_buffer_name: str | None = None,
     ):
         super().__init__(config, (input_size, output_size), skip_bias_add, is_expert)
-        self.input_is_parallel = input_is_parallel
+        if config.sequence_parallel and not input_is_parallel:
+            raise UsageError(
+                "sequence_parallel: a row-parallel layer then takes this rank's channels of the whole "
+                "sequence; set input_is_parallel=True"
+            )
+        self.input_is_parallel, self.stride = input_is_parallel, stride
         self.input_size_per_partition = self.place.divide(input_size, "input_size")
         self.weight, self.master_weight = new_weight(
             config, (output_size, input_size), 1, init_method, self.place, stride, keep_master_weight_for_test
@@ -305,8 +311,19 @@ class RowParallelLinear(LinearBase):
         """
         if not self.input_is_parallel and self.place.size > 1:
             # [..., in] -> [..., in/TP]
+            input_ = _swap_blocks(input_, self.stride, self.place.size)
             input_ = scatter_to_tensor_model_parallel_region(input_, self.place.group())
         return self._linear_then_sum(input_, self.weight)
+
+
+def _swap_blocks(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Channels numbered row by row in a table of equal blocks, put into the order column by column.
+
+    Joined parts of ranks are a table of ranks x stride blocks; the whole counts the stride's parts first.
+    """
+    if rows == 1 or columns == 1:
+        return x
+    return x.unflatten(-1, (rows, columns, -1)).transpose(-3, -2).flatten(-3)
 
 
 class VocabParallelEmbedding(WithoutShardedState, nn.Module):

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 
+from megatron.core.errors import NotBuiltYetError
+
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -14,8 +16,30 @@ RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", 
 ATTENTION_LAYOUTS = ("SBH", "BSH")
 NORMALIZATIONS = ("LayerNorm", "RMSNorm")
 
+# Field -> what it would switch on. The command line takes some of their flags and says that they do nothing;
+# a config of one's own must not be silent about it.
+UNBUILT = {
+    "fp8": "fp8 arithmetic",
+    "fp8_param": "weights in fp8",
+    "fp8_dot_product_attention": "attention in fp8",
+    "fp8_multi_head_attention": "attention in fp8",
+    "cpu_offloading": "keeping activations on the host",
+    "enable_cuda_graph": "capturing layers as graphs",
+    "external_cuda_graph": "capturing layers as graphs",
+    "flash_decode": "a kernel for decoding",
+    "heterogeneous_block_specs": "layers of different kinds",
+}
+
 # (condition under which the rule is broken, sentence)
 Rules = Iterable[tuple[object, str]]
+
+
+def refuse_unbuilt(config: TransformerConfig) -> None:
+    """Raises NotBuiltYetError for the first field that asks for what does not exist."""
+    for field, feature in UNBUILT.items():
+        value = getattr(config, field)
+        if value:
+            raise NotBuiltYetError(feature, f"{field}={value!r}", f"Leave {field} out.")
 
 
 def transformer_problems(config: TransformerConfig) -> list[str]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron import unbuilt
+from megatron.core.errors import ConfigError
 from megatron.core.fusions.fused_bias_geglu import gated_gelu
 from megatron.core.fusions.fused_bias_gelu import bias_gelu_impl
 from megatron.core.fusions.fused_bias_swiglu import swiglu
@@ -44,6 +45,10 @@ class MLP(MegatronModule):
         super().__init__(config)
         self.input_size = config.hidden_size if input_size is None else input_size
         inner = config.moe_ffn_hidden_size if is_expert else config.ffn_hidden_size
+        if inner is None:
+            raise ConfigError(
+                "moe_ffn_hidden_size: unset, but this MLP is an expert; set it, or num_moe_experts"
+            )
         self.linear_fc1 = build_module(
             submodules.linear_fc1,
             self.input_size,

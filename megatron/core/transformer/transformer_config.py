@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from megatron.core.errors import ConfigError
 from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.transformer.config_rules import transformer_problems
+from megatron.core.transformer.config_rules import refuse_unbuilt, transformer_problems
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
@@ -19,6 +19,7 @@ class TransformerConfig(ModelParallelConfig):
 
     Raises:
         ConfigError: settings that contradict each other; the message lists every one with a way out.
+        NotBuiltYetError: a setting whose code does not exist: the model would not be what was asked for.
     """
 
     num_layers: int = 0  # depth of the (encoder or decoder-only) transformer; also fills encoder-num-layers
@@ -143,6 +144,10 @@ class TransformerConfig(ModelParallelConfig):
     # Fields of this package
     attention_layout: str = "SBH"  # layout of the operands of fused attention: SBH or BSH
     glu_gate_last: bool = False  # gated MLP multiplies by the activated second half instead of the first
+
+    def __post_init__(self) -> None:
+        refuse_unbuilt(self)
+        super().__post_init__()
 
     def _derive(self) -> None:
         super()._derive()

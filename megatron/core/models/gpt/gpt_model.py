@@ -37,12 +37,13 @@ class GPTModel(LanguageModule):
         pre_process: this is the first stage.
         post_process: this is the last stage.
         fp16_lm_cross_entropy: return the loss in half precision.
-        parallel_output: leave logits split over tensor-parallel ranks.
+        parallel_output: leave logits split over tensor-parallel ranks; the loss is the same either way.
         share_embeddings_and_output_weights: tie the output layer to the embedding.
         position_embedding_type: ``learned_absolute``, ``rope`` or ``none``.
         rotary_percent, rotary_base, rope_scaling, rope_scaling_factor, seq_len_interpolation_factor: see
             :class:`RotaryEmbedding`.
-        scatter_embedding_sequence_parallel: split the embedding's output under sequence parallelism.
+        scatter_embedding_sequence_parallel: ``embedding`` splits its output under sequence parallelism;
+            otherwise it gives the whole to code that changes it, and forward splits what it made itself.
         mtp_block_spec: layers that predict further tokens, not built yet.
     """
 
@@ -150,7 +151,8 @@ class GPTModel(LanguageModule):
             input_ids: [b, s].
             position_ids: [b, s]; read with learned positions only.
             attention_mask: bool [b or 1, 1, s, s], True hides, in addition to causality; or None.
-            decoder_input: [s, b, h], used instead of the embedding.
+            decoder_input: [s, b, h], or this rank's part [s/TP, b, h] under sequence parallelism, used
+                instead of the embedding.
             labels: [b, s] target ids, or None.
             loss_mask: for layers that predict further tokens; the loss returned here is never masked.
 
@@ -159,6 +161,8 @@ class GPTModel(LanguageModule):
         """
         if decoder_input is None and self.pre_process:
             decoder_input = self.embedding(input_ids, position_ids)
+            if self.config.sequence_parallel and not self.embedding.scatter_to_sequence_parallel:
+                decoder_input = tensor_parallel.scatter_to_sequence_parallel_region(decoder_input)
         angles = None
         if self.rotary_pos_emb is not None:
             length = self.rotary_pos_emb.get_rotary_seq_len(
@@ -179,6 +183,9 @@ class GPTModel(LanguageModule):
             return hidden_states
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
+        if labels is not None:
+            # The loss is made of logits that are split over ranks, whoever wants them whole otherwise.
+            runtime_gather_output = False
         logits, _ = self.output_layer(hidden_states, weight, runtime_gather_output)
         if labels is None:
             # [s, b, v] -> [b, s, v]

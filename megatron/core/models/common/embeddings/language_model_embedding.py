@@ -109,7 +109,7 @@ class LanguageModelEmbedding(MegatronModule):
 
     def _random_stream(self) -> contextlib.AbstractContextManager[None]:
         """Ranks with different parts of a sequence drop different elements, those with the whole the same."""
-        if self.config.sequence_parallel:
+        if self.scatter_to_sequence_parallel:
             return tensor_parallel.get_cuda_rng_tracker().fork()
         return contextlib.nullcontext()
 
