@@ -33,7 +33,16 @@ _DEVICE_FILES = "/dev/davinci[0-9]*"
 _HAS_NPU = "this machine has an NPU"
 _DRIVER_LIBRARY = "libascend_hal.so"
 _DRIVER_INFO = Path("/usr/local/Ascend/driver/version.info")
-_SET_ENV = "source tests_gpt/env_npu.sh, or CANN's own set_env.sh, in this shell"
+# What to do about missing libraries, by what env_npu.sh has found in this shell, where it was sourced.
+_LIBRARY_REMEDIES = {
+    "": "source tests_gpt/env_npu.sh, or CANN's own set_env.sh, in this shell",
+    "no-npu": "tests_gpt/env_npu.sh has found no NPU here and set nothing: give this container its devices "
+    "(/dev/davinci*), or set MEGATRON_DEVICE=npu and source it again; MEGATRON_DEVICE=cpu goes without",
+    "no-cann": "tests_gpt/env_npu.sh has found no CANN: install it, or set CANN_SET_ENV to its set_env.sh "
+    "and source it again; MEGATRON_DEVICE=cpu goes without",
+    "cann": "the environment of CANN is read, so the library itself is missing or of another version: "
+    "install CANN and the driver that belong to torch_npu; MEGATRON_DEVICE=cpu goes without",
+}
 
 
 @functools.cache
@@ -79,7 +88,9 @@ def torch_npu_problem() -> str | None:
 def _without_cann(error: Exception) -> str:
     """CANN's libraries link to the driver's, which is installed, and goes missing, on its own."""
     missing = "NPU driver" if _DRIVER_LIBRARY in str(error) else "CANN"
-    return f"torch_npu {torch_npu_version()} finds no {missing}: {_first_line(error)}; {_SET_ENV}"
+    found = os.environ.get("MEGATRON_NPU_ENVIRONMENT", "")
+    remedy = _LIBRARY_REMEDIES.get(found, _LIBRARY_REMEDIES[""])
+    return f"torch_npu {torch_npu_version()} finds no {missing}: {_first_line(error)}; {remedy}"
 
 
 def is_wanted() -> bool:

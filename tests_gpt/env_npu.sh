@@ -1,8 +1,9 @@
 # Makes this shell ready for Ascend NPUs; source it, from any directory:  source tests_gpt/env_npu.sh
 #
 # Finds CANN and reads its set_env.sh, adds the driver's libraries, and gives values to variables that have
-# none. Everything it sets it prints. It needs no root, changes no file, and does nothing on a machine without
-# an NPU (MEGATRON_DEVICE=npu says that there is one). Sourcing it twice is harmless.
+# none. Everything it sets it prints, but MEGATRON_NPU_ENVIRONMENT, which tells error messages what it found
+# (no-npu, no-cann or cann). It needs no root, changes no file, and sets nothing else on a machine without an
+# NPU (MEGATRON_DEVICE=npu says that there is one). Sourcing it twice is harmless.
 #
 # CANN_SET_ENV=FILE names a set_env.sh in an unusual place.
 
@@ -48,6 +49,7 @@ npu_cann_candidates() {
 npu_source_cann() {
     if [[ -n ${ASCEND_HOME_PATH:-} && ":${LD_LIBRARY_PATH:-}:" == *":$ASCEND_HOME_PATH/"* ]]; then
         npu_say "CANN: $ASCEND_HOME_PATH, already in the environment"
+        export MEGATRON_NPU_ENVIRONMENT=cann
         return
     fi
     local file found=
@@ -59,9 +61,11 @@ npu_source_cann() {
     done < <(npu_cann_candidates)
     if [[ -z $found ]]; then
         npu_say "CANN: no set_env.sh found, going on without; CANN_SET_ENV=FILE names one"
+        export MEGATRON_NPU_ENVIRONMENT=no-cann
         return
     fi
     npu_say "CANN: $found"
+    export MEGATRON_NPU_ENVIRONMENT=cann
     local flags=$-
     set +eu # not ours: it may end with a test that fails, or read variables that are not set
     # shellcheck disable=SC1090
@@ -83,7 +87,11 @@ npu_add_driver() {
 }
 
 npu_environment() {
-    npu_is_here || return 0
+    if ! npu_is_here; then
+        npu_say "no NPU: there is no ${DEV_DIR:-/dev}/davinci*, so nothing is set; MEGATRON_DEVICE=npu says that there is one"
+        export MEGATRON_NPU_ENVIRONMENT=no-npu
+        return 0
+    fi
     npu_source_cann
     npu_add_driver
     # Ranks of a big job arrive minutes apart; CANN's own limit is two.

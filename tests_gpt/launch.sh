@@ -166,16 +166,21 @@ prepare_data() {
         EMBEDDED=1
         say "data: $DATA_PATH"
     fi
-    local words
     if [[ $EMBEDDED == 1 ]]; then
         DATA_FLAGS+=(--data-path "$DATA_PATH")
     elif [[ -n $DATA_PATH ]]; then
-        read -ra words <<<"$DATA_PATH" # a blend has several words
-        DATA_FLAGS+=(--data-path "${words[@]}")
+        split_data_path "$DATA_PATH"
+        DATA_FLAGS+=(--data-path "${DATA_WORDS[@]}")
     fi
     [[ -n $VOCAB_FILE ]] && DATA_FLAGS+=(--vocab-file "$VOCAB_FILE")
     [[ -n $MERGE_FILE ]] && DATA_FLAGS+=(--merge-file "$MERGE_FILE")
     return 0
+}
+
+# split_data_path TEXT: sets the array DATA_WORDS: the words of a blend, or one path, blanks included.
+split_data_path() {
+    DATA_WORDS=("$1")
+    if [[ ! -e $1.bin && ! -e $1.idx ]]; then read -ra DATA_WORDS <<<"$1"; fi
 }
 
 # start_python SCRIPT ARGS...: sets the array COMMAND, under torchrun only when there are several processes.

@@ -60,7 +60,7 @@ count_processes
 # As many ranks share a layer, and as many stages the layers, as the published 8 and 16 allow here.
 TENSOR=$(common_divisor 8 "$PROCESSES")
 PIPELINE=$(common_divisor 16 $((WORLD / TENSOR)))
-read -ra DATA_WORDS <<<"$DATA" # a blend has several words
+split_data_path "$DATA"
 GPT_FLAGS=(
     --num-layers "${NUM_LAYERS:-96}" --hidden-size "${HIDDEN_SIZE:-12288}"
     --num-attention-heads "${NUM_HEADS:-96}"

@@ -7,6 +7,8 @@ gpt_flags() {
         echo "DATA_PATH is not set: name the prefix of a .bin/.idx pair, for instance DATA_PATH=data/corpus_text_document" >&2
         return 2
     fi
+    local data=("$DATA_PATH") # one path, blanks included, or the words of a blend
+    if [[ ! -e $DATA_PATH.bin ]]; then read -ra data <<<"$DATA_PATH"; fi
     GPT_FLAGS=(
         --num-layers "${NUM_LAYERS:-8}"
         --hidden-size "${HIDDEN_SIZE:-4096}"
@@ -18,7 +20,7 @@ gpt_flags() {
         --train-iters "${TRAIN_ITERS:-500000}"
         --lr "${LR:-1.5e-4}" --min-lr 1.0e-5 --lr-decay-style cosine --lr-warmup-fraction 0.01
         --weight-decay 0.01 --clip-grad 1.0 --adam-beta2 0.95 --init-method-std 0.006
-        --data-path $DATA_PATH # not quoted: a blend has several words
+        --data-path "${data[@]}"
         --split 949,50,1
         --log-interval "${LOG_INTERVAL:-10}" --eval-interval 1000 --eval-iters "${EVAL_ITERS:-10}"
         --save-interval "${SAVE_INTERVAL:-1000}"

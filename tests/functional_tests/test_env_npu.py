@@ -51,9 +51,10 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def test_nothing_happens_without_a_card(machine: Machine) -> None:
+def test_a_machine_without_a_card_is_told_and_left_as_it_is(machine: Machine) -> None:
     printed, changed = machine.source()
-    assert printed == "" and changed == {}
+    assert printed.startswith("env_npu: no NPU: ") and "MEGATRON_DEVICE=npu" in printed
+    assert printed.count("\n") == 0 and changed == {"MEGATRON_NPU_ENVIRONMENT": "no-npu"}
 
 
 @pytest.mark.parametrize("file", ["davinci0", "davinci5", "davinci_manager"])
@@ -99,14 +100,14 @@ def test_no_cann_is_said(machine: Machine) -> None:
         MEGATRON_DEVICE="npu", ASCEND_ROOT=str(machine.dev), HOME=str(machine.dev)
     )
     assert "no set_env.sh found" in printed
-    assert "ASCEND_HOME_PATH" not in changed
+    assert "ASCEND_HOME_PATH" not in changed and changed["MEGATRON_NPU_ENVIRONMENT"] == "no-cann"
 
 
 def test_every_variable_is_named_or_comes_from_cann(machine: Machine) -> None:
     """What changes is printed, or was set by CANN's own file, which is printed."""
     (machine.ascend / "driver" / "lib64").mkdir(parents=True)
     printed, changed = machine.source(MEGATRON_DEVICE="npu")
-    silent = {name for name in changed if name not in printed}
+    silent = {name for name in changed if name not in printed} - {"MEGATRON_NPU_ENVIRONMENT"}
     assert changed.keys() >= {"ASCEND_HOME_PATH", "LD_LIBRARY_PATH"} and not silent, (silent, printed)
 
 

@@ -97,6 +97,17 @@ def test_missing_cann_is_one_sentence(installed) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("found", ["no-npu", "no-cann", "cann"])
+def test_a_sourced_environment_is_not_recommended_as_it_was(installed, monkeypatch, found: str) -> None:
+    """Whoever has sourced env_npu.sh is told what it lacked, not to do the same again."""
+    monkeypatch.setattr(versions, "torch_npu_version", lambda: "2.13.0")
+    monkeypatch.setattr(versions, "_torch_mismatch", lambda version: None)
+    monkeypatch.setenv("MEGATRON_NPU_ENVIRONMENT", found)
+    said = versions._without_cann(OSError("libhccl.so: cannot open shared object file"))
+    first = {"no-npu": "MEGATRON_DEVICE=npu", "no-cann": "CANN_SET_ENV", "cann": "install CANN"}[found]
+    assert first in said.partition("source it again")[0] and "or CANN's own set_env.sh" not in said
+
+
 def test_launchers_are_told_before_torch_is_imported(installed) -> None:
     done = plain("-X", "importtime", "-m", "megatron_npu.versions", PYTHONPATH=installed("2.1.*"))
     assert done.returncode == 1

@@ -31,6 +31,16 @@ class Flag:
         default = self.options["default"]
         return default() if callable(default) else copy(default)
 
+    def words(self, value: Any) -> str:
+        """What to type so that the argument gets ``value``: the flag with it, or to leave the flag out."""
+        action = self.options.get("action")
+        if value is None or value == self.default or (action and value == (action == "store_false")):
+            return f"no {self.name}"
+        if action:
+            return self.name
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return " ".join([self.name, *(str(getattr(item, "name", item)) for item in values)])
+
     def add_to(self, parser: Any) -> None:
         """Add the flag to a parser or an argument group."""
         parser.add_argument(*self.names, dest=self.dest, **{**self.options, "default": self.default})

@@ -62,7 +62,7 @@ def parse_args(extra_args_provider: ExtraArgs | None = None, ignore_unknown_args
     if found.problems:
         problems = [*found.problems, *_rule_problems(args, found.tainted)]
         if args.rank == 0:
-            print(f"error: {report(problems)}", file=sys.stderr, flush=True)
+            print(f"error: {report(problems, found.given)}", file=sys.stderr, flush=True)
         raise SystemExit(USAGE_STATUS)
     if found.backslashes and args.rank == 0:
         print(

@@ -1,8 +1,9 @@
 """From a parsed namespace to a complete one, or to one error that lists everything that is wrong."""
 
+import re
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron.core.errors import ConfigError
@@ -37,9 +38,10 @@ def validate_args(args: Namespace, defaults: Mapping[str, Any] = {}) -> Namespac
     Raises:
         ArgumentsError: one error with every problem.
     """
+    given = getattr(args, "given_flags", None)
     outcome = _check(args, defaults)
     if outcome.problems:
-        raise ArgumentsError(outcome.problems)
+        raise ArgumentsError(outcome.problems, given)
     if args.rank == 0:
         for note in outcome.notes:
             print(note, flush=True)
@@ -68,12 +70,32 @@ def _check(args: Namespace, defaults: Mapping[str, Any]) -> Outcome:
     refused_flags = {problem.flag for problem in refused}
     broken = [problem for rule in RULES for problem in rule(args, given)]
     outcome.problems = refused + [problem for problem in broken if problem.flag not in refused_flags]
+    outcome.problems = [_as_typed(problem, given) for problem in outcome.problems]
     outcome.notes += warnings_about(args, given)
     if not outcome.problems:
         outcome.problems = _config_problems(args)
     for dest in rejected.WITHDRAWN_DESTS:
         vars(args).pop(dest, None)
     return outcome
+
+
+def _as_typed(problem: Problem, given: list[str]) -> Problem:
+    """The problem in the spellings of the command line, where a flag has several."""
+    typed = {}
+    for flag in ALL_FLAGS:
+        spellings = [name for other in ALL_FLAGS if other.dest == flag.dest for name in other.names]
+        used = [name for name in spellings if name in given]
+        if used and flag.name not in given:
+            typed[flag.name] = used[0]
+    if not typed:
+        return problem
+
+    def renamed(text: str) -> str:
+        return re.sub(r"--[\w-]+", lambda found: typed.get(found[0], found[0]), text)
+
+    return replace(
+        problem, flag=renamed(problem.flag), rule=renamed(problem.rule), remedy=renamed(problem.remedy)
+    )
 
 
 def _complete(args: Namespace) -> None:

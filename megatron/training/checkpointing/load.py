@@ -17,6 +17,7 @@ from megatron.training.checkpointing import (
     tracker,
 )
 from megatron.training.checkpointing.locate import _load_base_checkpoint
+from megatron.training.checkpointing.model_args import flags_to_change
 from megatron.training.checkpointing.rng import set_rng_state
 from megatron.training.checkpointing.save import describe_place
 from megatron.training.checkpointing.state import model_keys
@@ -207,11 +208,24 @@ def _fitted_chunks(
         raise CheckpointError(
             f"the weights in {name} are not those of this model:\n"
             + "\n".join(problems)
-            + "\nStart with the flags of the run that saved it, or take the model's from it with "
-            "--use-checkpoint-args. A first dimension of another size in embedding.word_embeddings or "
-            "output_layer means another vocabulary or another --make-vocab-size-divisible-by."
+            + "\n"
+            + _remedy_for_other_weights(state_dict)
         )
     return fitted, renamed
+
+
+def _remedy_for_other_weights(state_dict: dict[str, Any]) -> str:
+    """What to type for the model of a checkpoint, as far as its arguments tell."""
+    vocabulary = (
+        "A first dimension of another size in embedding.word_embeddings or output_layer means another "
+        "vocabulary or another --make-vocab-size-divisible-by."
+    )
+    if "args" not in state_dict:
+        return f"Start with the flags of the run that saved it. {vocabulary}"
+    words = flags_to_change(state_dict["args"], replaceable.get_args())
+    if words:
+        return f"The run that saved it had: {', '.join(words)}. Start with these. {vocabulary}"
+    return f"The run that saved it had the same flags, so the code or the layer spec differs. {vocabulary}"
 
 
 def _fitted_optimizer_state(

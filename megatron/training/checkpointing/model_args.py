@@ -8,6 +8,7 @@ import torch
 
 from megatron.core.errors import CheckpointError, ConfigError
 from megatron.training.agreement import failing_together, world_size
+from megatron.training.arguments.validation import ALL_FLAGS
 from megatron.training.checkpointing import replaceable
 from megatron.training.checkpointing.locate import _load_base_checkpoint
 from megatron.training.checkpointing.version import get_checkpoint_version
@@ -190,16 +191,38 @@ def check_checkpoint_args(checkpoint_args: argparse.Namespace) -> None:
             if stored != here:
                 problems.append(_difference(field, stored, here))
     if problems:
+        words = flags_to_change(checkpoint_args, args)
+        remedy = f"\nTo go on with it, start with: {', '.join(words)}." if words else ""
         raise CheckpointError(
             "the checkpoint does not fit this run:\n"
             + "\n".join(problems)
-            + "\nStart with the checkpoint's values (--use-checkpoint-args takes the model's from it, "
-            "--use-mp-args-from-checkpoint-args the parallel sizes), or give another --load."
+            + f"{remedy}\nTo start anew, give another directory with --load."
         )
 
 
 def _difference(field: str, stored: Any, here: Any) -> str:
-    return f"  --{field.replace('_', '-')}: {stored} in the checkpoint, {here} in this run"
+    known = {flag.dest: flag.name for flag in ALL_FLAGS}
+    name = known.get(field, field.replace("_", " "))
+    return f"  {name}: {stored} in the checkpoint, {here} in this run"
+
+
+def flags_to_change(stored: argparse.Namespace, args: argparse.Namespace) -> list[str]:
+    """What to type, flag by flag, for the model and the layout that a checkpoint was saved with.
+
+    ``--use-checkpoint-args`` is no such advice: it leaves the sizes alone that the command line gives.
+    """
+    flags = {flag.dest: flag for flag in ALL_FLAGS}
+    fields = (*FILL, *FORCE, *FORCE_EXTENSION, "make_vocab_size_divisible_by", *PARALLEL_FORCE)
+    changes = []
+    for field in dict.fromkeys(fields):
+        value, here = getattr(stored, field, None), getattr(args, field, None)
+        if value is None or value == here or not _in_use(field, stored):
+            continue
+        if field == "virtual_pipeline_model_parallel_size":
+            changes.append(f"--num-virtual-stages-per-pipeline-rank {value}")
+        elif field in flags and (words := flags[field].words(value)) not in changes:
+            changes.append(words)
+    return changes
 
 
 def _fields_to_compare(args: argparse.Namespace) -> list[str]:

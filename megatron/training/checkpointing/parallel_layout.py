@@ -38,7 +38,9 @@ def differences(stored: argparse.Namespace) -> list[str]:
     for name, here in sizes_here().items():
         value = getattr(stored, name, here)
         if (value or 1) != (here or 1):
-            flag = f"--{name.replace('_', '-')}"
+            # Virtual stages have two flags, and neither has this name.
+            is_flag = name != "virtual_pipeline_model_parallel_size"
+            flag = f"--{name.replace('_', '-')}" if is_flag else name.replace("_", " ")
             found.append(f"{flag} {value or 1} in the checkpoint, {here or 1} in this run")
     return found
 

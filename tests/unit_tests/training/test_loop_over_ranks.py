@@ -221,7 +221,7 @@ MISFITS = {
     "other virtual stages": (
         Layout(pp=2, vpp=2),
         Layout(pp=2),
-        "--virtual-pipeline-model-parallel-size: 2 in the checkpoint, 1 in this run",
+        "virtual pipeline model parallel size: 2 in the checkpoint, 1 in this run",
     ),
     "whole state into shards": (
         Layout(dp=2),

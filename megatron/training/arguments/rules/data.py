@@ -1,5 +1,6 @@
 """Rules about data and tokenizers."""
 
+import os
 import re
 from argparse import Namespace
 from collections.abc import Collection
@@ -39,6 +40,26 @@ def one_source_of_data(args: Namespace, given: Collection[str]) -> list[Problem]
     return []
 
 
+def paths_are_quoted(args: Namespace, given: Collection[str]) -> list[Problem]:
+    """A path with a blank is one word, and a blend is several."""
+    problems = []
+    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        words = getattr(args, name) or []
+        whole = " ".join(words)
+        if len(words) > 1 and _is_data_set(whole) and not all(_is_data_set(word) for word in words):
+            rule, remedy = "is one path with a blank", f'quote it: {_flag(name)} "{whole}"'
+        elif len(words) == 1 and not _is_data_set(whole) and any(map(_is_data_set, whole.split()[1:])):
+            rule, remedy = "is a blend in one word", f"leave the quotes out: {_flag(name)} {whole}"
+        else:
+            continue
+        problems.append(Problem(_flag(name), words, rule, remedy))
+    return problems
+
+
+def _is_data_set(prefix: str) -> bool:
+    return os.path.exists(f"{prefix}.bin") or os.path.exists(f"{prefix}.idx")
+
+
 def split_is_readable(args: Namespace, given: Collection[str]) -> list[Problem]:
     """Up to three shares of which one at least is positive; none with a blend per split."""
     if args.split is None:
@@ -61,16 +82,16 @@ def split_is_readable(args: Namespace, given: Collection[str]) -> list[Problem]:
 def tokenizer_has_its_files(args: Namespace, given: Collection[str]) -> list[Problem]:
     """What each kind of tokenizer is built from."""
     kind = args.tokenizer_type
-    problems = [
-        Problem(
-            "--tokenizer-type",
-            kind,
-            f"needs {_flag(name)}",
-            f"add {_flag(name)} {EXAMPLE_VALUES.get(name, 'PATH')}",
-        )
-        for name in TOKENIZER_FILES.get(kind, ())
-        if getattr(args, name) is None
-    ]
+    problems = []
+    for name in TOKENIZER_FILES.get(kind, ()):
+        if getattr(args, name) is not None:
+            continue
+        remedy = f"add {_flag(name)} {EXAMPLE_VALUES.get(name, 'PATH')}"
+        if "--tokenizer-type" in given:
+            problems.append(Problem("--tokenizer-type", kind, f"needs {_flag(name)}", remedy))
+        else:
+            rule = f"is required by {kind}, the tokenizer that is used where none is named"
+            problems.append(Problem(_flag(name), None, rule, f"{remedy}, or name one with --tokenizer-type"))
     if kind == "PretrainedFromHF" and args.tokenizer_name_or_path is None and args.tokenizer_model is None:
         rule = "needs --tokenizer-name-or-path"
         problems.append(Problem("--tokenizer-type", kind, rule, "add --tokenizer-name-or-path DIR"))
@@ -86,4 +107,4 @@ def _flag(dest: str) -> str:
     return "--" + dest.replace("_", "-")
 
 
-RULES = (one_source_of_data, split_is_readable, tokenizer_has_its_files)
+RULES = (one_source_of_data, paths_are_quoted, split_is_readable, tokenizer_has_its_files)

@@ -177,7 +177,7 @@ def test_vocabulary_size_is_compared_when_the_vocabulary_is_given(run):
     args.make_vocab_size_divisible_by, args.padded_vocab_size = 128, 256
     run.save(4)
     args.padded_vocab_size = 384
-    with pytest.raises(CheckpointError, match="--padded-vocab-size: 256 in the checkpoint, 384 in this run"):
+    with pytest.raises(CheckpointError, match="padded vocab size: 256 in the checkpoint, 384 in this run"):
         run.load()
 
 
