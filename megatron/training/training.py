@@ -205,7 +205,8 @@ def pretrain(
             iteration, flops = train(*run, *evaluation, saves, non_loss_data_func)
             print_datetime("after training is done")
             if args.save and iteration != 0:
-                save_checkpoint_and_time(iteration, model, optimizer, scheduler, flops, saves)
+                what = (iteration, model, optimizer, scheduler, flops, saves)
+                save_checkpoint_and_time(*what, train_data_iterator=train_iterator)
     answer_signals(in_training=False)
     what = (forward_step_func, model, iteration, *evaluation, non_loss_data_func)
     _evaluate_at_the_end(args, *what, {"validation": valid_iterator, "test": test_iterator})
@@ -278,7 +279,8 @@ def train(
         while iteration < args.train_iters and not must_exit:
             hooks.before_step(iteration)
             if _batch_size_grew(args, iteration) and args.save:
-                save_checkpoint_and_time(iteration, *run, flops, checkpointing_context)
+                what = (iteration, *run, flops, checkpointing_context)
+                save_checkpoint_and_time(*what, train_data_iterator=train_data_iterator)
             get_rerun_state_machine().current_iteration = args.curr_iteration = iteration
             if iteration in args.iterations_to_skip:
                 dummy_train_step(train_data_iterator)

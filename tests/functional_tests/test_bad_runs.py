@@ -53,8 +53,19 @@ def test_wrong_magic(golden, tmp_path, dataset):
 
 
 def test_token_beyond_the_vocabulary(golden, tmp_path):
-    run = fails(tiny_gpt(golden, tmp_path, vocab_size=100), tmp_path, "u16_text_document", "128")
-    assert "vocabulary" in run.output
+    expected = ("u16_text_document", "in document ", "the vocabulary has 101 ids")
+    fails(tiny_gpt(golden, tmp_path, vocab_size=100), tmp_path, *expected)
+
+
+def test_id_that_only_pads_the_vocabulary(golden, tmp_path, dataset):
+    # 501 ids are padded to 512: the table has a row for 505, which is no token.
+    tokens = np.fromfile(f"{dataset}.bin", dtype=np.uint16)
+    tokens[:] = 505
+    tokens.tofile(f"{dataset}.bin")
+    expected = (f"{dataset} holds token id 505 in document", "the vocabulary has 501 ids")
+    fails(tiny_gpt(golden, tmp_path, data_path=dataset), tmp_path, *expected)
+    run = pretrain_gpt(tiny_gpt(golden, tmp_path, data_path=dataset, vocab_size=505), tmp_path)
+    assert len(run.check().losses) == 8
 
 
 def test_corpus_too_short_for_one_sample(golden, tmp_path):

@@ -63,6 +63,19 @@ def test_another_quantity(tool, tmp_path: Path) -> None:
     assert tool.read_run(log(tmp_path / "a.log", {1: 5.0}), "grad norm") == {1: 2.5}
 
 
+def test_evaluations_are_read_from_a_log_under_the_names_of_tensorboard(tool, tmp_path: Path) -> None:
+    path = log(tmp_path / "a.log", {2: 5.0, 4: 4.0}, noise=False)
+    path.write_text(
+        path.read_text()
+        + " validation loss at iteration 2 | lm loss value: 4.5E+00 | lm loss PPL: 9.0E+01 |\n"
+        " validation loss at iteration 4 on validation set | lm loss value: 3.5E+00 | lm loss PPL: 33.1 |\n"
+        " test loss at iteration 4 on test set | lm loss value: 3.0E+00 | lm loss PPL: 2.0E+01 |\n"
+    )
+    assert tool.read_run(path, "lm loss") == {2: 5.0, 4: 4.0}
+    assert tool.read_run(path, "lm loss validation") == {2: 4.5, 4: 3.5}
+    assert tool.read_run(path, "lm loss test") == {4: 3.0}
+
+
 @pytest.mark.parametrize(
     ("reference", "other", "error"),
     [(2.0, 2.0, 0.0), (2.0, 1.0, 0.5), (-2.0, -1.0, 0.5), (0.0, 0.0, 0.0), (0.0, 1e-9, math.inf),

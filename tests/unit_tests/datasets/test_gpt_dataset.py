@@ -262,9 +262,21 @@ def test_token_id_beyond_the_vocabulary(write_corpus, gpt_config, build_gpt, bad
     assert bad in torch.stack([dataset[i]["labels"] for i in range(len(dataset))])
 
 
+@pytest.mark.parametrize("document", [0, 2, 5])
+def test_the_document_of_a_bad_id_is_named(write_corpus, gpt_config, build_gpt, document):
+    documents = [[number] * 3 for number in range(1, 7)]
+    documents[document][1] = 77
+    prefix = write_corpus(documents)
+    # A sample holds tokens of several documents.
+    config = gpt_config(blend=([prefix], None), split="1", vocab_size=50, sequence_length=8)
+    dataset = build_gpt(config, [2, 0, 0])[0]
+    with pytest.raises(DataError, match=rf"token id 77 in document {document} \(train sample \d\)"):
+        list(map(dataset.__getitem__, range(len(dataset))))
+
+
 def test_mock_ids_beyond_the_vocabulary(gpt_config, build_gpt):
     dataset = build_gpt(gpt_config(vocab_size=10, sequence_length=4096), [4, 1, 1], MockGPTDataset)[0]
-    with pytest.raises(DataError, match="the mock data holds token id"):
+    with pytest.raises(DataError, match=r"the mock data holds token id .* give --vocab-size 4095 or more"):
         dataset[0]
 
 

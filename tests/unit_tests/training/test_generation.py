@@ -59,9 +59,18 @@ def counting_model(tokens: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def test_generation_counts_and_never_takes_a_padded_id() -> None:
-    out = generate(counting_model, [1], 7, SamplingOptions(), context_length=4, vocabulary_size=6)
-    assert out == [2, 3, 4, 5, 0, 1, 2]
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"greedy": True}, {"top_k": 1}, {"top_k": 8}, {"top_p": 0.5}, {"temperature": 100.0, "top_k": 2}],
+    ids=str,
+)
+def test_generation_never_takes_a_padded_id(options: dict) -> None:
+    choice = SamplingOptions(**options)
+    out = generate(counting_model, [1], 7, choice, context_length=4, vocabulary_size=6)
+    if "temperature" in options:
+        assert max(out) < 6
+    else:
+        assert out == [2, 3, 4, 5, 0, 1, 2]
 
 
 def test_generation_stops_at_the_end_token_and_respects_the_context() -> None:

@@ -117,6 +117,16 @@ def test_report(capsys: pytest.CaptureFixture):
         "Number of parameters in most loaded shard in billions: 0.1243\n"
         "Theoretical memory footprints: weight and optimizer=2133.66 MB\n"
     )
+    args = arguments(hidden_size=64, num_layers=2, kv_channels=16, num_attention_heads=4, ffn_hidden_size=256,
+                     padded_vocab_size=640)  # fmt: skip
+    theory.report_theoretical_memory(args, verbose=True)
+    # 98,944 parameters in the block, 40,960 in the embedding.
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        "Number of parameters in transformer block in thousands:  98.94",
+        "Number of parameters in embedding layers in thousands: 40.96",
+        "Total number of parameters in millions: 0.14",
+        "Number of parameters in most loaded shard in millions: 0.1399",
+    ]
     args = arguments(
         sequence_parallel=True, recompute_granularity="selective", pipeline_model_parallel_size=2
     )
