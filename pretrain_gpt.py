@@ -29,6 +29,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.data.batch import stage_needs_data
 from megatron.training.data.storage_domain import storage_domain
 from megatron.training.entry import run_main
+from megatron.training.memory_limits import check_memory
 from megatron.training.tokenizer import num_token_ids
 from megatron.training.utils import (
     get_batch_on_this_cp_rank,
@@ -43,6 +44,7 @@ SPIKY_LOSS_FACTOR = 10
 def model_provider(pre_process: bool = True, post_process: bool = True) -> GPTModel:
     """The GPT model the arguments describe."""
     args = get_args()
+    check_memory(args)
     print_rank_0("building GPT model ...")
     config = core_transformer_config_from_args(args)
     if args.spec is not None and args.spec != ["local"]:

@@ -216,6 +216,12 @@ def memory_report() -> dict[str, int]:
     return {"allocated": resident, "max_allocated": peak, "reserved": resident, "max_reserved": peak}
 
 
+def total_memory() -> int:
+    """Bytes of memory of the current device; 0 for a CPU, whose memory is the host's, or if it is unknown."""
+    properties = getattr(_module(), "get_device_properties", None) if is_accelerated() else None
+    return int(getattr(properties(current_device()), "total_memory", 0)) if properties else 0
+
+
 def memory_stats() -> dict[str, Any]:
     """The allocator's own counters (``torch.cuda.memory_stats`` names); empty on a CPU."""
     return dict(torch.accelerator.memory_stats()) if is_accelerated() else {}

@@ -220,24 +220,30 @@ def _find(path: str) -> _Point:
         except ImportError as error:
             raise OverrideError(f"override of {path}: cannot import {module!r}: {error}") from error
     if path not in _points:
-        raise OverrideError(f"override of {path}: no function is marked @overridable there.{_suggest(path)}")
+        raise OverrideError(f"override of {path}: no function is marked @overridable there{_suggest(path)}")
     return _points[path]
 
 
-def _check_known(name: str) -> None:
-    if any(_fits(name, path) for path in _points):
-        return
+def problem_with_name(name: str) -> str | None:
+    """What is wrong with a name for :func:`disable`; None if nothing is."""
+    if name == "all" or any(_fits(name, path) for path in _points):
+        return None
     import_all_points()
-    if not any(_fits(name, path) for path in _points):
-        raise OverrideError(
-            f"disable override {name!r}: no replaceable function has that name.{_suggest(name)}"
-        )
+    if any(_fits(name, path) for path in _points):
+        return None
+    return f"no replaceable function has that name{_suggest(name)}"
+
+
+def _check_known(name: str) -> None:
+    problem = problem_with_name(name)
+    if problem:
+        raise OverrideError(f"disable override {name!r}: {problem}")
 
 
 def _suggest(name: str) -> str:
     short_names = {path.rpartition(".")[2]: path for path in _points}
     close = difflib.get_close_matches(name.rpartition(".")[2], short_names, n=1, cutoff=0.5)
-    return f" Did you mean {short_names[close[0]]!r}?" if close else ""
+    return f"; did you mean {short_names[close[0]]!r}?" if close else ""
 
 
 def _parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:

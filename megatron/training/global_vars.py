@@ -88,6 +88,22 @@ def get_signal_handler():
     return _get("signal_handler")
 
 
+def get_unread_flags() -> Any:
+    """The record of what has been read of the flags (``unread_flags.UnreadFlags``); None without one."""
+    return _REGISTRY.get("unread_flags")
+
+
+def set_unread_flags(record: Any) -> None:
+    """Register the record, in place of an earlier one."""
+    _end_record_of_reads()
+    _REGISTRY["unread_flags"] = record
+
+
+def _end_record_of_reads() -> None:
+    if "unread_flags" in _REGISTRY:
+        _REGISTRY["unread_flags"].reads.end()
+
+
 def set_args(args: Namespace) -> None:
     """Replace the arguments alone (tests and tools)."""
     _REGISTRY["args"] = args
@@ -144,6 +160,7 @@ def unset_global_variables() -> None:
     handler = _REGISTRY.get("signal_handler")
     if handler is not None:
         handler.release()
+    _end_record_of_reads()
     _REGISTRY.clear()
     destroy_num_microbatches_calculator()
 

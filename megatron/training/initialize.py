@@ -7,6 +7,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from copy import copy
 from datetime import timedelta
 from typing import Any
 
@@ -40,6 +41,7 @@ def initialize_megatron(
     get_embedding_ranks: Callable | None = None,
     get_position_embedding_ranks: Callable | None = None,
     parsed_args: Namespace | None = None,
+    on_validated: Callable[[Namespace, Namespace], None] | None = None,
 ) -> Callable[[], None] | None:
     """Parse and check the arguments, register the globals, join the process groups, seed everything.
 
@@ -51,6 +53,7 @@ def initialize_megatron(
         skip_mpu_initialization: stop before process groups exist (tools).
         get_embedding_ranks, get_position_embedding_ranks: see ``initialize_model_parallel``.
         parsed_args: arguments parsed elsewhere.
+        on_validated: called with a copy of the arguments as they were given, and the validated ones.
 
     Returns:
         None, or with ``--lazy-mpu-init`` a function that finishes the set-up.
@@ -62,7 +65,10 @@ def initialize_megatron(
         if args.world_size > 1:  # rank 0 reads for all: other hosts may lack its file
             _join_world(args)
         load_args_from_checkpoint(args)
+    asked = copy(args)
     validate_args(args, args_defaults or {})
+    if on_validated is not None:
+        on_validated(asked, args)
     if args.rank == 0:
         print_args(args, given)
     _activate_overrides(args)

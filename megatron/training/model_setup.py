@@ -48,10 +48,9 @@ def get_model(
             chunks[index] = Float16Module(config, chunk)
     if wrap_with_ddp:
         # Backward ends in the first chunk: the others' gradients are reduced behind the work that is left.
+        ddp_config = ddp_config_from_args(args, sum(p.nelement() for c in chunks for p in c.parameters()))
         chunks = [
-            DistributedDataParallel(
-                get_model_config(chunk), ddp_config_from_args(args), chunk, disable_bucketing=index > 0
-            )
+            DistributedDataParallel(get_model_config(chunk), ddp_config, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(chunks)
         ]
         if args.data_parallel_random_init:
@@ -124,16 +123,28 @@ def _check_parameter_count(model: torch.nn.Module) -> None:
         )
 
 
-def ddp_config_from_args(args: Namespace) -> DistributedDataParallelConfig:
-    """How gradients and parameters travel between data-parallel ranks."""
+def ddp_config_from_args(args: Namespace, num_parameters: int = 0) -> DistributedDataParallelConfig:
+    """How gradients and parameters travel between data-parallel ranks.
+
+    Args:
+        args: validated arguments.
+        num_parameters: of all chunks of this rank, which ``--ddp-num-buckets`` divides.
+    """
     renamed = {
         "grad_reduce_in_fp32": lambda a: a.accumulate_allreduce_grads_in_fp32,
         "check_for_nan_in_grad": lambda a: a.check_for_nan_in_loss_and_grad,
-        "bucket_size": lambda a: a.ddp_bucket_size,
+        "bucket_size": lambda a: _bucket_size(a, num_parameters),
         "average_in_collective": lambda a: a.ddp_average_in_collective,
         "pad_buckets_for_high_nccl_busbw": lambda a: a.ddp_pad_buckets_for_high_nccl_busbw,
     }
     return DistributedDataParallelConfig(**field_values(DistributedDataParallelConfig, args, renamed))
+
+
+def _bucket_size(args: Namespace, num_parameters: int) -> int | None:
+    """Elements that fill a gradient bucket; None leaves the choice to the wrapper."""
+    if args.ddp_num_buckets is None:
+        return args.ddp_bucket_size
+    return max(1, -(-num_parameters // args.ddp_num_buckets))
 
 
 def optimizer_config_from_args(args: Namespace) -> OptimizerConfig:

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,6 +77,11 @@ from megatron.training.schedule_hooks import (
     should_disable_forward_pre_hook,
 )
 from megatron.training.step_hooks import StepHooks, post_training_step_callbacks
+from megatron.training.unread_flags import (
+    name_flags_unread_by_script,
+    name_flags_unread_in_setup,
+    record_reads,
+)
 from megatron.training.utils import (
     append_to_progress_log,
     calc_params_l2_norm,
@@ -166,6 +172,7 @@ def pretrain(
         args_defaults,
         get_embedding_ranks=get_embedding_ranks,
         get_position_embedding_ranks=get_position_embedding_ranks,
+        on_validated=partial(record_reads, args_defaults or {}),
     )
     if finish is not None:  # --lazy-mpu-init: nobody else will
         finish()
@@ -187,6 +194,7 @@ def pretrain(
     )
     timers("train/valid/test-data-iterators-setup").stop()
     print_datetime("after dataloaders are built")
+    name_flags_unread_in_setup()
     print_rank_0("done with setup ...")
     timers.log(["model-and-optimizer-setup", "train/valid/test-data-iterators-setup"], barrier=True)
 
@@ -210,6 +218,7 @@ def pretrain(
     answer_signals(in_training=False)
     what = (forward_step_func, model, iteration, *evaluation, non_loss_data_func)
     _evaluate_at_the_end(args, *what, {"validation": valid_iterator, "test": test_iterator})
+    name_flags_unread_by_script()
     flush_writers()
 
 
@@ -301,6 +310,7 @@ def train(
                 *run, iteration, flops, checkpointing_context, train_data_iterator
             )
     if must_exit:
+        name_flags_unread_by_script()
         flush_writers()
         sys.exit(0)
     return iteration, flops

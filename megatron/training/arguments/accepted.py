@@ -3,9 +3,11 @@
 Giving one prints its notice once.  They all parse, so that launch scripts run unchanged.
 """
 
+from argparse import Namespace
 from dataclasses import dataclass
 
 from megatron.training.arguments.flag import Flag, Group, off_switch, switch, value
+from megatron.training.arguments.savings import lost_saving
 
 
 @dataclass(frozen=True)
@@ -271,9 +273,13 @@ ACCEPTED = (
         ),
     ),
     Accepted(
+        "a choice of older model classes; here --no-bias-gelu-fusion makes it: GELU is exact with it, and "
+        "in the tanh form without",
+        (switch("--openai-gelu", help="tanh-style GELU of legacy models"),),
+    ),
+    Accepted(
         "written for older model classes or data formats; the models here do not need it",
         (
-            switch("--openai-gelu", help="tanh-style GELU of legacy models"),
             value("--onnx-safe", type=bool, help="ONNX exporter workaround of legacy models"),
             value(
                 "--sample-rate",
@@ -373,9 +379,9 @@ GROUP = Group("accepted without effect", tuple(flag for row in ACCEPTED for flag
 INERT_DESTS = frozenset(flag.dest for row in ACCEPTED if not row.acts for flag in row.flags)
 
 
-def notice_of(name: str) -> str | None:
+def notice_of(name: str, args: Namespace) -> str | None:
     """The line to print when the flag ``name`` is given, or None for a flag that simply works."""
     for row in ACCEPTED:
         if any(name in flag.names for flag in row.flags):
-            return f"notice: {name}: {row.notice}"
+            return f"notice: {name}: {row.notice}{lost_saving(name, args)}"
     return None

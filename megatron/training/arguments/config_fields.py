@@ -21,10 +21,10 @@ def field_values(
         args: validated arguments.
         special: what makes the fields that are not the argument of the same name.
     """
-    values = {}
+    values, arguments = {}, vars(args)  # copying a value into a config is no use of the argument
     for entry in fields(config_class):
         if entry.name in special:
             values[entry.name] = special[entry.name](args)
-        elif hasattr(args, entry.name) and entry.name not in INERT_DESTS:
-            values[entry.name] = getattr(args, entry.name)
+        elif entry.name in arguments and entry.name not in INERT_DESTS:
+            values[entry.name] = arguments[entry.name]
     return values

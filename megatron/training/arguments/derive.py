@@ -164,7 +164,7 @@ def data(args: Namespace, given: Collection[str]) -> list[str]:
     """Loader kind and split."""
     if args.dataloader_type is None:
         args.dataloader_type = "single"
-    if args.data_path and args.split is None:
+    if (args.data_path or args.data_args_path) and args.split is None:
         args.split = "969, 30, 1"
         return [f"WARNING: --split is not given; using {args.split} for training, validation and test"]
     return []
@@ -199,8 +199,6 @@ def small_habits(args: Namespace, given: Collection[str]) -> list[str]:
     args.cross_entropy_fusion_impl = "native"
     if args.npu_deterministic:
         args.deterministic_mode = True
-    if args.cross_entropy_loss_fusion:
-        return ["--cross-entropy-loss-fusion: the loss is always computed in its fused form"]
     return []
 
 

@@ -5,6 +5,8 @@ from argparse import Namespace
 from collections.abc import Collection
 
 CLAMP = "MEGATRON_CLAMP_PARALLEL"
+# Words of --cp-comm-type by those of --context-parallel-algo.
+EXCHANGES = {"ulysses_cp_algo": "a2a", "megatron_cp_algo": "p2p", "hybrid_cp_algo": "a2a+p2p"}
 
 
 def clamp_sizes(args: Namespace, given: Collection[str]) -> list[str]:
@@ -30,9 +32,8 @@ def clamp_sizes(args: Namespace, given: Collection[str]) -> list[str]:
 
 def context_scheme(args: Namespace, given: Collection[str]) -> list[str]:
     """The older names of the context-parallel exchange, and of its two levels."""
-    words = {"ulysses_cp_algo": "a2a", "megatron_cp_algo": "p2p", "hybrid_cp_algo": "a2a+p2p"}
-    if args.context_parallel_algo in words and "--cp-comm-type" not in given:
-        args.cp_comm_type = [words[args.context_parallel_algo]]
+    if args.context_parallel_algo in EXCHANGES and "--cp-comm-type" not in given:
+        args.cp_comm_type = [EXCHANGES[args.context_parallel_algo]]
     inner, size = args.ulysses_degree_in_cp, args.context_parallel_size
     if inner and inner > 0 and size % inner == 0 and not args.hierarchical_context_parallel_sizes:
         args.hierarchical_context_parallel_sizes = [inner, size // inner]

@@ -59,6 +59,7 @@ def parse_args(extra_args_provider: ExtraArgs | None = None, ignore_unknown_args
     args = _parse_words(parser, found.words, ignore_unknown_args)
     args.rank, args.world_size = rank_and_world_size()
     args.given_flags = tuple(found.given)
+    args.own_flags = _own_flags(parser, found.given)
     if found.problems:
         problems = [*found.problems, *_rule_problems(args, found.tainted)]
         if args.rank == 0:
@@ -83,6 +84,14 @@ def _parse_words(
     if ignore_unknown:
         return parser.parse_known_args(words)[0]
     return parser.parse_args(words)
+
+
+def _own_flags(parser: argparse.ArgumentParser, given: Sequence[str]) -> dict[str, str]:
+    """Flags among ``given`` that the script has added itself, and the arguments that hold their values."""
+    known = {
+        name for group in (*GROUPS, accepted.GROUP, rejected.GROUP) for f in group.flags for name in f.names
+    }
+    return {name: parser._option_string_actions[name].dest for name in given if name not in known}
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -13,6 +13,7 @@ from megatron.training.arguments.no_effect import warnings_about
 from megatron.training.arguments.not_built import not_built_problems
 from megatron.training.arguments.problem import ArgumentsError, Problem
 from megatron.training.arguments.rules import RULES
+from megatron.training.arguments.rules.bounds import numbers_beyond_limits
 
 ALL_FLAGS = tuple(flag for group in (*GROUPS, accepted.GROUP, rejected.GROUP) for flag in group.flags)
 
@@ -57,12 +58,26 @@ def find_problems(args: Namespace, defaults: Mapping[str, Any] = {}) -> list[Pro
     return _check(args, defaults).problems
 
 
+def completed(args: Namespace, defaults: Mapping[str, Any] = {}) -> Namespace:
+    """``args``, completed in place as far as they go, without looking for problems."""
+    _complete(args)
+    given = _given(args)
+    _script_defaults(args, defaults, given)
+    _derive(args, given)
+    return args
+
+
+def _derive(args: Namespace, given: list[str]) -> list[str]:
+    return [note for step in (derive.checkpoint_format, *derive.STEPS) for note in step(args, given)]
+
+
 def _check(args: Namespace, defaults: Mapping[str, Any]) -> Outcome:
     _complete(args)
     given = _given(args)
     outcome = Outcome(notes=_script_defaults(args, defaults, given))
-    outcome.notes += [note for name in given if (note := accepted.notice_of(name))]
     refused = rejected.rejected_problems(args, given)
+    if beyond := numbers_beyond_limits(args, given):
+        return Outcome([_as_typed(problem, given) for problem in refused + beyond])
     outcome.notes += derive.checkpoint_format(args, given)
     refused += not_built_problems(args)
     for step in derive.STEPS:
@@ -71,7 +86,8 @@ def _check(args: Namespace, defaults: Mapping[str, Any]) -> Outcome:
     broken = [problem for rule in RULES for problem in rule(args, given)]
     outcome.problems = refused + [problem for problem in broken if problem.flag not in refused_flags]
     outcome.problems = [_as_typed(problem, given) for problem in outcome.problems]
-    outcome.notes += warnings_about(args, given)
+    outcome.notes += [note for name in given if (note := accepted.notice_of(name, args))]
+    outcome.notes += warnings_about(args, given).values()
     if not outcome.problems:
         outcome.problems = _config_problems(args)
     for dest in rejected.WITHDRAWN_DESTS:
@@ -110,6 +126,7 @@ def _complete(args: Namespace) -> None:
 
 def _given(args: Namespace) -> list[str]:
     """The flags on the command line; for other namespaces, those that differ from their default."""
+    vars(args).pop("own_flags", None)
     given = vars(args).pop("given_flags", None)
     if given is None:
         given = [flag.name for flag in ALL_FLAGS if getattr(args, flag.dest) != flag.default]

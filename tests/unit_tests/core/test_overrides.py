@@ -124,7 +124,7 @@ def test_disable_by_environment(monkeypatch):
 
 def test_disable_of_unknown_name():
     with pytest.raises(
-        OverrideError, match=r"'rms_nrom'.*Did you mean 'megatron.core.fusions.rms_norm.rms_norm'"
+        OverrideError, match=r"'rms_nrom'.*did you mean 'megatron.core.fusions.rms_norm.rms_norm'"
     ):
         overrides.disable("rms_nrom")
 

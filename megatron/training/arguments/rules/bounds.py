@@ -31,6 +31,35 @@ class Bound:
         return f"must be {low} and {'below' if self.open_high else 'at most'} {self.high:g}"
 
 
+@dataclass(frozen=True)
+class Limit:
+    """The largest value of some flags: beyond it nothing could be built, and counting would not end."""
+
+    flags: str
+    most: int
+
+
+LIMITS = (
+    Limit(
+        "num-layers encoder-num-layers num-attention-heads num-query-groups tensor-model-parallel-size "
+        "pipeline-model-parallel-size context-parallel-size expert-model-parallel-size "
+        "expert-tensor-parallel-size num-layers-per-virtual-pipeline-stage "
+        "num-virtual-stages-per-pipeline-rank microbatch-group-size-per-virtual-pipeline-stage "
+        "decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers ulysses-degree-in-cp "
+        "vocab-extra-ids tiktoken-num-special-tokens distributed-timeout-minutes",
+        10**6,
+    ),
+    Limit("micro-batch-size global-batch-size", 10**7),
+    Limit(
+        "hidden-size ffn-hidden-size kv-channels seq-length encoder-seq-length max-position-embeddings "
+        "vocab-size make-vocab-size-divisible-by",
+        2**31 - 1,
+    ),
+    Limit("num-workers num-dataset-builder-threads", 1024),
+)
+# Numbers travel between ranks, and into files, in 64 bits.
+_MOST = 2**63 - 1
+
 BOUNDS = (
     Bound(
         "num-layers encoder-num-layers hidden-size ffn-hidden-size num-attention-heads kv-channels "
@@ -76,6 +105,18 @@ def numbers_in_range(args: Namespace, given: Collection[str]) -> list[Problem]:
             if not isinstance(works, (int, float)) or not bound.holds(works):
                 works = _inside(bound)
             problems.append(Problem(flag.name, number, str(bound), f"for example {flag.name} {works}"))
+    return problems
+
+
+def numbers_beyond_limits(args: Namespace, given: Collection[str]) -> list[Problem]:
+    """Numbers so large that other rules, which count, are not asked about them."""
+    limits = {word: limit.most for limit in LIMITS for word in limit.flags.split()}
+    problems = []
+    for name, flag in flags_by_name().items():
+        number, most = getattr(args, flag.dest), limits.get(name.lstrip("-"), _MOST)
+        if name != flag.name or isinstance(number, bool) or not isinstance(number, int) or number <= most:
+            continue
+        problems.append(Problem(name, number, f"must be at most {most}", f"use a smaller {name}"))
     return problems
 
 

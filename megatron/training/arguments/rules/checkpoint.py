@@ -30,4 +30,12 @@ def loading_has_a_source(args: Namespace, given: Collection[str]) -> list[Proble
     return problems
 
 
-RULES = (saving_has_a_period, loading_has_a_source)
+def weights_have_a_source(args: Namespace, given: Collection[str]) -> list[Problem]:
+    """Weights that are not drawn are loaded."""
+    if args.perform_initialization or args.load is not None or args.pretrained_checkpoint is not None:
+        return []
+    rule = "leaves the weights as the memory happens to be, so it needs --load"
+    return [Problem("--no-initialization", None, rule, "add --load DIR, or leave it out")]
+
+
+RULES = (saving_has_a_period, loading_has_a_source, weights_have_a_source)

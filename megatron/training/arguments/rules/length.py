@@ -75,7 +75,7 @@ def ramp_up(args: Namespace, given: Collection[str]) -> list[Problem]:
         )
     elif total and total > 0 and (start >= total or (total - start) % step):
         start = start if start < total else max(1, total - step)
-        works = max(d for d in range(1, total - start + 1) if (total - start) % d == 0 and d <= max(step, 1))
+        works = next(d for d in range(min(step, total - start) or 1, 0, -1) if (total - start) % d == 0)
         problems.append(
             Problem(
                 "--rampup-batch-size",

@@ -16,6 +16,35 @@ def logs_have_names(args: Namespace, given: Collection[str]) -> list[Problem]:
     return []
 
 
+def seed_fits_generators(args: Namespace, given: Collection[str]) -> list[Problem]:
+    """NumPy takes seeds of 32 bits, and ranks add their places to the seed."""
+    most = 2**32 - 1 - 100 * (args.pipeline_model_parallel_size - 1)
+    if args.data_parallel_random_init:
+        most -= 10 * (args.data_parallel_size - 1)
+    if args.seed <= most:
+        return []
+    rule = f"must be at most {most}, so that every rank's seed fits 32 bits"
+    return [Problem("--seed", args.seed, rule, "for example --seed 1234")]
+
+
+def disabled_overrides_exist(args: Namespace, given: Collection[str]) -> list[Problem]:
+    """Kernels that are put aside exist under the names given."""
+    names = args.disable_override
+    if names is None:
+        return []
+    flag, example = "--disable-override", "for example --disable-override rms_norm"
+    if not names:
+        return [Problem(flag, None, "names no kernel", f"name one or several, {example}")]
+    from megatron.core import overrides
+
+    problems = []
+    for name in names:
+        rule = overrides.problem_with_name(name)
+        if rule:
+            problems.append(Problem(flag, name, rule, "python -m megatron_npu lists them"))
+    return problems
+
+
 def profile_has_a_range(args: Namespace, given: Collection[str]) -> list[Problem]:
     """Profiling ends after it begins."""
     start, end = args.profile_step_start, args.profile_step_end
@@ -116,6 +145,8 @@ def _met_already() -> bool:
 
 RULES = (
     logs_have_names,
+    seed_fits_generators,
+    disabled_overrides_exist,
     profile_has_a_range,
     buffer_sizes_name_groups,
     nccl_settings_are_readable,

@@ -1,8 +1,6 @@
 """Accepted flags say one line, refused flags and flags without a feature stop the run."""
 
-import re
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +8,6 @@ from megatron.training.arguments import ArgumentsError, core_transformer_config_
 from megatron.training.arguments.accepted import GROUP as ACCEPTED_GROUP
 from megatron.training.arguments.accepted import INERT_DESTS
 from megatron.training.arguments.flag import Flag
-from megatron.training.arguments.flags import GROUPS
 from megatron.training.arguments.not_built import NOT_BUILT, flags_by_name
 from megatron.training.arguments.rejected import GROUP as REJECTED_GROUP
 from megatron.training.arguments.rejected import REJECTED_VALUES
@@ -144,24 +141,3 @@ def test_inert_flags_never_reach_a_config(check) -> None:
         assert {name: getattr(config, name) for name in named} == {name: defaults[name] for name in named}
         seen |= named
     assert {"fp8", "enable_cuda_graph", "tp_comm_overlap", "fp8_param_gather"} <= seen
-
-
-# Working flags that no code has to read, and why that is not silence.
-NOTHING_TO_READ = {
-    "--auto-detect-ckpt-format": "there is one format",
-    "--no-ckpt-fully-parallel-save": "one process writes",
-    "--ckpt-fully-parallel-load": "one process reads",
-    "--attention-mask-type": "the mask of the batch says it",
-}
-TABLES = ("accepted.py", "rejected.py", "not_built.py", "no_effect.py", "bounds.py")
-
-
-def test_every_working_flag_is_read(repo_root: Path) -> None:
-    """A flag is used by some code, or its feature is missing and it stops the run."""
-    package = repo_root / "megatron"
-    files = [repo_root / "pretrain_gpt.py", *package.rglob("*.py")]
-    files = [file for file in files if file.parent.name != "flags" and file.name not in TABLES]
-    words = set(re.findall(r"\w+", " ".join(file.read_text() for file in files)))
-    missing = {row.flag for row in NOT_BUILT} | NOTHING_TO_READ.keys()
-    idle = [flag.name for group in GROUPS for flag in group.flags if flag.dest not in words]
-    assert set(idle) <= missing, sorted(set(idle) - missing)

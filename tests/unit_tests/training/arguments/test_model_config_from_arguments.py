@@ -77,7 +77,7 @@ CASES = [
     ("", {"use_cpu_initialization": False, "fp8": None, "num_moe_experts": None, "cp_comm_type": "p2p"}),
     ("--fp8-format hybrid --fp8-param-gather", {"fp8": None, "fp8_param": False}),
     ("--calculate-per-token-loss", {"calculate_per_token_loss": True}),
-    ("--no-initialization", {"perform_initialization": False}),
+    ("--no-initialization --load x", {"perform_initialization": False}),
 ]
 
 

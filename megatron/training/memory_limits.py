@@ -1,0 +1,147 @@
+"""Refuses sizes that no memory of this machine can hold, before anything of them is allocated.
+
+Every estimate is a lower bound by closed form: a run that is refused would have ended for want of memory.
+"""
+
+import os
+from argparse import Namespace
+from collections.abc import Callable, Collection
+from copy import copy
+
+from megatron.core import accelerator
+from megatron.core.errors import ConfigError
+from megatron.training.global_vars import get_unread_flags
+
+GIB = 2**30
+# Bytes per sample of a built index: its place in the shuffled order, and where its tokens begin.
+_INDEX_BYTES_PER_SAMPLE = 12
+# Flags whose values multiply into memory, and the arguments they set.
+_SIZES = {
+    "--num-layers": "num_layers",
+    "--hidden-size": "hidden_size",
+    "--ffn-hidden-size": "ffn_hidden_size",
+    "--num-attention-heads": "num_attention_heads",
+    "--kv-channels": "kv_channels",
+    "--max-position-embeddings": "max_position_embeddings",
+    "--vocab-size": "padded_vocab_size",
+    "--make-vocab-size-divisible-by": "padded_vocab_size",
+    "--seq-length": "seq_length",
+    "--micro-batch-size": "micro_batch_size",
+    "--global-batch-size": "global_batch_size",
+    "--train-iters": "train_iters",
+    "--train-samples": "train_samples",
+    "--eval-iters": "eval_iters",
+}
+
+
+def check_memory(args: Namespace) -> None:
+    """Compare what this rank needs at the least with the memory of its device and of its host.
+
+    Raises:
+        ConfigError: it needs more. The message names the flag whose value weighs most.
+    """
+    record = get_unread_flags()
+    given = _SIZES if record is None else record.given
+    args = Namespace(**vars(args))
+    for place, estimate, total in (
+        (accelerator.device_name(), _device_bytes, accelerator.total_memory()),
+        ("this host", _host_bytes, _host_memory()),
+    ):
+        needed = estimate(args)
+        if total and needed > total:
+            flag, value = _heaviest(args, given, estimate)
+            raise ConfigError(
+                f"{flag} {value}: this run needs at least {_gib(needed)} GiB of memory on each rank, and "
+                f"{place} has {_gib(total)} GiB; use a smaller {flag}"
+            )
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.1f}"
+
+
+def _device_bytes(args: Namespace) -> float:
+    """Parameters with gradients and optimizer state, and the largest tensor of a forward pass."""
+    return _parameters(args) * _bytes_per_parameter(args) + _largest_activation(args)
+
+
+def _parameters(args: Namespace) -> float:
+    """Weights of linear layers and embeddings of the first pipeline stage, on one tensor-parallel rank."""
+    heads, width, hidden = args.num_attention_heads, args.kv_channels, args.hidden_size
+    groups = args.num_query_groups if args.group_query_attention else heads
+    gate = 3 if args.swiglu or args.is_x_model else 2
+    layer = hidden * (2 * width * (heads + groups) + gate * args.ffn_hidden_size)
+    split = args.num_layers // args.pipeline_model_parallel_size * layer + hidden * args.padded_vocab_size
+    table = args.max_position_embeddings if args.position_embedding_type == "learned_absolute" else 0
+    return split / args.tensor_model_parallel_size + hidden * table
+
+
+def _bytes_per_parameter(args: Namespace) -> float:
+    """Weight and gradient; master weight and two moments of Adam, where a step is to be made."""
+    element = 2 if args.fp16 or args.bf16 else 4
+    gradient = 4 if args.accumulate_allreduce_grads_in_fp32 else element
+    if args.skip_train or args.optimizer != "adam":
+        return element + gradient
+    state = 12 if element == 2 else 8
+    shards = args.data_parallel_size * args.context_parallel_size if args.use_distributed_optimizer else 1
+    return element + gradient + state / shards
+
+
+def _largest_activation(args: Namespace) -> float:
+    """Bytes of the largest among logits, MLP activations, residual stream and explicit masks."""
+    tokens = args.micro_batch_size * args.seq_length / args.context_parallel_size
+    element = 2 if args.fp16 or args.bf16 else 4
+    split = args.tensor_model_parallel_size
+    sizes = [
+        tokens * args.hidden_size * element / (split if args.sequence_parallel else 1),
+        tokens * args.ffn_hidden_size * element / split,
+        8 * args.micro_batch_size * args.seq_length,
+    ]
+    if args.pipeline_model_parallel_size == 1:
+        sizes.append(tokens * args.padded_vocab_size * element / split)
+    if args.reset_attention_mask and args.create_attention_mask_in_dataloader:
+        sizes.append(args.micro_batch_size * args.seq_length**2)
+    return max(sizes)
+
+
+def _host_bytes(args: Namespace) -> float:
+    """Indices of the samples that are asked of the data sets, one sample of tokens, and what a CPU holds."""
+    samples = 0 if args.skip_train else args.train_samples or 0
+    if args.train_iters and not args.train_samples and not args.skip_train:
+        samples = args.train_iters * args.global_batch_size
+    samples += args.eval_iters * args.global_batch_size
+    own = _INDEX_BYTES_PER_SAMPLE * samples + 8 * args.seq_length
+    return own if accelerator.is_accelerated() else own + _device_bytes(args)
+
+
+def _host_memory() -> float:
+    """Bytes of memory and swap of this host; 0 where that is unknown."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            kib = dict(line.split()[:2] for line in file)
+        return (int(kib["MemTotal:"]) + int(kib["SwapTotal:"])) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 0
+
+
+def _heaviest(
+    args: Namespace, given: Collection[str], estimate: Callable[[Namespace], float]
+) -> tuple[str, int]:
+    """The flag among ``given`` whose value, were it 1, would leave the least to hold."""
+
+    def without(flag: str) -> float:
+        lighter = copy(args)
+        setattr(lighter, _SIZES[flag], 1)
+        return estimate(lighter)
+
+    used = {flag: value for flag in _SIZES if flag in given and (value := getattr(args, _dest(flag), None))}
+    flag = min(used, key=lambda name: (without(name), -used[name]))
+    return flag, used[flag]
+
+
+def _dest(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")

@@ -1,0 +1,131 @@
+"""Names the flags that were given, but that nothing has read: they have no effect in this run.
+
+Reads of arguments and config fields are recorded while a run is set up. A flag acts if a value that it
+changes has been read by then: its own argument, one that was derived from it, or a config field made from
+either. What is read later is listed in ``arguments.read_later``. Flags of the user's own script may be read
+at any time, so their record goes on until the end of the run.
+"""
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from copy import copy
+from typing import Any
+
+import torch
+
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.training import agreement, global_vars
+from megatron.training.arguments import core_transformer_config_from_args
+from megatron.training.arguments.flag import Flag
+from megatron.training.arguments.flags import GROUPS
+from megatron.training.arguments.no_effect import warnings_about
+from megatron.training.arguments.not_built import flags_by_name
+from megatron.training.arguments.read_later import READ_LATER
+from megatron.training.arguments.reads import Reads
+from megatron.training.arguments.validation import completed
+from megatron.training.model_setup import ddp_config_from_args, optimizer_config_from_args
+from megatron.training.utils import print_rank_0
+
+CONFIG_CLASSES = (ModelParallelConfig, OptimizerConfig, DistributedDataParallelConfig)
+CONFIG_MAKERS = (core_transformer_config_from_args, ddp_config_from_args, optimizer_config_from_args)
+
+
+class UnreadFlags:
+    """What was given on the command line, and what has been read of it.
+
+    Args:
+        reads: the record, which begins here.
+        asked: the arguments before they were completed.
+        args: the arguments of the run.
+        defaults: of the entry point, for arguments that are None.
+
+    Attributes:
+        given: every flag of the command line, as it was spelled.
+    """
+
+    def __init__(self, reads: Reads, asked: Namespace, args: Namespace, defaults: Mapping[str, Any]):
+        self.reads = reads
+        self._asked, self._defaults = asked, defaults
+        self.given: tuple[str, ...] = tuple(getattr(asked, "given_flags", None) or ())
+        told = warnings_about(args, self.given)
+        self._flags = {
+            name: flag
+            for group in GROUPS
+            for flag in group.flags
+            for name in flag.names
+            if name in self.given and name not in told and getattr(asked, flag.dest) != flag.default
+        }
+        self._own: dict[str, str] = dict(getattr(asked, "own_flags", {}))
+        reads.begin(args)
+
+    def of_setup(self) -> list[str]:
+        """The flags of this project that nothing has read on this rank."""
+        return [name for name, flag in self._flags.items() if not self._is_read(flag)]
+
+    def of_script(self) -> list[str]:
+        """The flags of the user's own script that nothing has read on this rank."""
+        if self.reads.handed_out:
+            return []
+        return [name for name, dest in self._own.items() if dest not in self.reads.arguments]
+
+    def _is_read(self, flag: Flag) -> bool:
+        names = self.reads.arguments | self.reads.fields | READ_LATER.keys()
+        return flag.dest in names or self.reads.handed_out or bool(names & self.changed_by(flag.name))
+
+    def changed_by(self, name: str) -> set[str]:
+        """Names of the arguments and config fields that would differ without the flag ``name``."""
+        flag = flags_by_name()[name]
+        without = copy(self._asked)
+        setattr(without, flag.dest, flag.default)
+        without.given_flags = tuple(name for name in without.given_flags if name not in flag.names)
+        one, other = (completed(copy(asked), self._defaults) for asked in (self._asked, without))
+        changed = _differences(vars(one), vars(other))
+        for make in CONFIG_MAKERS:
+            try:
+                changed |= _differences(vars(make(one)), vars(make(other)))
+            except Exception:  # there is no such model without the flag
+                return self.reads.arguments
+        return changed
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
+    missing = object()
+    return {name for name in one.keys() | other.keys() if one.get(name, missing) != other.get(name, missing)}
+
+
+def record_reads(defaults: Mapping[str, Any], asked: Namespace, args: Namespace) -> None:
+    """Begin the record of this run; see :class:`UnreadFlags`."""
+    global_vars.set_unread_flags(UnreadFlags(Reads(CONFIG_CLASSES), asked, args, defaults))
+
+
+def name_flags_unread_in_setup() -> None:
+    """At the end of set-up: a line for every flag of this project that no rank has read."""
+    unread = global_vars.get_unread_flags()
+    if unread is None:
+        return
+    unread.reads.end_configs()
+    for name in on_all_ranks(unread.of_setup()):
+        print_rank_0(f"WARNING: {name} was given, but nothing has read it: it has no effect in this run")
+    if not on_all_ranks(unread.of_script()):
+        unread.reads.end()
+
+
+def name_flags_unread_by_script() -> None:
+    """At the end of the run: a line for every flag of the user's own script that no rank has read."""
+    unread = global_vars.get_unread_flags()
+    if unread is None:
+        return
+    for name in on_all_ranks(unread.of_script()):
+        print_rank_0(f"WARNING: {name} was given, but nothing in this run has read it")
+    unread.reads.end()
+
+
+def on_all_ranks(names: Sequence[str]) -> list[str]:
+    """Those of this rank's names that every rank has."""
+    if agreement.world_size() == 1:
+        return list(names)
+    everybody: list[Any] = [None] * agreement.world_size()
+    torch.distributed.all_gather_object(everybody, list(names))
+    return [name for name in names if all(name in others for others in everybody)]
