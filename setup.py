@@ -1,8 +1,9 @@
-"""Installation: the packages ``megatron`` and ``megatron_npu``, pure Python."""
+"""Installation: the packages ``megatron`` and ``megatron_npu``, pure Python, and ``mindspeed`` aside."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 # What each part needs. Only CORE is imported unless a flag or a file asks for more; the code that does
 # says which extra to install when the import fails.
@@ -36,6 +37,28 @@ EXTRAS["all"] = sorted({name for extra in _FEATURES for name in EXTRAS[extra]})
 EXTRAS["npu-test"] = ["torch_npu==2.13.0"]
 EXTRAS["test"] = [*EXTRAS["all"], "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.17,<0.18", "safetensors>=0.4"]
 
+
+class BuildBesideMindSpeed(build_py):
+    """Installs ``mindspeed``, which stands in for a package of others, where it overwrites nothing of theirs.
+
+    A wheel has it in a directory of its own at the end of the search path; an editable installation maps it
+    where it is.
+    """
+
+    stand_ins = ("megatron_npu", "stand_ins")
+
+    def get_module_outfile(self, build_dir: str, package: list[str], module: str) -> str:
+        if package[0] == "mindspeed" and not self.editable_mode:
+            package = [*self.stand_ins, *package]
+        return super().get_module_outfile(build_dir, package, module)
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            search_path = Path(self.build_lib, "_".join(self.stand_ins) + ".pth")
+            search_path.write_text("/".join(self.stand_ins) + "\n", encoding="utf-8")
+
+
 setup(
     name="megatron-npu",
     version="0.12.1.dev0",
@@ -44,7 +67,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["megatron", "megatron.*", "megatron_npu", "megatron_npu.*"]),
+    packages=find_packages(include=["megatron", "megatron.*", "megatron_npu", "megatron_npu.*", "mindspeed"]),
+    cmdclass={"build_py": BuildBesideMindSpeed},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

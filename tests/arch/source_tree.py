@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("megatron", "megatron_npu")
+PACKAGES = ("megatron", "megatron_npu", "mindspeed")
 NOT_OURS = {".git", ".venv", "build", "dist", "checkpoints", "logs", "runs", "golden", "__pycache__"}
 
 
