@@ -37,7 +37,7 @@ def followed(words: list[str], advice: list[str]) -> list[str]:
         {"hidden_size": 48, "swiglu": True},
         {"normalization": "RMSNorm", "untie_embeddings_and_output_weights": True},
         {"position_embedding_type": "rope", "disable_bias_linear": True},
-        {"make_vocab_size_divisible_by": 64},
+        {"make_vocab_size_divisible_by": 192},
         {"num_layers": 3, "use_checkpoint_args": True},
     ],
 )
