@@ -25,6 +25,8 @@ PROBLEMS: dict[str, str] = {}
 
 
 def _import_torch() -> None:
+    # Torch's warnings about lost connections come with frames of C++; what they mean is said elsewhere.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     asked = os.environ.get(_SWITCH)
     os.environ[_SWITCH] = "0"
     import torch  # noqa: F401

@@ -1,19 +1,20 @@
 """How an entry point ends: success, or one readable error and a non-zero exit status."""
 
+import atexit
 import gc
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron.core.errors import MegatronError
 from megatron.training import launcher_environment, stop_signals
 from megatron.training.output_streams import tolerate_failing_streams
 
 if TYPE_CHECKING:
-    from megatron.training.lookout import Lookout
+    from megatron.training.ranks.watcher import FailureWatcher
 
 
 def run_main(main: Callable[[], object]) -> None:
@@ -26,28 +27,35 @@ def run_main(main: Callable[[], object]) -> None:
     launcher_environment.adopt()
     found = stop_signals.installed()
     signals = stop_signals.install()
-    lookout = _start_lookout()
+    watcher = _watch_ranks_of_environment()
+    status = 1
     try:
-        _run_to_its_end(main, lookout, signals)
+        _run_to_its_end(main, watcher, signals)
+        status = 0
     except stop_signals.StoppedBySignal as stop:
         traceback.clear_frames(stop.__traceback__)  # which hold data loaders, and they hold processes
-        sys.exit(signals.finish())
+        status = signals.finish()
+        sys.exit(status)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
     except KeyboardInterrupt:  # outside the main thread, or with a handler of the caller's
-        sys.exit(130)
+        status = 130
+        sys.exit(status)
     finally:
-        if lookout is not None:
-            lookout.stop()
+        if watcher is not None:
+            watcher.stop(status)
         if signals is not None and found is None:
             signals.release()
 
 
 def _run_to_its_end(
-    main: Callable[[], object], lookout: "Lookout | None", signals: stop_signals.StopSignals | None
+    main: Callable[[], object], watcher: "FailureWatcher | None", signals: stop_signals.StopSignals | None
 ) -> None:
     """Run ``main``; where it returns, or exits with status 0, the process groups end before the process."""
     try:
         if signals is not None:
-            signals.run(lookout)
+            signals.run(watcher)
         try:
             main()
         finally:
@@ -61,7 +69,7 @@ def _run_to_its_end(
     except Exception as error:
         if signals is not None and signals.has_stopped():  # torch has made another error of the stop
             sys.exit(signals.finish())
-        _fail(error, lookout)
+        _fail(error, watcher)
     _leave_process_groups()
 
 
@@ -81,42 +89,75 @@ def _leave_process_groups() -> None:
     gc.collect()  # models and optimizers hold groups, in cycles
 
 
-def _start_lookout() -> "Lookout | None":
-    """A lookout where there are other ranks and it is known where to meet them."""
-    rank, world_size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
-    if not (rank.isdigit() and world_size.isdigit()) or int(world_size) < 2:
+def _watch_ranks_of_environment() -> "FailureWatcher | None":
+    """A watcher where there are other ranks and it is known where to meet them."""
+    if not launcher_environment.has_other_ranks():
         return None
-    if "MASTER_ADDR" not in os.environ or not os.environ.get("MASTER_PORT", "").isdigit():
-        return None
-    from megatron.training.lookout import Lookout  # imports torch, which a single process may do later
-
-    return Lookout(int(rank), int(world_size))
+    return watch_ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
 
-def _fail(error: Exception, lookout: "Lookout | None") -> None:
+def watch_ranks(rank: int, world_size: int) -> "FailureWatcher | None":
+    """The watcher of this process, made if need be.
+
+    A program that does not run under :func:`run_main` gets one that also ends with it.
+
+    Returns:
+        None where MASTER_ADDR and MASTER_PORT do not say where the ranks meet.
+    """
+    # They import torch, which a single process may do later.
+    from megatron.training.global_vars import get_failure_watcher, set_failure_watcher
+    from megatron.training.ranks.store import Address
+    from megatron.training.ranks.watcher import FailureWatcher
+
+    if get_failure_watcher() is None:
+        address = Address.of_environment(rank)
+        if address is None:
+            return None
+        watcher = FailureWatcher(rank, world_size, address, _tell)
+        set_failure_watcher(watcher)
+        atexit.register(watcher.stop)
+        shown = sys.excepthook
+
+        def fail(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+            if isinstance(error, Exception):
+                _fail(error, watcher)
+            watcher.stop(1)
+            shown(kind, error, traceback)
+
+        sys.excepthook = fail
+    return get_failure_watcher()
+
+
+def _fail(error: Exception, watcher: "FailureWatcher | None") -> None:
     readable = isinstance(error, MegatronError) and os.environ.get("MEGATRON_TRACEBACK") != "1"
     status = error.exit_status if isinstance(error, MegatronError) else 1
-    failed_at = time.time()
-    if lookout is None:
+    if watcher is None:
         if not readable:
             raise error
-        _print(error, "")
-    elif lookout.report(status):
-        launcher_environment.hand_over_failure(f"error: {error}" if readable else repr(error), failed_at)
-        where = f"[{launcher_environment.describe()}] "
-        if readable:
-            _print(error, where)
-        else:
-            print(f"{where}{''.join(traceback.format_exception(error))}", file=sys.stderr, flush=True)
-        lookout.printed()
-    if lookout is not None:
-        # Threads of the process groups wait for ranks that are gone; a regular exit could wait with them.
         sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(status)
+    text = str(error) if readable else "".join(traceback.format_exception(error))
+    watcher.fail(_as_failure(error, status, text))
 
 
-def _print(error: Exception, where: str) -> None:
+def _as_failure(error: Exception, status: int, text: str) -> Any:
+    """An error as what the ranks exchange; one of a message is taken for the consequence of another's."""
+    from megatron.training.ranks import places
+    from megatron.training.ranks.failure import CONSEQUENCE, Failure
+    from megatron.training.ranks.session import iteration
+    from megatron.training.ranks.store import first_line
+
+    place = places.of_traceback(error.__traceback__, iteration(), detail=True)
+    if isinstance(error, MegatronError) or not places.raised_by_a_message(error):
+        return Failure(status, lambda: text, place=place._replace(waits=False))
+    return Failure(status, None, CONSEQUENCE, error=first_line(error), place=place._replace(waits=True))
+
+
+def _tell(text: str, own: bool) -> None:
+    """Print why all ranks end; ``own`` if the reason lies in this one."""
     sys.stdout.flush()
-    print(f"{where}error: {error}", file=sys.stderr, flush=True)
+    headline = text.strip().splitlines()[-1] if text.startswith("Traceback") else f"error: {text}"
+    launcher_environment.hand_over_failure(headline, time.time())
+    where = f"[{launcher_environment.describe()}] " if own else ""
+    print(f"{where}{text if text.startswith('Traceback') else headline}", file=sys.stderr, flush=True)

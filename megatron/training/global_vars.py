@@ -15,6 +15,8 @@ from megatron.training import stop_signals
 from megatron.training.tokenizer import build_tokenizer
 
 _REGISTRY: dict[str, Any] = {}
+# What belongs to the process and not to one run in it.
+_PROCESS: dict[str, Any] = {}
 
 
 def _get(name: str) -> Any:
@@ -102,6 +104,16 @@ def set_unread_flags(record: Any) -> None:
 def _end_record_of_reads() -> None:
     if "unread_flags" in _REGISTRY:
         _REGISTRY["unread_flags"].reads.end()
+
+
+def get_failure_watcher() -> Any:
+    """The ``FailureWatcher`` of this process, None where no other ranks are watched."""
+    return _PROCESS.get("failure_watcher")
+
+
+def set_failure_watcher(watcher: Any) -> None:
+    """Register the watcher of this process."""
+    _PROCESS["failure_watcher"] = watcher
 
 
 def set_args(args: Namespace) -> None:

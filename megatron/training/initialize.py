@@ -23,8 +23,10 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.training.arguments import parse_args, print_args, validate_args
 from megatron.training.buffer_sizes import communicator_buffers
 from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.entry import watch_ranks
 from megatron.training.global_vars import get_args, get_tensorboard_writer, set_global_variables
 from megatron.training.log_handler import CustomHandler
+from megatron.training.ranks.arguments import comparable
 from megatron.training.utils import print_datetime, print_rank_0
 
 __getattr__ = unbuilt.names_of(__name__)
@@ -160,12 +162,28 @@ def _join_world(args: Namespace) -> None:
     torch.distributed.init_process_group(
         backend=accelerator.world_backend(args.distributed_backend, args.enable_gloo_process_groups),
         pg_options=_world_options(args),
-        # A single process needs no port and no host name.
-        store=torch.distributed.HashStore() if args.world_size == 1 else None,
+        store=_meet(args),
         world_size=args.world_size,
         rank=args.rank,
         timeout=timedelta(minutes=args.distributed_timeout_minutes),
     )
+
+
+def _meet(args: Namespace) -> torch.distributed.Store:
+    """Wait for the other ranks; the store for process groups."""
+    if args.world_size == 1:  # needs no port and no host name
+        return torch.distributed.HashStore()
+    watcher = watch_ranks(args.rank, args.world_size)
+    if watcher is None:
+        found = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")}
+        raise ConfigError(
+            f"WORLD_SIZE={args.world_size}, but MASTER_ADDR={found['MASTER_ADDR']} and "
+            f"MASTER_PORT={found['MASTER_PORT']} do not say where rank 0 is: export both on all ranks (the "
+            "host's name or address, and a free port below 65536), or start with torchrun"
+        )
+    watcher.time_limit_s = 60.0 * args.distributed_timeout_minutes
+    watcher.stalls_count = accelerator.is_accelerated()
+    return watcher.meet(args.rendezvous_timeout, comparable(args))
 
 
 def _world_options(args: Namespace) -> Any:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from megatron.training import launcher_environment
 
 if TYPE_CHECKING:
-    from megatron.training.lookout import Lookout
+    from megatron.training.ranks.watcher import FailureWatcher
 
 BEFORE_TRAINING = "before training began: nothing to save"
 # Stands for the end of the launcher among the numbers of signals, all of which are below it.
@@ -121,7 +121,7 @@ class StopSignals:
     def __init__(self, description: str):
         self.describe: Callable[[], str] = lambda: description
         self.recorder: Recorder | None = None
-        self._lookout: Lookout | None = None
+        self._watcher: FailureWatcher | None = None
         self._running = self._over = self._raised = False
         self.received, self._held = 0, 0
         self._deadline: float | None = None
@@ -139,16 +139,16 @@ class StopSignals:
 
     # In the main thread.
 
-    def run(self, lookout: "Lookout | None") -> None:
+    def run(self, watcher: "FailureWatcher | None") -> None:
         """The entry point has been reached: from now on a signal raises :class:`StoppedBySignal` there.
 
         Args:
-            lookout: through which the ranks agree on who speaks and end together.
+            watcher: through which the ranks agree on who speaks and end together.
 
         Raises:
             StoppedBySignal: a signal has come before.
         """
-        self._lookout = lookout
+        self._watcher = watcher
         self._running = True
         self._raise_if_due()
 
@@ -174,7 +174,7 @@ class StopSignals:
         with contextlib.suppress(ValueError):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the end of data workers is no error any more
         self._say_together()
-        if self._lookout is not None:
+        if self._watcher is not None:
             self._leave(exit_status(self.received))
         return exit_status(self.received)
 
@@ -312,7 +312,7 @@ class StopSignals:
         self._over = True
         self._ending.acquire(blocking=False)  # the main thread says nothing from here on
         event = "a second SIGINT" if number == signal.SIGINT else describe_signal(number)
-        if self._lookout is None or _within(_BRIEFLY_S, self._lookout.speaks_first):
+        if self._watcher is None or _within(_BRIEFLY_S, self._watcher.speaks_first):
             self._say(f"stopped at once by {event}, whatever was being done; {self._description()}")
         self._leave(exit_status(number))
 
@@ -320,20 +320,16 @@ class StopSignals:
 
     def _say_together(self) -> None:
         """Print the line on one rank, and end all."""
-        number, lookout = self.received, self._lookout
+        number, watcher = self.received, self._watcher
         # Its store has gone with it; every rank sees that for itself.
         if number == LAUNCHER_GONE:
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 self._say(self._line())
-        elif lookout is None:
+        elif watcher is None:
             self._say(self._line())
-        elif _within(_LAST_WORDS_S, lambda: lookout.report(exit_status(number), patience_s=_UNWIND_S)):
-            line = self._line()
-            launcher_environment.hand_over_failure(line, time.time())
-            self._say(line)
-            lookout.printed()
-            # Ranks that find this one gone before they look would report that instead.
-            time.sleep(2 * lookout.interval_s)
+        else:
+            watcher.stop_all(exit_status(number), self._line, _UNWIND_S, _LAST_WORDS_S)
+            self._say(self._line())
 
     def _line(self) -> str:
         return f"stopped by {describe_signal(self.received)} {self._description()}".strip()

@@ -57,6 +57,7 @@ def test_it_is_asked_for_before_the_world_meets(monkeypatch: pytest.MonkeyPatch)
     for name in ("collective_backend", "world_backend"):
         monkeypatch.setattr(accelerator, name, lambda *unused: "gloo")
     monkeypatch.setattr(initialize, "_world_options", lambda args: None)
+    monkeypatch.setattr(initialize, "_meet", lambda args: None)
     monkeypatch.setattr(os, "environ", {})
     seen = []
     monkeypatch.setattr(

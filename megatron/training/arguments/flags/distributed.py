@@ -76,6 +76,12 @@ GROUP = Group(
             "'dp:400;tp:300', where the device's collectives take such sizes",
         ),
         value("--distributed-timeout-minutes", type=int, default=10, help="collective timeout"),
+        value(
+            "--rendezvous-timeout",
+            type=float,
+            default=120.0,
+            help="seconds that ranks wait for each other at the start before they say who is missing and end",
+        ),
         switch("--overlap-grad-reduce", help="reduce gradient buckets during backward"),
         switch("--defer-embedding-wgrad-compute", help="move output-layer wgrad into the pipeline flush"),
         value("--wgrad-deferral-limit", type=int, default=0, help="how many micro-batches to defer"),

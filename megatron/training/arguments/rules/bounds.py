@@ -89,6 +89,7 @@ BOUNDS = (
         0,
         open_low=True,
     ),
+    Bound("rendezvous-timeout", 1),
 )
 
 

@@ -34,6 +34,7 @@ OWN_FLAGS = {
     "--hccl-group-buffer",
     "--log-arguments",
     "--pipeline-schedule",
+    "--rendezvous-timeout",
 }
 
 
