@@ -24,6 +24,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.spec_utils import import_module
+from megatron.core.utils import StragglerDetector
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.data.batch import stage_needs_data
@@ -128,9 +129,12 @@ def forward_step(data_iterator, model: GPTModel):
     """Per-token losses of the next micro-batch, and the function that sums them."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    tokens, labels, loss_mask, attention_mask, position_ids = get_batch(data_iterator)
+    detector = StragglerDetector()
+    with detector(bdata=True):
+        tokens, labels, loss_mask, attention_mask, position_ids = get_batch(data_iterator)
     timers("batch-generator").stop()
-    losses = model(tokens, position_ids, attention_mask, labels=labels)
+    with detector:
+        losses = model(tokens, position_ids, attention_mask, labels=labels)
     return losses, partial(loss_func, loss_mask)
 
 

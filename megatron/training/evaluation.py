@@ -11,6 +11,7 @@ import torch
 from megatron.core import accelerator
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+from megatron.core.utils import StragglerDetector
 from megatron.training.agreement import any_rank
 from megatron.training.exits import signal_of_any_rank
 from megatron.training.global_vars import get_args, get_tensorboard_writer, get_timers
@@ -52,7 +53,7 @@ def evaluate(
         chunk.eval()
     config.timers = None
     try:
-        with gathered_parameters(model):
+        with gathered_parameters(model), StragglerDetector().paused():
             losses, cut_short = _run_eval_iters(forward_step_func, data_iterator, model, verbose)
             collected = None
             if not cut_short:

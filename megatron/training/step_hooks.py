@@ -1,4 +1,4 @@
-"""What happens around each step without being part of it: profiling, garbage, hashes, synchronisation."""
+"""What happens around each step without being part of it: profiling, garbage, hashes, slow ranks."""
 
 import gc
 from argparse import Namespace
@@ -8,7 +8,7 @@ import torch
 
 from megatron.core import accelerator
 from megatron.core.errors import TrainingError
-from megatron.core.utils import check_param_hashes_across_dp_replicas
+from megatron.core.utils import StragglerDetector, check_param_hashes_across_dp_replicas
 from megatron.training.agreement import any_rank
 from megatron.training.global_vars import get_args
 from megatron.training.profiling import make_profiler
@@ -29,10 +29,12 @@ def post_training_step_callbacks(
     Args:
         model: model chunks.
         prof: profiler that is running, or None.
-        optimizer, opt_param_scheduler, num_floating_point_operations_since_last_log_event: not looked at.
+        num_floating_point_operations_since_last_log_event: for the report on slow ranks.
+        optimizer, opt_param_scheduler: not looked at.
     """
     hooks = StepHooks(get_args(), model, 0)
     hooks._profiler = prof
+    hooks._reported_flops -= num_floating_point_operations_since_last_log_event
     hooks.after_step(iteration)
 
 
@@ -50,8 +52,17 @@ class StepHooks:
         self._model = model
         self._first_iteration = first_iteration
         self._profiler: Any = None
+        self._reported_flops = self._flops()
 
     def __enter__(self) -> "StepHooks":
+        if self._args.log_straggler:
+            StragglerDetector().configure(
+                self._args.world_size,
+                self._args.rank,
+                mmcnt=self._args.straggler_minmax_count,
+                port=self._args.straggler_ctrlr_port,
+                enabled=not self._args.disable_straggler_on_startup,
+            )
         if self._args.manual_gc:
             gc.disable()
             gc.collect()
@@ -59,6 +70,8 @@ class StepHooks:
 
     def __exit__(self, *exc_info: object) -> None:
         self._stop_profiler()
+        if self._args.log_straggler:
+            StragglerDetector().close()
         if self._args.manual_gc:
             gc.enable()
 
@@ -74,6 +87,10 @@ class StepHooks:
         args = self._args
         if args.train_sync_interval and iteration % args.train_sync_interval == 0:
             accelerator.synchronize()
+        if args.log_straggler and iteration % args.log_interval == 0:
+            flops = self._flops()
+            StragglerDetector().report(flops - self._reported_flops, args.log_interval)
+            self._reported_flops = flops
         interval = args.check_weight_hash_across_dp_replicas_interval
         if interval and iteration % interval == 0:
             with gathered_parameters(self._model):
@@ -90,6 +107,10 @@ class StepHooks:
                 self._stop_profiler()
         if args.manual_gc and args.manual_gc_interval and iteration % args.manual_gc_interval == 0:
             gc.collect()
+
+    def _flops(self) -> float:
+        """Floating-point operations of all steps so far."""
+        return getattr(self._args, "num_floating_point_operations_so_far", 0)
 
     def _stop_profiler(self) -> None:
         if self._profiler is not None:

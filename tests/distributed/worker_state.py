@@ -43,7 +43,8 @@ def reset(home: Home) -> None:
     rng_tracker._tracker = None
     deferred_gradients.discard()
     overrides.enable_all()
-    StragglerDetector._instance, StragglerDetector._configured = None, False
+    StragglerDetector().close()
+    StragglerDetector._instance = None
     checkpointing.set_checkpoint_version(None)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -219,10 +219,6 @@ ACCEPTED = (
             value("--app-tag-run-version", default="0.0.0", help="one_logger tag"),
             switch("--enable-ft-package", help="NVIDIA fault-tolerance client"),
             switch("--calc-ft-timeouts", help="fault-tolerance timeouts"),
-            switch("--log-straggler", help="per-rank slow-device report"),
-            switch("--disable-straggler-on-startup", help="start with the report off"),
-            value("--straggler-ctrlr-port", type=int, default=65535, help="port to toggle the report"),
-            value("--straggler-minmax-count", type=int, default=1, help="how many ranks to list"),
         ),
     ),
     Accepted(

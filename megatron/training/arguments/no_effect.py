@@ -437,6 +437,11 @@ _LOGS = (
         lambda a: any(0 <= rank < a.world_size for rank in a.profile_ranks),
         because="the run has none of these ranks",
     ),
+    NoEffect(
+        "disable-straggler-on-startup straggler-ctrlr-port straggler-minmax-count",
+        lambda a: a.log_straggler,
+        "--log-straggler",
+    ),
     NoEffect("manual-gc-interval no-manual-gc-eval", lambda a: a.manual_gc, "--manual-gc"),
     NoEffect("no-barrier-with-level-1-timing", lambda a: a.timing_log_level, "--timing-log-level 1 or 2"),
     NoEffect("wandb-exp-name wandb-save-dir", lambda a: a.wandb_project, "--wandb-project"),

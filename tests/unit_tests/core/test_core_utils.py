@@ -150,27 +150,3 @@ def test_old_name_of_the_inference_context():
         assert utils.deprecate_inference_params(None, 3) == 3
     assert "old name" in str(caught[0].message)
     assert utils.deprecate_inference_params(4, None) == 4
-
-
-def test_straggler_detector(caplog):
-    utils.StragglerDetector._configured = False
-    detector = utils.StragglerDetector()
-    assert detector is utils.StragglerDetector()
-    with detector:
-        pass
-    assert not detector.report(1e9, 10)
-    detector.configure(1, 0, enabled=True)
-    try:
-        with detector(bdata=True):
-            pass
-        with detector:
-            sum(range(20_000))
-        region_ms, data_ms, *_ = detector.elapsed()
-        assert region_ms > data_ms > 0
-        with caplog.at_level(logging.INFO):
-            assert detector.report(1e9, 10)
-        assert "slowest rank 0" in caplog.text
-        assert detector.elapsed()[0] == 0
-    finally:
-        utils.StragglerDetector._configured = False
-        detector._clear()

@@ -21,6 +21,7 @@ ARGS = Namespace(
     manual_gc=False,
     train_sync_interval=None,
     check_weight_hash_across_dp_replicas_interval=None,
+    log_straggler=False,
 )
 
 

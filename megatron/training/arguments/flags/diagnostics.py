@@ -47,6 +47,15 @@ GROUP = Group(
             help="period of manual collection, 0 = only around evaluation",
         ),
         off_switch("--no-manual-gc-eval", "manual_gc_eval", help="no manual collection around evaluation"),
+        switch("--log-straggler", help="report the slowest and fastest ranks every --log-interval steps"),
+        switch("--disable-straggler-on-startup", help="--log-straggler starts switched off"),
+        value(
+            "--straggler-ctrlr-port",
+            type=int,
+            default=65535,
+            help="port on rank 0's loopback interface that switches --log-straggler: curl 127.0.0.1:PORT",
+        ),
+        value("--straggler-minmax-count", type=int, default=1, help="ranks that --log-straggler names"),
         value("--config-logger-dir", default="", help="dump configs as JSON into this directory"),
     ),
 )

@@ -69,8 +69,8 @@ BOUNDS = (
         "rotary-seq-len-interpolation-factor num-dataset-builder-threads seed tensor-model-parallel-size "
         "pipeline-model-parallel-size context-parallel-size expert-model-parallel-size "
         "distributed-timeout-minutes ddp-num-buckets ddp-bucket-size train-sync-interval "
-        "check-weight-hash-across-dp-replicas-interval loss-scale-window hysteresis lr-decay-iters "
-        "lr-decay-samples",
+        "check-weight-hash-across-dp-replicas-interval straggler-minmax-count loss-scale-window hysteresis "
+        "lr-decay-iters lr-decay-samples",
         1,
     ),
     Bound(
@@ -82,6 +82,7 @@ BOUNDS = (
         0,
     ),
     Bound("attention-dropout hidden-dropout", 0, 1),
+    Bound("straggler-ctrlr-port", 0, 65535),
     Bound("adam-beta1 adam-beta2 sgd-momentum lr-warmup-fraction", 0, 1, open_high=True),
     Bound("rotary-percent", 0, 1, open_low=True),
     Bound(

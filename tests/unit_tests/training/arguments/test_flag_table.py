@@ -27,7 +27,14 @@ OWN_DEFAULTS = {
 OWN_CHOICES = {"--shape-order": ["SBH", "BSH", "BSND", "BNSD"]}
 ADDED_CHOICES = {"--tokenizer-type": ["PretrainedFromHF"]}
 # One flag with two spellings, or one that must not be ignored and therefore stops the run.
-OWN_TIERS = {"--noop-layers": "core"}
+OWN_TIERS = {
+    "--noop-layers": "core",
+    # Accepted at least, says the table; here they work.
+    "--log-straggler": "core",
+    "--disable-straggler-on-startup": "core",
+    "--straggler-ctrlr-port": "core",
+    "--straggler-minmax-count": "core",
+}
 OWN_FLAGS = {
     "--coc-parallel-num",
     "--disable-override",
