@@ -1,5 +1,11 @@
 """Installation: the packages ``megatron`` and ``megatron_npu``, pure Python, and ``mindspeed`` aside."""
 
+import sys
+
+# Written so that any Python can read it as far as this.
+if sys.version_info < (3, 10):
+    sys.exit("error: Python 3.10 or newer is needed, and this is Python " + sys.version.split()[0])
+
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -35,7 +41,7 @@ EXTRAS["all"] = sorted({name for extra in _FEATURES for name in EXTRAS[extra]})
 # Linux only, pins torch, and where it is installed "import torch" fails without CANN unless
 # TORCH_DEVICE_BACKEND_AUTOLOAD=0 is set, as tests/test.sh does.
 EXTRAS["npu-test"] = ["torch_npu==2.13.0"]
-EXTRAS["test"] = [*EXTRAS["all"], "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.17,<0.18", "safetensors>=0.4"]
+EXTRAS["test"] = EXTRAS["all"] + ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.17,<0.18", "safetensors>=0.4"]
 
 
 class BuildBesideMindSpeed(build_py):
@@ -47,12 +53,12 @@ class BuildBesideMindSpeed(build_py):
 
     stand_ins = ("megatron_npu", "stand_ins")
 
-    def get_module_outfile(self, build_dir: str, package: list[str], module: str) -> str:
+    def get_module_outfile(self, build_dir, package, module):
         if package[0] == "mindspeed" and not self.editable_mode:
-            package = [*self.stand_ins, *package]
+            package = list(self.stand_ins) + list(package)
         return super().get_module_outfile(build_dir, package, module)
 
-    def run(self) -> None:
+    def run(self):
         super().run()
         if not self.editable_mode:
             search_path = Path(self.build_lib, "_".join(self.stand_ins) + ".pth")
@@ -71,4 +77,5 @@ setup(
     cmdclass={"build_py": BuildBesideMindSpeed},
     install_requires=CORE,
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["megatron-npu = megatron.cli.command:main"]},
 )

@@ -1,18 +1,16 @@
-"""Names of parts that are not built yet import all the same; see ``megatron.unbuilt``."""
+"""Megatron-LM's commands and formats on Ascend NPUs, NVIDIA GPUs and CPUs.
+
+Every program imports this package before anything else of ours, so the version of Python is checked here,
+in words that Python 2.7 and all after it can read.
+"""
 
 import sys
 
-
-class _NamesOfUnbuiltParts:
-    """The last finder asked for a module: it costs nothing until one is missing."""
-
-    @staticmethod
-    def find_spec(fullname, path=None, target=None):
-        if not fullname.startswith("megatron."):
-            return None
-        from megatron import unbuilt
-
-        return unbuilt.find_spec(fullname)
-
-
-sys.meta_path.append(_NamesOfUnbuiltParts)
+if sys.version_info < (3, 10):
+    sys.exit(
+        "error: Python 3.10 or newer is needed, and this is Python "
+        + sys.version.split()[0]
+        + " ("
+        + sys.executable
+        + "). Start with a newer one, for example with python3.12 in place of python."
+    )

@@ -10,6 +10,8 @@ import importlib.util
 import os
 import sys
 
+import megatron  # says which Python is needed
+
 # Other copies of this package (a checkout beside an installation) are known by this line.
 _STANDS_IN_FOR_MINDSPEED = True
 

@@ -1,15 +1,13 @@
-"""Join the ``.bin/.idx`` data sets of a directory into one; ``--help`` lists the flags."""
+"""Join the .bin/.idx data sets of a directory into one; --help lists the flags."""
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+
+import megatron  # before all else: says which Python is needed
 
 if __name__ == "__main__":
-    from megatron.training import stop_signals
+    from megatron.cli.command import run
 
-    stop_signals.install()  # before the imports that take long
-    from megatron.training.entry import run_main
-    from megatron.training.preprocessing.merge import main
-
-    run_main(main)
+    run("merge")

@@ -22,7 +22,8 @@ from megatron.training.default_data.vocabulary import VOCABULARY_SIZE, train_voc
 
 # Part of the cache key: raise it when the same sources should give other files.
 RECIPE_VERSION = 1
-PREPROCESS = Path(__file__).resolve().parents[3] / "tools" / "preprocess_data.py"
+# The directory of the package, for a process that is started elsewhere.
+_PACKAGES = Path(__file__).resolve().parents[3]
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _build(library: Path, modules: list[tuple[str, int]], target: Path) -> None:
     _say(f"[1/3] corpus: {documents} modules of the Python standard library, {size_mb:.1f} MB")
     _say(f"[2/3] vocabulary: training a byte-level BPE of {VOCABULARY_SIZE} tokens ...")
     tokens = train_vocabulary(corpus_texts(corpus), target)
-    _say(f"[3/3] data set: tools/preprocess_data.py with the {tokens} tokens ...")
+    _say(f"[3/3] data set: preprocessing with the {tokens} tokens ...")
     _preprocess(corpus, DefaultData(target))
     _say(f"ready after {time.monotonic() - started:.0f} s, kept for the next run")
 
@@ -111,12 +112,14 @@ def _preprocess(corpus: Path, data: DefaultData) -> None:
         "--workers": min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1),
     }
     words = [str(word) for pair in flags.items() for word in pair]
-    command = [sys.executable, str(PREPROCESS), *words, "--append-eod"]
-    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, "-m", "megatron.cli", "preprocess", *words, "--append-eod"]
+    paths = filter(None, [os.environ.get("PYTHONPATH")])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(_PACKAGES), *paths])}
+    run = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if run.returncode:
-        raise DataError(
-            f"tools/preprocess_data.py failed with exit status {run.returncode}:\n{run.stdout.strip()}"
-        )
+        raise DataError(f"preprocessing failed with exit status {run.returncode}:\n{run.stdout.strip()}")
 
 
 def _say(line: str) -> None:

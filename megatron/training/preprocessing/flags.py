@@ -79,7 +79,6 @@ def _problems(args: argparse.Namespace) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="preprocess_data.py",
         description="Tokenize text into the .bin/.idx files that training reads.",
     )
     group = parser.add_argument_group("input data")

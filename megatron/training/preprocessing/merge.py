@@ -15,9 +15,7 @@ def main(argv: list[str] | None = None) -> None:
         DataError: a file that is half of no pair, no data set, or data sets of different dtypes.
         ConfigError: the output cannot be written.
     """
-    parser = argparse.ArgumentParser(
-        prog="merge_datasets.py", description="Join the .bin/.idx data sets of a directory into one."
-    )
+    parser = argparse.ArgumentParser(description="Join the .bin/.idx data sets of a directory into one.")
     parser.add_argument("--input", required=True, help="directory with nothing but .bin/.idx pairs")
     parser.add_argument("--output-prefix", required=True, help="writes PREFIX.bin and PREFIX.idx")
     parser.add_argument("--multimodal", action="store_true", help="the data sets have modes")
