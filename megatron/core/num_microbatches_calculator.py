@@ -60,17 +60,14 @@ def init_num_microbatches_calculator(
     Raises:
         UsageError: it is set up already, or the sizes do not fit together.
     """
-    if _GLOBAL_NUM_MICROBATCHES_CALCULATOR is not None:
-        raise UsageError(
-            "the batch size is set up already: call reconfigure_num_microbatches_calculator() instead"
-        )
-    reconfigure_num_microbatches_calculator(
+    _configure_global_num_microbatches_calculator(
         rank,
         rampup_batch_size,
         global_batch_size,
         micro_batch_size,
         data_parallel_size,
         decrease_batch_size_if_needed,
+        init=True,
     )
 
 
@@ -111,8 +108,14 @@ def _configure_global_num_microbatches_calculator(
     micro_batch_size: int,
     data_parallel_size: int,
     decrease_batch_size_if_needed: bool = False,
+    init: bool = False,
 ) -> None:
+    """``init``: nothing may have been set up yet."""
     global _GLOBAL_NUM_MICROBATCHES_CALCULATOR
+    if init and _GLOBAL_NUM_MICROBATCHES_CALCULATOR is not None:
+        raise UsageError(
+            "the batch size is set up already: call reconfigure_num_microbatches_calculator() instead"
+        )
     _GLOBAL_NUM_MICROBATCHES_CALCULATOR = _build_num_microbatches_calculator(
         rank,
         rampup_batch_size,

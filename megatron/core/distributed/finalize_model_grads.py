@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megatron import unbuilt
 from megatron.core import accelerator, parallel_state
-from megatron.core.errors import NotBuiltYetError
+from megatron.core.errors import NotBuiltYetError, UsageError
 from megatron.core.optimizer.timing import timed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
@@ -32,7 +32,14 @@ def finalize_model_grads(model: list[torch.nn.Module], num_tokens: Tensor | None
 
     Raises:
         TrainingError: NaN or Inf among the gradients, if the chunks check for that.
+        UsageError: a chunk that is not wrapped, whose gradients nobody reduces.
     """
+    for number, chunk in enumerate(model):
+        if not hasattr(chunk, "finish_grad_sync"):
+            raise UsageError(
+                f"chunk {number}, a {type(chunk).__name__}, cannot reduce its gradients: wrap it in "
+                "DistributedDataParallel, or leave finalize_model_grads out of the config"
+            )
     config = get_model_config(model[0])
     with timed(config, "all-grads-sync"):
         for chunk in model:
@@ -62,7 +69,7 @@ def _allreduce_layernorm_grads(model: list[torch.nn.Module], config: Transformer
     if group.size() == 1:
         return
     grads = [
-        param.main_grad
+        getattr(param, _get_main_grad_attr(param))
         for chunk in model
         for name, param in chunk.named_parameters()
         if param.requires_grad
@@ -71,6 +78,8 @@ def _allreduce_layernorm_grads(model: list[torch.nn.Module], config: Transformer
             or (config.qk_layernorm and any(part in _HEAD_NORMS for part in name.split(".")))
         )
     ]
+    # Without a buffer there is none of what no loss has reached, on any rank alike.
+    grads = [grad for grad in grads if grad is not None]
     for dtype in dict.fromkeys(grad.dtype for grad in grads):
         members = [grad for grad in grads if grad.dtype == dtype]
         # Flat, because a model has many of them and each is tiny.
@@ -136,7 +145,8 @@ def _allreduce_word_embedding_grads(model: list[torch.nn.Module], config: Transf
     chunk = model[-1] if is_last and not is_first else model[0]
     model_itself = _innermost(chunk)
     if getattr(model_itself, "share_embeddings_and_output_weights", False):
-        dist.all_reduce(model_itself.shared_embedding_or_output_weight().main_grad, group=group)
+        weight = model_itself.shared_embedding_or_output_weight()
+        dist.all_reduce(getattr(weight, _get_main_grad_attr(weight)), group=group)
 
 
 def _allreduce_position_embedding_grads(model: list[torch.nn.Module], config: TransformerConfig) -> None:
@@ -148,7 +158,7 @@ def _allreduce_position_embedding_grads(model: list[torch.nn.Module], config: Tr
         return
     table = getattr(getattr(_innermost(model[0]), "embedding", None), "position_embeddings", None)
     if table is not None:
-        dist.all_reduce(table.weight.main_grad, group=group)
+        dist.all_reduce(getattr(table.weight, _get_main_grad_attr(table.weight)), group=group)
 
 
 def _innermost(chunk: torch.nn.Module) -> torch.nn.Module:

@@ -41,13 +41,16 @@ class ChainedOptimizer(MegatronOptimizer):
     """Steps its members together: an overflow in one skips all, and one norm over all decides on clipping.
 
     Args:
-        chained_optimizers: one or more members.
+        chained_optimizers: members; optimizers of torch are good for their groups, state and zeroing alone.
+
+    Attributes:
+        config: of the first member, or None where it has none.
     """
 
     def __init__(self, chained_optimizers: list[MegatronOptimizer]):
         # Not the base class's constructor: there is no torch optimizer of the chain's own to wrap.
         self.chained_optimizers = chained_optimizers
-        self.config = chained_optimizers[0].config
+        self.config = getattr(chained_optimizers[0], "config", None) if chained_optimizers else None
         self.is_stub_optimizer = False
 
     @property

@@ -88,6 +88,10 @@ class TransformerBlock(MegatronModule):
                 eps=config.layernorm_epsilon,
             )
 
+    def _get_layer(self, layer_number: int) -> torch.nn.Module:
+        """The layer at a place of this stage, counted from 0."""
+        return self.layers[layer_number]
+
     def set_input_tensor(self, input_tensor: Tensor) -> None:
         """Hands in the activations received from the previous stage.  [s, b, h]"""
         self.input_tensor = input_tensor
