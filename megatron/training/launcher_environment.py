@@ -1,6 +1,7 @@
 """What processes and their launcher tell each other: which rank this is, and why it failed."""
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -83,6 +84,13 @@ def hand_over_failure(message: str, failed_at: float) -> None:
         json.dump(data, file)
 
 
+def above_standard_streams(descriptor: int) -> int:
+    """The same file under a number that no standard stream has, for a process that began without those."""
+    moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 10)
+    os.close(descriptor)
+    return moved
+
+
 class LauncherWatch:
     """Notices the end of the torchrun that started this process; of no other launcher, and of no shell.
 
@@ -98,7 +106,7 @@ class LauncherWatch:
         self.descriptor: int | None = None
         if self._pid is not None and hasattr(os, "pidfd_open"):
             with contextlib.suppress(OSError):
-                self.descriptor = os.pidfd_open(self._pid)
+                self.descriptor = above_standard_streams(os.pidfd_open(self._pid))
 
     def is_gone(self) -> bool:
         """Whether the launcher has ended."""

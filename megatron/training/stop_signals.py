@@ -245,7 +245,7 @@ class StopSignals:
     def _listen(self) -> None:
         """Start the thread; signals are written into a pipe by the system's handler itself."""
         self._wakeup = self._former_wakeup = -1
-        heard, wakeup = os.pipe()
+        heard, wakeup = map(launcher_environment.above_standard_streams, os.pipe())
         os.set_blocking(wakeup, False)
         self._former_wakeup = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         self._wakeup = wakeup

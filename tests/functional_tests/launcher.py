@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.distributed import fork_server
+from tests.functional_tests import pauses
 
 TIMEOUT_S = 300
 
@@ -61,6 +62,9 @@ def _child(argv: list[str], cwd: str, env: dict[str, str], output: str, trace: s
     from megatron.training.entry import run_main
 
     torch.set_num_threads(1)
+    if "PAUSE_AT" in os.environ:
+        os.setsid()  # so that signals reach this rank and its workers, as under torchrun
+        pauses.pause_where_asked()
     if trace is not None:
         _trace_steps(pretrain_gpt, trace)
     with contextlib.suppress(ValueError):
