@@ -161,7 +161,8 @@ prepare_data() {
     if [[ -z $DATA_PATH ]] && ! has_flag --data-path --train-data-path --valid-data-path --test-data-path \
         --data-args-path --per-split-data-args-path --mock-data --yaml-cfg; then
         local answer
-        answer=$("$PYTHON" -m megatron.training.default_data) || exit $?
+        pass_signals "$PYTHON" -m megatron.training.default_data >/dev/null || exit $?
+        answer=$("$PYTHON" -m megatron.training.default_data) || exit $? # where it is; at once
         eval "$answer" # DATA_PATH, VOCAB_FILE and MERGE_FILE, quoted for the shell
         EMBEDDED=1
         say "data: $DATA_PATH"
@@ -192,6 +193,27 @@ start_python() {
             --master-port "${MASTER_PORT:-6000}")
     fi
     COMMAND+=("$@")
+}
+
+# pass_signals COMMAND...: runs it and hands it what this script is sent; ends the script where that stopped it.
+pass_signals() {
+    local child name status stopped=
+    set -m # a group of its own: a signal to the script's group comes once, and Ctrl-C is not ignored
+    MEGATRON_LAUNCHER_PID=$$ "$@" &
+    child=$!
+    set +m
+    for name in HUP INT QUIT TERM USR1 USR2; do
+        # shellcheck disable=SC2064
+        trap "stopped=1; kill -$name $child 2>/dev/null || true" "$name"
+    done
+    while true; do
+        status=0
+        wait "$child" || status=$?
+        kill -0 "$child" 2>/dev/null || break # else a signal has come in between
+    done
+    trap - HUP INT QUIT TERM USR1 USR2
+    [[ -z $stopped ]] || exit "$status"
+    return "$status"
 }
 
 # count_processes: sets PROCESSES, one per device unless told otherwise, and WORLD.
@@ -239,7 +261,7 @@ launch_gpt() {
     if [[ $EMBEDDED == 0 ]]; then
         exec "${COMMAND[@]}" # signals of a cluster's scheduler reach the trainer itself
     fi
-    "${COMMAND[@]}"
+    pass_signals "${COMMAND[@]}"
     local tensor pipeline
     tensor=$(last_value --tensor-model-parallel-size "${flags[@]}")
     pipeline=$(last_value --pipeline-model-parallel-size "${flags[@]}")

@@ -92,39 +92,46 @@ def above_standard_streams(descriptor: int) -> int:
 
 
 class LauncherWatch:
-    """Notices the end of the torchrun that started this process; of no other launcher, and of no shell.
+    """Notices the end of the torchrun, or of the launch script, that this process is to end with.
 
-    A rank that was started by hand shall outlive its shell, and srun and mpirun end their ranks themselves.
+    Of no other launcher, and of no shell: a rank that was started by hand shall outlive its shell, and srun
+    and mpirun end their ranks themselves.
 
     Attributes:
-        descriptor: readable when the launcher has ended; None where the system has no such thing.
+        descriptors: readable when a launcher has ended; none where the system has no such thing.
     """
 
     def __init__(self) -> None:
-        self._pid = _torchrun() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._parent = os.getppid()
-        self.descriptor: int | None = None
-        if self._pid is not None and hasattr(os, "pidfd_open"):
+        self._pids = [_torchrun()] if "TORCHELASTIC_RUN_ID" in os.environ else []
+        script = os.environ.get("MEGATRON_LAUNCHER_PID", "")
+        if script.isdigit() and int(script) in _above():
+            self._pids.append(int(script))
+        self.descriptors: list[int] = []
+        for pid in self._pids if hasattr(os, "pidfd_open") else []:
             with contextlib.suppress(OSError):
-                self.descriptor = above_standard_streams(os.pidfd_open(self._pid))
+                self.descriptors.append(above_standard_streams(os.pidfd_open(pid)))
 
     def is_gone(self) -> bool:
-        """Whether the launcher has ended."""
-        if self._pid is None:
-            return False
-        if self.descriptor is not None:
-            return bool(select.select([self.descriptor], [], [], 0)[0])
-        if self._pid == self._parent:
-            return os.getppid() != self._parent
-        try:
-            os.kill(self._pid, 0)
-        except ProcessLookupError:
+        """Whether a launcher has ended."""
+        if self.descriptors and select.select(self.descriptors, [], [], 0)[0]:
             return True
-        return False
+        return any(not self._exists(pid) for pid in self._pids)
 
     def forget(self) -> None:
         """The end has been noticed."""
-        self._pid = None
+        self._pids, self.descriptors = [], []
+
+    def _exists(self, pid: int) -> bool:
+        if pid == self._parent:
+            return os.getppid() == pid
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except OSError:  # somebody else's
+            return True
+        return True
 
 
 def _torchrun() -> int:
@@ -132,16 +139,22 @@ def _torchrun() -> int:
 
     A shell or a program such as numactl may stand between, and outlives torchrun.
     """
+    for pid, words in _above().items():
+        if any(os.path.basename(word) in _TORCHRUN for word in words):
+            return pid
+    return os.getppid()
+
+
+def _above() -> dict[int, list[bytes]]:
+    """Processes above this one with their command lines, the nearest first."""
+    found: dict[int, list[bytes]] = {}
     pid = os.getppid()
     while pid > 0:
         try:
             with open(f"/proc/{pid}/cmdline", "rb") as file:
-                words = file.read().split(b"\0")
+                found[pid] = file.read().split(b"\0")
             with open(f"/proc/{pid}/stat", "rb") as file:
-                above = int(file.read().rpartition(b")")[2].split()[1])
-        except (OSError, ValueError):
+                pid = int(file.read().rpartition(b")")[2].split()[1])
+        except (OSError, ValueError):  # no such system
             break
-        if any(os.path.basename(word) in _TORCHRUN for word in words):
-            return pid
-        pid = above
-    return os.getppid()
+    return found

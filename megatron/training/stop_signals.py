@@ -13,6 +13,7 @@ import contextlib
 import multiprocessing
 import os
 import select
+import shutil
 import signal
 import sys
 import threading
@@ -58,7 +59,7 @@ def exit_status(number: int) -> int:
 
 def describe_signal(number: int) -> str:
     """What happened, for messages."""
-    return "the end of torchrun" if number == LAUNCHER_GONE else signal.Signals(number).name
+    return "the end of its launcher" if number == LAUNCHER_GONE else signal.Signals(number).name
 
 
 def installed() -> "StopSignals | None":
@@ -83,6 +84,22 @@ def install(description: str = "") -> "StopSignals | None":
         return None
     launcher_environment.adopt()
     return installed() or StopSignals(description)
+
+
+@contextlib.contextmanager
+def unfinished(directory: str) -> Iterator[None]:
+    """Context in which a directory is filled that shall not be left behind half."""
+    signals = installed()
+    if signals is not None:
+        signals.unfinished.add(directory)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+    finally:
+        if signals is not None:
+            signals.unfinished.discard(directory)
 
 
 @contextlib.contextmanager
@@ -116,12 +133,14 @@ class StopSignals:
         describe: tells how far the run is and what was saved; the end of the line about a stop.
         recorder: takes the signals instead, while a run can save and stop by itself; None ends the run.
         received: number of the signal that ends this process, 0 before one has come.
+        unfinished: directories that go with the process, where the main thread does not come to remove them.
     """
 
     def __init__(self, description: str):
         self.describe: Callable[[], str] = lambda: description
         self.recorder: Recorder | None = None
         self._watcher: FailureWatcher | None = None
+        self.unfinished: set[str] = set()
         self._running = self._over = self._raised = False
         self.received, self._held = 0, 0
         self._deadline: float | None = None
@@ -255,8 +274,8 @@ class StopSignals:
     def _watch(self, heard: int, launcher: launcher_environment.LauncherWatch) -> None:
         poll = select.poll()
         poll.register(heard, select.POLLIN)
-        if launcher.descriptor is not None:
-            poll.register(launcher.descriptor, select.POLLIN)
+        for descriptor in launcher.descriptors:
+            poll.register(descriptor, select.POLLIN)
         while True:
             ready = dict(poll.poll(self._time_to_look() * 1000))
             if heard in ready:
@@ -267,8 +286,8 @@ class StopSignals:
                 for number in numbers:
                     self._hear(number)
             if launcher.is_gone():
-                if launcher.descriptor is not None:
-                    poll.unregister(launcher.descriptor)
+                for descriptor in launcher.descriptors:
+                    poll.unregister(descriptor)
                 launcher.forget()
                 self._hear(LAUNCHER_GONE)
             if self._deadline is not None and time.monotonic() >= self._deadline and not self._held:
@@ -306,6 +325,8 @@ class StopSignals:
             said_elsewhere, self._over = self._over, True
             if not said_elsewhere:
                 self._say_together()
+        for directory in list(self.unfinished):
+            shutil.rmtree(directory, ignore_errors=True)
         self._leave(exit_status(self.received))
 
     def _leave_at_once(self, number: int) -> None:

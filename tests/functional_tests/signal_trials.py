@@ -85,7 +85,9 @@ def seeded(seed: int) -> Trial:
     draw = random.Random(seed)
     layout = draw.choice([*LAYOUTS, "one rank"])
     ranks = range(LAYOUTS[layout][0])
-    moment = draw.choice([*BEFORE_TRAINING, "training", "training", "evaluation", *IN_SAVE, "last evaluation"])
+    moment = draw.choice(
+        [*BEFORE_TRAINING, "training", "training", "evaluation", *IN_SAVE, "last evaluation"]
+    )
     if len(ranks) == 1:
         target = "groups" if moment == "import" else draw.choice(["groups", 0])
     elif moment == "import":
@@ -258,7 +260,9 @@ class Job:
 
     def survivors(self) -> list[int]:
         """Ranks and data workers that have not ended: all of a rank's are in one session."""
-        return [pid for pid in _processes() if self._session(pid) in self._sessions and _status(pid)[0] != "Z"]
+        return [
+            pid for pid in _processes() if self._session(pid) in self._sessions and _status(pid)[0] != "Z"
+        ]
 
     def kill(self) -> None:
         """Whatever has gone wrong, leave nothing behind."""
@@ -335,7 +339,7 @@ def _check_words(trial: Trial, output: str, statuses: list[int]) -> str:
     name = trial.signals[0].name
     status = 128 + trial.signals[0]
     if trial.signals == (signal.SIGKILL,):  # of torchrun
-        name, status = "the end of torchrun", 128 + signal.SIGHUP
+        name, status = "the end of its launcher", 128 + signal.SIGHUP
     if trial.is_recorded:
         received = name if trial.signals == (signal.SIGKILL,) else f"receiving {name}"
         assert lines[0].startswith(f"[exiting program after {received}.]"), output
@@ -356,7 +360,11 @@ def _check_words(trial: Trial, output: str, statuses: list[int]) -> str:
 def _check_files(home: Path) -> None:
     assert not os.listdir(home / "tmp")
     # What was being written is hidden, and goes with the next save; nothing else may be there.
-    left = [entry for entry in os.listdir(home / "ckpt") if "iter" not in entry] if (home / "ckpt").exists() else []
+    left = (
+        [entry for entry in os.listdir(home / "ckpt") if "iter" not in entry]
+        if (home / "ckpt").exists()
+        else []
+    )
     assert set(left) <= {"latest_checkpointed_iteration.txt"}
     if (home / "cache").exists():
         assert not [path for path in (home / "cache").iterdir() if path.suffix == ".partial"]

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron.training import stop_signals
+
 MANIFEST = "manifest.json"
 
 
@@ -46,10 +48,11 @@ def build_once(directory: Path, build: Callable[[Path], None], say: Callable[[st
         # Nobody works on it: we hold the lock, so it was left by a process that died.
         unfinished = directory.with_name(directory.name + ".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        build(unfinished)
-        _write_manifest(unfinished)
-        os.rename(unfinished, directory)
+        with stop_signals.unfinished(str(unfinished)):
+            unfinished.mkdir()
+            build(unfinished)
+            _write_manifest(unfinished)
+            os.rename(unfinished, directory)
     return True
 
 

@@ -99,6 +99,7 @@ def opened(prefixes: list[str]) -> Iterator[OutputFiles]:
     with ExitStack() as stack:
         with stop_signals.held_back():
             output = stack.enter_context(OutputFiles(prefixes))
+            stack.enter_context(stop_signals.unfinished(str(output.unfinished)))
         yield output
 
 
