@@ -152,7 +152,12 @@ class StopSignals:
             before = signal.getsignal(number)
             if before in (signal.SIG_DFL, signal.default_int_handler):
                 self._previous[number] = signal.signal(number, self._handle)
-        os.register_at_fork(after_in_child=self._release_in_child)
+        self._masks: dict[int, set[int]] = {}
+        os.register_at_fork(
+            before=self._before_fork,
+            after_in_parent=self._after_fork,
+            after_in_child=self._release_in_child,
+        )
         self._former_hook = sys.unraisablehook
         sys.unraisablehook = self._report_unraisable
 
@@ -233,13 +238,20 @@ class StopSignals:
         if not isinstance(unraisable.exc_value, StoppedBySignal):
             self._former_hook(unraisable)
 
+    def _before_fork(self) -> None:
+        """A signal to the new process waits there until it has handlers of its own."""
+        self._masks[threading.get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, self._previous)
+
+    def _after_fork(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._masks.pop(threading.get_ident()))
+
     def _release_in_child(self) -> None:
-        if installed() is not self:
-            return
-        signal.set_wakeup_fd(-1)
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous, self._wakeup = {}, -1
+        if installed() is self:
+            signal.set_wakeup_fd(-1)
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+            self._previous, self._wakeup = {}, -1
+        self._after_fork()
 
     # In both threads: the order in which they hear of a signal is not known.
 

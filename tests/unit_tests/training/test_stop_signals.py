@@ -108,13 +108,15 @@ def test_a_second_interrupt_leaves_at_once_and_one_key_press_counts_once():
 def test_a_forked_process_has_the_handlers_from_before():
     done = run(
         "stop_signals.install('parent')\n"
-        "child = os.fork()\n"
-        "if not child:\n"
-        "    time.sleep(60)\n"
-        "os.kill(child, signal.SIGTERM); _, status = os.waitpid(child, 0)\n"
-        "time.sleep(0.3); print(os.WTERMSIG(status))"
+        "for _ in range(50):\n"  # at every moment of its first milliseconds
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        time.sleep(20); os._exit(1)\n"
+        "    os.kill(child, signal.SIGTERM); _, status = os.waitpid(child, 0)\n"
+        "    print(os.WTERMSIG(status), end=' ')\n"
+        "time.sleep(0.3)"
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "15\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, 50 * "15 ", "")
 
 
 def test_a_process_without_standard_streams_still_hears():
