@@ -14,3 +14,18 @@ if sys.version_info < (3, 10):
         + sys.executable
         + "). Start with a newer one, for example with python3.12 in place of python."
     )
+
+
+class _NamesOfUnbuiltParts:
+    """The last finder asked for a module, so it costs nothing until one is missing: see megatron.unbuilt."""
+
+    @staticmethod
+    def find_spec(fullname, path=None, target=None):
+        if not fullname.startswith("megatron."):
+            return None
+        from megatron import unbuilt
+
+        return unbuilt.find_spec(fullname)
+
+
+sys.meta_path.append(_NamesOfUnbuiltParts)
