@@ -243,13 +243,14 @@ def test_checkpoints_cross_over(npus, words, on_cpu, tmp_path: Path, name: str, 
         assert difference < 1e-4
 
 
-def test_resuming_on_an_npu_repeats_dropout(npus, words, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [Layout(model="llama"), Layout(model="llama", cp=2, dp=2)], ids=str)
+def test_resuming_on_an_npu_repeats_dropout(npus, words, tmp_path: Path, layout: Layout) -> None:
     recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     extra = f"{recompute} --save {tmp_path} --save-interval 3"
     dropout = "--attention-dropout 0.2 --hidden-dropout 0.2"
-    (whole,) = npus.pretrain_gpt(1, words(Layout(model="llama"), extra, dropout), tmp_path)
-    line = words(Layout(model="llama"), f"{extra} --load {tmp_path} --ckpt-step 3", dropout)
-    (resumed,) = npus.pretrain_gpt(1, line, tmp_path)
+    whole = npus.pretrain_gpt(layout.world_size, words(layout, extra, dropout), tmp_path)[-1]
+    line = words(layout, f"{extra} --load {tmp_path} --ckpt-step 3", dropout)
+    resumed = npus.pretrain_gpt(layout.world_size, line, tmp_path)[-1]
     assert resumed.losses == {step: whole.losses[step] for step in (4, 5, 6)}
 
 
