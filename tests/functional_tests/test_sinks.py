@@ -170,6 +170,24 @@ def test_starting_a_finished_run_again_adds_no_point(golden, tmp_path):
     assert [x for x, _ in points(tmp_path / "tb")["lm loss"]] == list(range(1, 9))
 
 
+def test_an_extended_run_evaluates_what_an_uninterrupted_one_does(golden, tmp_path):
+    """The last validation of the first part is one of the whole run's."""
+    constant = {"lr_decay_style": "constant", "lr_warmup_iters": 0}
+    whole = pretrain_gpt(going_on(golden, tmp_path, **constant, save_interval=20), tmp_path).check()
+    expected = evaluations(whole.output)
+    assert list(expected) == [*(("validation", step) for step in (2, 4, 6, 8)), ("test", 8)]
+    rest = {"save": tmp_path / "parts", "load": tmp_path / "parts", "tensorboard_dir": tmp_path / "tb2"}
+    parts = {}
+    for train_iters in (4, 8):
+        words = going_on(golden, tmp_path, **constant, save_interval=20, train_iters=train_iters)
+        words += [word for name, value in rest.items() for word in (f"--{name.replace('_', '-')}", value)]
+        parts |= evaluations(pretrain_gpt(words, tmp_path).check().output)
+    assert {key: loss for key, loss in parts.items() if key[0] == "validation"} == {
+        key: loss for key, loss in expected.items() if key[0] == "validation"
+    }
+    assert points(tmp_path / "tb2")["lm loss validation"] == points(tmp_path / "tb")["lm loss validation"]
+
+
 def test_a_line_averages_the_iterations_since_the_last_one(golden, tmp_path):
     each = pretrain_gpt(tiny_gpt(golden, tmp_path), tmp_path).check().losses
     words = tiny_gpt(golden, tmp_path, log_interval=3, save=tmp_path / "ckpt", save_interval=4)
