@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 
 from torch.distributed import Store
 
-from megatron.training.ranks.places import START, Place
+from megatron.training.ranks.places import Place
 from megatron.training.ranks.processes import Process
 
 _BLANK = "-"
@@ -39,7 +39,7 @@ class Beat:
     process: Process
     world_size: int
     joined: str = ""
-    place: Place = field(default_factory=lambda: Place(START, "", False))
+    place: Place = field(default_factory=lambda: Place("", "", False))
     end: str = ""
     detailed: bool = False
 

@@ -97,16 +97,18 @@ def _question_all(session: Session) -> dict[int, Finding]:
 
 def _judge(session: Session, rank: int, old: Beat | None, beat: Beat | None, last: bool) -> Finding | None:
     """What a rank's record says; None while it has not answered and still may."""
+    renewed = beat is not None and old is not None and (beat.nonce, beat.number) != (old.nonce, old.number)
     if beat is None or (session.attempt and session.attempt not in (beat.joined, beat.nonce)):
-        return Finding("silent", None) if last else None
+        if renewed:  # it is on its way to the others
+            return Finding("busy", beat)
+        return Finding("absent", None) if last else None
     if beat.end:
         return Finding("left", beat)
     condition = beat.process.condition()
     if condition == "ended":
         return Finding("ended", beat)
-    own = rank == session.rank
-    if beat.detailed and (own or old is None or beat.number != old.number):
+    if beat.detailed and (renewed or rank == session.rank):
         return Finding("waits" if beat.place.waits else "busy", beat)
     if not last:
         return None
-    return Finding("stopped" if condition == "stopped" else "silent", beat)
+    return Finding({"stopped": "stopped", "runs": "held"}.get(condition, "silent"), beat)

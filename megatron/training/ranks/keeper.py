@@ -241,8 +241,8 @@ class Keeper:
         """Add up how long a rank gives no sign of life; not counting time in which this one stood still."""
         if beat is None or beat.end:
             return
-        known, silent_s = self._silence.get(rank, (beat, 0.0))
-        same = (known.nonce, known.number) == (beat.nonce, beat.number)
+        known, silent_s = self._silence.get(rank, (None, 0.0))
+        same = known is not None and (known.nonce, known.number) == (beat.nonce, beat.number)
         silent_s = silent_s + passed_s if same else 0.0
         self._silence[rank] = (beat, silent_s)
         if self.met.is_set() and silent_s > self._owner.time_limit_s:

@@ -36,7 +36,6 @@ PHASES = {
 }
 # Phases in which the others wait however long they take.
 LONG_PHASES = ("building the index of a data set", "finding out which ranks share files")
-START = "the start of its program"
 _PACKAGES = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
 _STANDARD_LIBRARY = os.path.dirname(os.__file__) + os.sep
 _MESSAGE = re.compile(
@@ -50,7 +49,7 @@ class Place(NamedTuple):
     """Where a rank is.
 
     Attributes:
-        phase: part of the run.
+        phase: part of the run; "" outside those that are known.
         call: function, and the line that called it.
         waits: whether it is inside a message to or from other ranks.
     """
@@ -60,7 +59,7 @@ class Place(NamedTuple):
     waits: bool
 
     def __str__(self) -> str:
-        return f"{self.phase}, {self.call}" if self.call else self.phase
+        return ", ".join(word for word in (self.phase, self.call) if word) or "the interpreter"
 
 
 def of_main_thread(iteration: int | None, detail: bool = False) -> Place:
@@ -90,7 +89,10 @@ def of_frames(frames: _Frames, iteration: int | None, detail: bool) -> Place:
         iteration: finished iterations, None before training.
         detail: also kinds and sizes of tensors in a collective, which keeps them alive for a while.
     """
-    phase = next((PHASES[f.f_code.co_name] for f, _ in reversed(frames) if _is_phase(f)), START)
+    frames, ends = _without_watching(frames)
+    if ends:
+        return Place("the end of its run", "", False)
+    phase = next((PHASES[f.f_code.co_name] for f, _ in reversed(frames) if _is_phase(f)), "")
     done = iteration or 0
     phase = phase.format(next=done + 1, done=done)
     collective = [(f, n) for f, n in _trailing_in_torch(frames) if f.f_code.co_name != "wrapper"]
@@ -104,6 +106,14 @@ def of_frames(frames: _Frames, iteration: int | None, detail: bool) -> Place:
     # Handles of asynchronous messages have no frame of their own.
     waits = ".wait(" in linecache.getline(frame.f_code.co_filename, line) and not _in_library(frame)
     return Place(phase, f"{_own_code(frames)}", waits)
+
+
+def _without_watching(frames: _Frames) -> tuple[_Frames, bool]:
+    """Frames outside this package, and whether it is at ending the run."""
+    for number, (frame, _) in enumerate(frames):
+        if _module(frame).startswith(__package__ + "."):
+            return frames[:number], frame.f_code.co_name == "stop"
+    return frames, False
 
 
 def raised_by_a_message(error: BaseException) -> bool:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from megatron.training.ranks.beats import Beat
 
+_PLURAL = {"waits": "wait", "is": "are"}
+
 
 def ranks_text(ranks: Iterable[int]) -> str:
     """``rank 3``, ``ranks 0-2, 4``."""
@@ -35,8 +37,9 @@ class Finding:
     """What is known of a rank after a failure.
 
     Attributes:
-        kind: ``waits`` (inside a message), ``busy`` (outside one), ``stopped``, ``silent``, ``ended`` (nobody
-            knows why), ``left`` (by itself).
+        kind: ``waits`` (inside a message), ``busy`` (outside one), ``stopped``, ``held`` (its process
+            runs, its threads do not), ``silent`` (gives no sign, on another machine), ``ended`` (nobody
+            knows why), ``left`` (by itself), ``absent`` (has not come yet).
         beat: its last record.
     """
 
@@ -55,7 +58,8 @@ def explain(findings: Mapping[int, Finding], error: str) -> str:
     for rank, finding in findings.items():
         by_kind.setdefault(finding.kind, []).append(rank)
     missing = next(
-        (by_kind[kind] for kind in ("ended", "stopped", "silent", "left", "busy") if kind in by_kind), []
+        (by_kind[kind] for kind in ("ended", "stopped", "held", "silent", "left", "busy") if kind in by_kind),
+        [],
     )
     if not missing or len(missing) == len(findings):
         return _mismatch(findings, error)
@@ -71,11 +75,13 @@ def _told(rank: int, finding: Finding) -> str:
     last = f"; last seen in {beat.place}" if beat else ""
     if finding.kind == "ended":
         return (
-            f"{who} has ended without a word{last} (killed by a signal, perhaps for lack of memory: see "
-            "its own output and dmesg)"
+            f"{who} has ended without a word{last} (killed by a signal, perhaps for lack of memory, or "
+            "ended by a library: see its own output and dmesg)"
         )
     if finding.kind == "stopped":
         return f"{who} is stopped by a signal (SIGSTOP){last}"
+    if finding.kind == "held":
+        return f"{who} does not respond: its process runs, but its code holds the interpreter{last}"
     if finding.kind == "silent":
         return f"{who} does not respond: it is gone, its host is, or its code holds the interpreter{last}"
     if finding.kind == "left":
@@ -100,15 +106,14 @@ def _groups(findings: Mapping[int, Finding]) -> str:
     places: dict[str, list[int]] = {}
     for rank, finding in findings.items():
         if finding.beat is None:
-            place = "nothing is known"
+            place = "is not there"
         else:
             place = f"{'waits' if finding.kind == 'waits' else 'is'} in {finding.beat.place}"
         places.setdefault(place, []).append(rank)
     texts = []
     for place, ranks in sorted(places.items(), key=lambda item: min(item[1])):
-        plural = (
-            place.replace("waits in", "wait in").replace("is in", "are in", 1) if len(ranks) > 1 else place
-        )
+        verb, _, rest = place.partition(" ")
+        plural = f"{_PLURAL[verb]} {rest}" if len(ranks) > 1 else place
         texts.append(f"{ranks_text(ranks)} {plural}")
     shown = texts[:6]
     return "; ".join(shown) + (f"; and {len(texts) - 6} more places" if len(texts) > 6 else "")

@@ -1,0 +1,227 @@
+"""A rank that ends, stops or stays away is named with what it was at, once, and all others end."""
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from small_ranks import join, run_ranks
+
+HOST = socket.gethostname()
+TIMEOUT_S = 3.0
+# Rank 1 is the one that something happens to.
+_NAMED = re.compile(rf"^error: rank 1 on {re.escape(HOST)} \(process \d+\) ", re.MULTILINE)
+
+
+def add(sizes: int = 4) -> None:
+    import torch
+    import torch.distributed as dist
+
+    dist.all_reduce(torch.ones(sizes))
+
+
+def die(rank: int) -> None:
+    join(60.0)
+    add()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    add()
+
+
+def leave_without_a_word(rank: int) -> None:
+    join(60.0)
+    if rank == 1:
+        os._exit(0)
+    add()
+
+
+def crash(rank: int) -> None:
+    join(60.0)
+    if rank == 1:
+        ctypes.string_at(0)
+    add()
+
+
+def die_while_others_compute(rank: int) -> None:
+    """Nobody waits for rank 1 in a message."""
+    join(60.0)
+    add()
+    if rank == 1:
+        time.sleep(0.6)
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1000)
+
+
+def die_before_a_group_is_made(rank: int) -> None:
+    import torch.distributed as dist
+
+    join(60.0)
+    if rank == 1:
+        os._exit(7)
+    time.sleep(0.2)
+    dist.new_group([0, 1, 2])
+
+
+def die_before_the_others_come(rank: int) -> None:
+    if rank == 1:
+        from megatron.training.global_vars import get_failure_watcher
+
+        get_failure_watcher()._keeper.begin_meeting({})
+        time.sleep(1.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 2:
+        time.sleep(1000)
+    join(60.0)
+
+
+def exit_with_a_status(rank: int) -> None:
+    join(60.0)
+    if rank == 1:
+        raise SystemExit(3)
+    time.sleep(1000)
+
+
+def stay_away(rank: int) -> None:
+    join(TIMEOUT_S)
+    if rank == 1:
+        time.sleep(1000)
+    add()
+
+
+def hold_the_interpreter(rank: int) -> None:
+    join(TIMEOUT_S)
+    add()
+    if rank == 1:
+        time.sleep(1.2)
+        sum(range(10**13))
+    add()
+
+
+def stop(rank: int) -> None:
+    join(TIMEOUT_S)
+    add()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    add()
+
+
+def end_early(rank: int) -> None:
+    join(TIMEOUT_S)
+    add()
+    if rank == 1:
+        return
+    time.sleep(2.0)
+    add()
+
+
+GONE = [
+    (die, "has ended without a word", "ranks 0, 2 wait in"),
+    (leave_without_a_word, "has ended without a word", "ranks 0, 2 wait in"),
+    (crash, "has ended without a word", "ranks 0, 2 wait in"),
+    (die_while_others_compute, "has ended without a word", "(die_while_others_compute)"),
+    (die_before_a_group_is_made, "has ended without a word", "new_group"),
+    (die_before_the_others_come, "has ended without a word", "rank 0 is in"),
+    (exit_with_a_status, "has left with exit status 3", "(exit_with_a_status)"),
+    (
+        stay_away,
+        "has not come to the others: it is in test_missing_ranks.py:",
+        "(stay_away)",
+    ),
+    (hold_the_interpreter, "does not respond", "(hold_the_interpreter)"),
+    (stop, "is stopped by a signal (SIGSTOP)", "ranks 0, 2 wait in"),
+    (end_early, "has ended its run while others go on", "ranks 0, 2 wait in"),
+]
+
+
+@pytest.mark.parametrize(("main", "what", "others"), GONE, ids=lambda value: getattr(value, "__name__", ""))
+def test_the_missing_rank_is_named(main, what: str, others: str, tmp_path: Path):
+    unable = (1,) if main in (stop, hold_the_interpreter) else ()
+    statuses, output = run_ranks(main, tmp_path, killed=unable)
+    assert statuses[0] == statuses[2] == 1, (statuses, output)
+    assert len(_NAMED.findall(output)) == output.count("error: ") == 1, output
+    (line,) = [line for line in output.splitlines() if _NAMED.match(line)]
+    assert what in line and others in line, line
+    assert "frame #" not in output and "Traceback" not in output, output
+
+
+def different_calls(rank: int) -> None:
+    import torch
+    import torch.distributed as dist
+
+    join(TIMEOUT_S)
+    if rank == 1:
+        dist.broadcast(torch.ones(2), 0)
+    dist.all_reduce(torch.ones(4))
+
+
+def test_calls_that_do_not_fit_together_are_listed(tmp_path: Path):
+    """Rank 1 waits for nobody in its first call, and is one call behind in the second."""
+    statuses, output = run_ranks(different_calls, tmp_path)
+    assert any(status != 0 for status in statuses) and "all_reduce" in output, output
+
+
+def backward_fails(rank: int) -> None:
+    import torch
+
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise ValueError("no gradient here")
+
+    join(60.0)
+    add()
+    x = torch.ones(2, requires_grad=True)
+    if rank == 1:
+        Failing.apply(x).sum().backward()
+    add()
+
+
+def test_an_error_in_backward_is_told_by_its_rank(tmp_path: Path):
+    statuses, output = run_ranks(backward_fails, tmp_path)
+    assert statuses == [1, 1, 1], output
+    assert output.count("ValueError: no gradient here") == output.count("Traceback") == 1, output
+    assert f"[rank 1 on {HOST}] Traceback" in output
+
+
+def rank_0_dies(rank: int) -> None:
+    """With it goes the store."""
+    join(60.0)
+    add()
+    time.sleep(1.0)
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    add()
+
+
+def test_rank_0_is_named_without_its_store(tmp_path: Path):
+    statuses, output = run_ranks(rank_0_dies, tmp_path)
+    assert statuses == [-9, 1, 1], output
+    assert output.count("error: ") == 1, output
+    assert re.search(rf"error: rank 0 on {re.escape(HOST)} \(process \d+\) has ended without a word", output)
+    assert "which rank 0 kept, is gone" in output
+
+
+def rank_0_stops_and_another_fails(rank: int) -> None:
+    join(60.0)
+    add()
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if rank == 1:
+        time.sleep(1.0)
+        raise ValueError("the cause")
+    time.sleep(1000)
+
+
+def test_a_failing_rank_speaks_although_the_store_is_silent(tmp_path: Path):
+    statuses, output = run_ranks(rank_0_stops_and_another_fails, tmp_path, killed=(0,))
+    assert statuses == [None, 1, 1], output
+    assert output.count("ValueError: the cause") == 1, output
+    assert "does not answer, which is kept by rank 0" in output or output.count("error: ") == 1, output
