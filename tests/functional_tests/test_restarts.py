@@ -1,4 +1,4 @@
-"""Ranks are killed at any moment under ``torchrun --max-restarts``, and the training ends with the same bits."""
+"""Ranks are killed at any moment under ``torchrun --max-restarts``, and training ends with the same bits."""
 
 import contextlib
 import os

@@ -13,7 +13,7 @@ SETTLE_S = 1.0
 # Longest wait for the rank that speaks, which may have died.
 SPOKEN_S = 20.0
 # How long a rank may take to answer after a failure before it is called silent.
-ANSWER_S = 6.0
+ANSWER_S = 10.0
 
 
 def failed(session: Session) -> bool:
