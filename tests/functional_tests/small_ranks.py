@@ -13,8 +13,13 @@ from tests.distributed import fork_server
 LIMIT_S = 90
 
 
-def join(timeout_s: float) -> None:
-    """Meet the other ranks, as ``initialize_megatron`` does; ``timeout_s`` is that of the collectives."""
+def join(timeout_s: float, limit_s: float = 60.0) -> None:
+    """Meet the other ranks, as ``initialize_megatron`` does.
+
+    Args:
+        timeout_s: of the collectives.
+        limit_s: longest wait for the others.
+    """
     import torch.distributed as dist
 
     from megatron.training.global_vars import get_failure_watcher
@@ -23,7 +28,7 @@ def join(timeout_s: float) -> None:
     watcher.time_limit_s = timeout_s
     dist.init_process_group(
         "gloo",
-        store=watcher.meet(60, {}),
+        store=watcher.meet(limit_s, {}),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=timedelta(seconds=timeout_s),
@@ -50,6 +55,7 @@ def run_ranks(
     world_size: int = 3,
     missing: tuple[int, ...] = (),
     killed: tuple[int, ...] = (),
+    changes: dict[int, dict[str, str]] | None = None,
 ) -> tuple[list[int | None], str]:
     """Exit statuses of all ranks, and all they wrote.
 
@@ -58,6 +64,7 @@ def run_ranks(
         tmp_path: for the output.
         missing: ranks that are not started.
         killed: ranks that cannot end by themselves, and are killed when the others have.
+        changes: environment by rank, in place of what it would be given.
     """
     output, port = tmp_path / "output", str(free_port())
     processes = {}
@@ -66,6 +73,7 @@ def run_ranks(
             continue
         environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+        environment |= {"MEGATRON_DEVICE": "cpu", **(changes or {}).get(rank, {})}
         words = (main, rank, environment, str(output))
         processes[rank] = fork_server.context().Process(target=_child, args=words)
     for process in processes.values():

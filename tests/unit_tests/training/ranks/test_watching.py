@@ -1,0 +1,246 @@
+"""The parts that decide without other ranks: processes, the store's address, sentences, a silent store."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from argparse import Namespace
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from megatron.training.ranks import failure, keeper, store, watcher
+from megatron.training.ranks.arguments import Comparison, comparable
+from megatron.training.ranks.beats import Beat
+from megatron.training.ranks.places import Place
+from megatron.training.ranks.processes import FirstOnHost, Process, _status
+from megatron.training.ranks.sentences import Finding, absent, explain, numbers_text, ranks_text
+from megatron.training.ranks.store import Address, Canary, NoStore, WatchedStore, connect, first_line
+
+LIMIT_S = 60
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_conditions_of_a_process():
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(1000)"], stdout=-1
+    )
+    try:
+        child.stdout.readline()
+        seen = Process(*Process.own()[:2], child.pid, _status(child.pid)[1])
+        assert seen.condition() == "runs"
+        assert seen._replace(started="1").condition() == "ended"  # a later process with the same number
+        assert seen._replace(machine="another").condition() == "unknown"
+        os.kill(child.pid, signal.SIGSTOP)
+        wait_until(lambda: seen.condition() == "stopped")
+        os.kill(child.pid, signal.SIGKILL)
+        wait_until(lambda: seen.condition() == "ended")  # before anybody has waited for it
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_one_of_a_machine_is_first():
+    name = f"test {os.getpid()} {time.monotonic()}"
+    one, other = FirstOnHost(name), FirstOnHost(name)
+    assert one.claim() and one.claim() and not other.claim()
+    one.release()
+    assert other.claim()
+    other.release()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"), [([], "none"), ([3], "3"), ([0, 1, 2, 4], "0-2, 4"), ([5, 3], "3, 5"), ([1, 2], "1-2")]
+)
+def test_numbers_are_joined_to_spans(ranks: list[int], text: str):
+    assert numbers_text(ranks) == text
+    assert ranks_text([7]) == "rank 7" and ranks_text([1, 3]) == "ranks 1, 3"
+
+
+def record(place: str = "iteration 12", end: str = "", host: str = "b") -> Beat:
+    return Beat("n", 1, Process(host, "m", 17, "1"), 4, "n", Place(place, "f at a.py:1", True), end)
+
+
+def test_who_has_not_come():
+    beats = {0: record(), 2: record("reading its arguments")}
+    assert absent(beats, [0], 4) == (
+        "ranks 1-3 (arrived: 0); rank 2 on b (process 17) has started and is in reading its arguments, "
+        "f at a.py:1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "end", "text"),
+    [
+        (
+            "ended",
+            "",
+            "rank 1 on b (process 17) has ended without a word; last seen in iteration 12, f at a.py:1",
+        ),
+        ("stopped", "", "rank 1 on b (process 17) is stopped by a signal (SIGSTOP)"),
+        ("held", "", "rank 1 on b (process 17) does not respond: its process runs, but its code holds"),
+        ("silent", "", "rank 1 on b (process 17) does not respond: it is gone, its host is,"),
+        ("left", "well", "rank 1 on b (process 17) has ended its run while others go on"),
+        ("left", "exit status 3", "rank 1 on b (process 17) has left with exit status 3 while others go on"),
+        ("busy", "", "rank 1 on b (process 17) has not come to the others: it is in iteration 12"),
+    ],
+)
+def test_the_missing_rank_comes_first(kind: str, end: str, text: str):
+    findings = {rank: Finding("waits", record()) for rank in (0, 2, 3)}
+    findings[1] = Finding(kind, record(end=end))
+    told = explain(findings, "an error")
+    assert told.startswith(text), told
+    assert told.endswith("Meanwhile ranks 0, 2-3 wait in iteration 12, f at a.py:1")
+
+
+def test_ranks_in_different_calls_are_listed():
+    findings = {0: Finding("waits", record("x")), 1: Finding("waits", record("y"))}
+    assert explain(findings, "Timed out") == (
+        "ranks wait for each other in different calls, or with different sizes: rank 0 waits in x, f at "
+        "a.py:1; rank 1 waits in y, f at a.py:1. (Timed out)"
+    )
+
+
+def test_arguments_of_a_host_are_not_compared():
+    args = Namespace(
+        seq_length=4, lr=1e-3, save="/a", rank=1, tensorboard_dir="/b", data_path=["/c"], kind=object()
+    )
+    assert comparable(args) == {"seq_length": "4", "lr": "0.001"}
+
+
+def test_arguments_that_differ_are_named():
+    shared = dist.HashStore()
+    shared.set_timeout(timedelta(seconds=1))
+    other = Comparison({"seq_length": "16", "lr": "0.1"})
+    assert other.with_rank_0(shared, 1) is None
+    assert Comparison({"seq_length": "32", "lr": "0.1"}).with_rank_0(shared, 0) == ""
+    assert other.with_rank_0(shared, 1) == (
+        "--seq-length is 16 here, but 32 on rank 0. Start all ranks with the same arguments"
+    )
+    assert Comparison({"seq_length": "32", "lr": "0.1"}).with_rank_0(shared, 2) == ""
+
+
+@pytest.mark.parametrize("port", ["", "abc", "0", "65536", "-1"])
+def test_ports_that_are_none(port: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", port)
+    assert Address.of_environment(0) is None
+
+
+def first_problem(host: str, port: int) -> str:
+    told, over = [], threading.Event()
+
+    def note(text: str) -> None:
+        told.append(text)
+        over.set()
+
+    assert connect(Address(host, port, False, False), over, note) is None
+    return told[0]
+
+
+def test_why_there_is_no_store(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(store, "GREETING_S", 0.3)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+        assert first_problem("127.0.0.1", port).startswith(
+            f"nobody listens (connection refused) at 127.0.0.1:{port}"
+        )
+        listening.listen()
+        assert first_problem("127.0.0.1", port).startswith(
+            "something listens that is not the store of this job"
+        )
+        with pytest.raises(NoStore, match=f"MASTER_PORT={port}: another process of this machine listens"):
+            connect(Address("127.0.0.1", port, True, False), threading.Event(), print)
+    assert first_problem("no-such-host.invalid", 1).startswith("no machine is known under that name")
+
+
+def test_frames_are_left_out_of_messages():
+    text = (
+        "[/x/pair.cc:547] Connection closed by peer [1.2.3.4]:5. This is typically\nException raised from f"
+    )
+    assert first_line(RuntimeError(text)) == "Connection closed by peer [1.2.3.4]:5."
+
+
+class Silent:
+    """A store whose process is stopped: no question is answered."""
+
+    def __init__(self):
+        self.released = threading.Event()
+
+    def __getattr__(self, name):
+        return lambda *words: self.released.wait(LIMIT_S)
+
+
+class NoCanary:
+    def check(self) -> None: ...
+
+
+def test_waiting_for_one_answer_is_seen():
+    silent = Silent()
+    watched = WatchedStore(silent, NoCanary())
+    assert [watched.silent_looks() for _ in range(3)] == [0, 0, 0]
+    asking = threading.Thread(target=watched.check, args=(["key"],), daemon=True)
+    asking.start()
+    wait_until(lambda: watched.silent_looks() > 0)
+    before = watched.silent_looks()
+    assert watched.silent_looks() == before + 1
+    silent.released.set()
+    asking.join()
+    assert watched.silent_looks() == 0
+
+
+def test_a_store_that_is_gone_is_not_asked():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        canary = Canary(Address("127.0.0.1", listening.getsockname()[1], False, False), 2)
+        accepted, _ = listening.accept()
+        canary.check()
+        accepted.close()
+        with pytest.raises(RuntimeError, match="has ended"):
+            WatchedStore(Silent(), canary).check(["key"])
+        canary.close()
+
+
+class Ended(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_failing_rank_speaks_although_the_store_is_silent(own: bool, monkeypatch: pytest.MonkeyPatch):
+    told, statuses = [], []
+
+    def end(status: int) -> None:
+        statuses.append(status)
+        raise Ended
+
+    monkeypatch.setattr(threading, "excepthook", lambda words: None)
+    monkeypatch.setattr(keeper, "connect", lambda *words: Silent())
+    monkeypatch.setattr(keeper, "Canary", lambda *words: NoCanary())
+    monkeypatch.setattr(watcher, "end_process", end)
+    monkeypatch.setattr(watcher, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(watcher, "HOLD_S", 0.0)
+    address = Address(f"test {os.getpid()} {own}", 1, False, False)
+    watching = watcher.FailureWatcher(1, 2, address, lambda text, mine: told.append((text, mine)))
+    text = (lambda: "the cause") if own else None
+    watching.propose(failure.Failure(3, text, failure.ERROR if own else failure.CONSEQUENCE, "closed"))
+    wait_until(lambda: bool(statuses))
+    assert statuses == [3]
+    ((words, mine),) = told
+    assert mine == own
+    if own:
+        assert words == "the cause"
+    else:
+        assert words.startswith(f"the store of the job at {address} does not answer, which is kept by rank 0")
+    watching._first_on_host.release()
