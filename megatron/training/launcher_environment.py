@@ -9,6 +9,8 @@ import select
 import socket
 from collections.abc import MutableMapping
 
+from megatron.core.errors import ConfigError
+
 # RANK, WORLD_SIZE and LOCAL_RANK under launchers other than torchrun, and the number of local ranks.
 _OMPI = "OMPI_COMM_WORLD_"
 _WORDS = (
@@ -59,6 +61,31 @@ def has_other_ranks() -> bool:
     """Whether this process is one of several ranks."""
     size = os.environ.get("WORLD_SIZE", "")
     return os.environ.get("RANK", "").isdigit() and size.isdigit() and int(size) > 1
+
+
+def check_network() -> None:
+    """Look up what this rank needs to reach the others, instead of waiting for what cannot come.
+
+    Raises:
+        ConfigError: this machine does not know the machine of MASTER_ADDR, or lacks a network interface of
+            GLOO_SOCKET_IFNAME. (NCCL and HCCL take patterns for theirs, and say so themselves.)
+    """
+    address = os.environ.get("MASTER_ADDR", "")
+    try:
+        socket.getaddrinfo(address, None)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(
+            f"MASTER_ADDR={address}: {socket.gethostname()} knows no machine of that name ({error}); give "
+            "the name or the address of the host of rank 0, on all ranks"
+        ) from None
+    wanted = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    here = [name for _, name in socket.if_nameindex()]
+    missing = [name for name in wanted.split(",") if name and name not in here]
+    if missing:
+        raise ConfigError(
+            f"GLOO_SOCKET_IFNAME={wanted}: {socket.gethostname()} has no network interface "
+            f"{', '.join(missing)}; use one of {', '.join(here)}, or unset it"
+        )
 
 
 def describe() -> str:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron.training.launcher_environment import adopt
+from megatron.core.errors import ConfigError
+from megatron.training.launcher_environment import adopt, check_network
 
 SRUN = {
     "SLURM_PROCID": "5",
@@ -62,3 +63,27 @@ def test_torchrun_and_single_tasks_are_left_alone():
     assert adopted(**(SRUN | {"SLURM_STEP_NUM_TASKS": "1"})) == {}
     # The script of a batch job has a task number, but is no step.
     assert adopted(SLURM_PROCID="0", SLURM_NTASKS="8", SLURM_JOB_ID="1") == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "said"),
+    [
+        (
+            "MASTER_ADDR",
+            "no-such-host.invalid",
+            "MASTER_ADDR=no-such-host.invalid: .* no machine of that name",
+        ),
+        (
+            "GLOO_SOCKET_IFNAME",
+            "lo,eth77",
+            "GLOO_SOCKET_IFNAME=lo,eth77: .* no network interface eth77; use one",
+        ),
+    ],
+)
+def test_hosts_and_interfaces_that_do_not_exist_are_named(monkeypatch, name, word, said) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    check_network()
+    monkeypatch.setenv(name, word)
+    with pytest.raises(ConfigError, match=said):
+        check_network()

@@ -188,6 +188,24 @@ def test_environment(parse, check, monkeypatch) -> None:
         check()
 
 
+def test_problems_are_told_in_the_spelling_that_was_typed(check) -> None:
+    with pytest.raises(ArgumentsError) as caught:
+        check("--persistent-save-interval 0")
+    assert "--persistent-save-interval 0: " in str(caught.value)
+    assert " --save-interval" not in str(caught.value)
+
+
+@pytest.mark.parametrize("words", ["--num-layers", "--use-mcore-models", "--bf16 --num-layers 2"])
+def test_one_word_of_a_shell_array_is_recognised(words: str) -> None:
+    run = run_script(words)
+    assert run.returncode and 'pass "${NAME[@]}"' in run.stderr
+
+
+def test_a_complete_command_line_is_told_nothing_of_arrays() -> None:
+    run = run_script(f"{TRAINING} --vocab-size 99 --lr -1 --hidden-size 0")
+    assert run.returncode and "NAME[@]" not in run.stderr
+
+
 def run_script(words: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", SCRIPT, *words.split()],
