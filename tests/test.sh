@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Run all tests on this machine's CPU. Arguments go to pytest: "bash tests/test.sh --all" adds the slow sweeps.
+# Run all tests on this machine's CPU. Arguments go to pytest: "bash tests/test.sh --all" adds the slow sweeps,
+# "bash tests/test.sh --random-order 7" shuffles the files, and the tests of each file, by the seed 7.
 set -eo pipefail
 cd "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 

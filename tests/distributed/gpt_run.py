@@ -50,7 +50,7 @@ def run(
     layout: Layout,
     cache: Path,
     extra: str = NO_DROPOUT,
-    timeout: float = 120,
+    timeout: float = 300,
     job: Callable[[list[str]], Record] = train,
 ) -> Result:
     """Train on ``layout.world_size`` ranks of the pool and put the ranks' gradients together.

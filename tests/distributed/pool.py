@@ -23,14 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed import fork_server
-from tests.distributed.worker import Answer, Place, serve, stack_file
+from tests.distributed.worker import LEFT, Answer, Place, serve, stack_file
 
 MAX_WORLD_SIZE = 8
 # Time that ranks get to report why they failed once one of them has: the others wait in a collective until
 # the failed rank's connections close.
-GRACE_S = 3.0
-# Time for a stuck rank to write down its stack.
-STACK_S = 0.2
+GRACE_S = 20.0
+# Time for a stuck rank to write down its stack, and how often to look.
+STACK_S, LOOK_S = 10.0, 0.1
+# Time for a rank that has answered to leave its world.
+LEAVE_S = 60.0
 
 
 class _Worker:
@@ -54,7 +56,7 @@ _workers: list[_Worker] = []
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 60, **kwargs: Any
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240, **kwargs: Any
 ) -> list[Any]:
     """Run ``function(*args, **kwargs)`` on every rank of a fresh gloo world.
 
@@ -64,7 +66,8 @@ def run_ranks(
     Args:
         world_size: number of ranks, 1 to 8.
         function: defined at the top level of a module; arguments and results must be picklable.
-        timeout: seconds for the whole job, also the timeout of its collectives.
+        timeout: seconds for the whole job, also the timeout of its collectives. It is there for jobs that
+            hang; a job that takes a second has a minute on a loaded machine.
 
     Returns:
         The results, by rank.
@@ -78,10 +81,15 @@ def run_ranks(
         _workers.append(_Worker())
     with tempfile.TemporaryDirectory(prefix="ranks") as directory:
         call = pickle.dumps((function, args, kwargs))
-        for rank, worker in enumerate(_workers[:world_size]):
-            worker.pipe.send(Place(rank, world_size, directory, timeout, list(sys.path)))
-            worker.pipe.send_bytes(call)
-        answers, stuck = _collect(world_size, timeout, directory)
+        try:
+            for rank, worker in enumerate(_workers[:world_size]):
+                worker.pipe.send(Place(rank, world_size, directory, timeout, list(sys.path)))
+                worker.pipe.send_bytes(call)
+            answers, stuck = _collect(world_size, timeout, directory)
+            _dismiss(answers)
+        except BaseException:  # Ctrl-C: the ranks are somewhere in the job, and write into its directory
+            close()
+            raise
     failed = {rank: answer for rank, answer in answers.items() if answer.result is None}
     if failed or stuck:
         raise AssertionError(_report(function, world_size, timeout, failed, stuck))
@@ -104,34 +112,65 @@ def _collect(world_size: int, timeout: float, directory: str) -> tuple[dict[int,
                 answers[rank] = _bury(rank)
             if answers[rank].result is None:
                 deadline = min(deadline, time.monotonic() + GRACE_S)
-    stuck = _kill_stuck(sorted(pending.values()), directory)
-    for rank, answer in answers.items():
-        if answer.result is not None:
+    return answers, _kill_stuck(sorted(pending.values()), directory)
+
+
+def _dismiss(answers: dict[int, Answer]) -> None:
+    """Let the ranks leave their world, and wait until they have: until then they write into its directory."""
+    alive = [rank for rank, answer in answers.items() if not answer.died]
+    for rank in alive:
+        if answers[rank].result is not None:
             _workers[rank].pipe.send("leave")
-    return answers, stuck
+    deadline = time.monotonic() + LEAVE_S
+    for rank in alive:
+        pipe = _workers[rank].pipe
+        try:
+            left = pipe.poll(max(0.0, deadline - time.monotonic())) and pipe.recv() == LEFT
+        except (EOFError, OSError):
+            left = False
+        if not left:
+            _replace(rank)
+
+
+def _replace(rank: int) -> int | None:
+    """Put a new worker in the place of one that is killed here, or has died; the exit status of the old."""
+    worker = _workers[rank]
+    worker.kill()
+    _workers[rank] = _Worker()
+    return worker.process.exitcode
 
 
 def _bury(rank: int) -> Answer:
     """Replace a worker that died by itself."""
-    worker = _workers[rank]
-    worker.kill()
-    _workers[rank] = _Worker()
-    return Answer(None, f"the process died with exit code {worker.process.exitcode}\n", time.monotonic())
+    text = f"the process died with exit code {_replace(rank)}\n"
+    return Answer(None, text, time.monotonic(), died=True)
 
 
 def _kill_stuck(ranks: list[int], directory: str) -> dict[int, str]:
     """Ask stuck workers where they are, kill them, and start new ones in their places."""
     for rank in ranks:
         os.kill(_workers[rank].process.pid, signal.SIGUSR1)
-    if ranks:
-        time.sleep(STACK_S)
-    stacks = {}
+    stacks = {rank: _stack(Path(stack_file(directory, rank))) for rank in ranks}
     for rank in ranks:
-        stack = Path(stack_file(directory, rank))
-        stacks[rank] = stack.read_text() if stack.exists() else "not started\n"
-        _workers[rank].kill()
-        _workers[rank] = _Worker()
+        _replace(rank)
     return stacks
+
+
+def _stack(file: Path) -> str:
+    """The stack that a rank was asked for, once it is written."""
+    text, deadline = "", time.monotonic() + STACK_S
+    while file.exists() and time.monotonic() < deadline:
+        time.sleep(LOOK_S)
+        before, text = text, file.read_text()
+        if text and text == before:
+            break
+    return text or "not started\n"
+
+
+def close() -> None:
+    """End all workers; the next job starts new ones."""
+    while _workers:
+        _workers.pop().kill()
 
 
 def _report(

@@ -31,7 +31,7 @@ def run(layout, data_cache, save, *extra):
     dropout = "--attention-dropout 0.1 --hidden-dropout 0.1 --save-interval 100 --bf16"
     argv = command_line(layout, data_cache, dropout)
     argv += ["--save", str(save), "--load", str(save), *extra]
-    records = run_ranks(layout.world_size, train, argv, False, timeout=240)
+    records = run_ranks(layout.world_size, train, argv, False, timeout=600)
     return [record.losses for record in records]
 
 

@@ -182,7 +182,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_step_sends_what_the_closed_forms_say(layout, data_cache):
     argv = command_line(layout, data_cache, EXTRA)
-    for rank, found in enumerate(run_ranks(layout.world_size, steps, argv, timeout=120)):
+    for rank, found in enumerate(run_ranks(layout.world_size, steps, argv)):
         (traffic,) = found
         assert traffic == expected(layout, rank), f"rank {rank}"
 
@@ -193,7 +193,7 @@ def test_a_step_sends_what_the_closed_forms_say(layout, data_cache):
 )
 def test_chunks_send_the_same_bytes_in_more_messages(layout, chunks, data_cache):
     argv = command_line(layout, data_cache, f"{EXTRA} --use-ascend-coc --coc-parallel-num {chunks}")
-    for rank, (traffic,) in enumerate(run_ranks(layout.world_size, steps, argv, timeout=120)):
+    for rank, (traffic,) in enumerate(run_ranks(layout.world_size, steps, argv)):
         assert traffic == expected(layout, rank, chunks), f"rank {rank}"
 
 

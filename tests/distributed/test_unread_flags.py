@@ -224,7 +224,7 @@ def observed(places: dict[str, str]):
     @cache
     def run(name: str) -> list[Observed]:
         ranks, words = RUNS[name]
-        return run_ranks(ranks, observe, f"{BASE} {words}".format(**places).split(), timeout=120)
+        return run_ranks(ranks, observe, f"{BASE} {words}".format(**places).split())
 
     return run
 

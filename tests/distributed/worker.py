@@ -13,6 +13,9 @@ from multiprocessing.connection import Connection
 
 from tests.distributed import fork_server, worker_state
 
+# What a rank says when it has left the world of its job and touches nothing of it any more.
+LEFT = "left"
+
 
 @dataclass(frozen=True)
 class Place:
@@ -32,6 +35,7 @@ class Answer:
     result: bytes | None
     traceback: str
     ended_s: float  # on the machine's monotonic clock
+    died: bool = False  # without an answer of its own
 
 
 def stack_file(directory: str, rank: int) -> str:
@@ -66,6 +70,7 @@ def serve(pipe: Connection) -> None:
                     pipe.recv()
                 faulthandler.unregister(signal.SIGUSR1)
             worker_state.reset(home)
+            pipe.send(LEFT)
         except (EOFError, OSError):  # the test process is gone
             return
 

@@ -8,7 +8,6 @@ import contextlib
 import multiprocessing
 import os
 import re
-import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -16,8 +15,10 @@ from pathlib import Path
 
 from tests.distributed import fork_server
 from tests.functional_tests import pauses
+from tests.reserved_port import ReservedPort
 
-TIMEOUT_S = 300
+# For what hangs; a loaded machine needs several times what an idle one does.
+TIMEOUT_S = 900
 
 _LOSS = re.compile(r"iteration +(\d+)/.*?lm loss: ([0-9.E+-]+)")
 _EVAL = re.compile(r"(?:validation|test) loss at (.*?) \| lm loss value: ([0-9.E+-]+)")
@@ -96,6 +97,7 @@ class Started:
 
     def __init__(self, process, output: Path):
         self.process, self._output = process, output
+        self.port: ReservedPort | None = None  # where its ranks meet
 
     def wait(self) -> Run:
         """Wait for the end; a run that hangs is killed and fails the test."""
@@ -151,9 +153,7 @@ def start_pretrain_gpt_ranks(
         The runs, by rank.
     """
     number = sum(1 for _ in tmp_path.glob("ranks*_of_0.log"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = ReservedPort()
     started = []
     for rank in range(world_size):
         environment = {
@@ -168,6 +168,7 @@ def start_pretrain_gpt_ranks(
             **(env or {}),
         }
         started.append(_start(argv, tmp_path, environment, tmp_path / f"ranks{number}_of_{rank}.log", None))
+        started[-1].port = port
     return started
 
 

@@ -49,7 +49,7 @@ def command(installed: Path, tmp_path_factory: pytest.TempPathFactory):
             [*(start or (str(installed / "bin" / "megatron-npu"),)), *words.split()],
             cwd=directory or tmp_path_factory.mktemp("empty"),
             env=os.environ | {"PYTHONPATH": str(installed), "MEGATRON_DEVICE": "cpu"},
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True, timeout=600,
         )  # fmt: skip
 
     return run

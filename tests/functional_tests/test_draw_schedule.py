@@ -53,6 +53,6 @@ def test_says_what_is_wrong(arguments, message):
 
 def test_a_mistake_on_the_command_line_ends_in_one_line():
     command = [sys.executable, TOOL, "-p", "2", "-m", "4", "--schedule", "1f1b", "-v", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: --pipeline-schedule 1f1b") and done.stderr.count("\n") == 1

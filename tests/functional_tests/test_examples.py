@@ -11,7 +11,7 @@ import pytest
 def run(repo_root, tmp_path):
     def start(*words):
         command = [sys.executable, *map(str, words)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
 
     return start
 

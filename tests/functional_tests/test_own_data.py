@@ -47,7 +47,7 @@ def type_in(directory: Path, command: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PATH": f"{directory}:{os.environ['PATH']}", "MEGATRON_DEVICE": "cpu"}
     environment.pop("PYTHONPATH", None)
     return subprocess.run(
-        ["bash", "-c", command], cwd=directory, env=environment, capture_output=True, text=True, timeout=120
+        ["bash", "-c", command], cwd=directory, env=environment, capture_output=True, text=True, timeout=600
     )
 
 

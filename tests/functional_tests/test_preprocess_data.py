@@ -20,7 +20,7 @@ NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "500"]
 
 def run(tool, *words, env=None):
     command = [sys.executable, TOOLS / tool, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=env)
 
 
 def preprocess(*words, env=None):

@@ -73,7 +73,7 @@ def launch(tmp_path: Path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=60,
+            timeout=300,
         )
         calls = log.read_text().split("--\n")[:-1] if log.exists() else []
         return Outcome(result.returncode, result.stdout, [call.splitlines() for call in calls])

@@ -12,7 +12,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 NAMESPACES = ["unshare", "--user", "--map-root-user", "--net", "--mount", "--fork", "--kill-child"]
 LOSS = re.compile(r"iteration +(\d+)/.*?lm loss: ([0-9.E+-]+)")
-TIMEOUT_S = 240
+TIMEOUT_S = 900
 
 # What runs on each host: train up to iteration 4, then again from the checkpoint up to iteration 6.
 COMMAND = """

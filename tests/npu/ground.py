@@ -46,7 +46,7 @@ def run(*words: str, soc: str = "Ascend910B2", devices: int = 1, **more: str) ->
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=600,
+        timeout=1200,
     )
 
 

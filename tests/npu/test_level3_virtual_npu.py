@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from tests.npu.cann_stub.build import why_not
 from tests.npu.virtual.environment import CHIPS, ROOT
+from tests.reserved_port import ReservedPort
 
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 
@@ -28,7 +28,7 @@ def on_virtual_npus(*words: str, **variables: str) -> subprocess.CompletedProces
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=600,
+        timeout=1200,
     )
 
 
@@ -58,14 +58,12 @@ def test_a_launch_script_trains(golden: Path, tmp_path: Path) -> None:
     """
     script = ("bash", "tests_gpt/pretrain_gpt_distributed_fp16.sh", "--shape_order=SBH")
     words = [*script, *tiny.split(), "--data-cache-path", str(tmp_path / "cache")]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = ReservedPort()
     variables = {
         "DATA_PATH": str(golden / "data" / "u16_text_document"),
         "CKPT_PATH": str(tmp_path / "checkpoint"),
         "VIRTUAL_NPU_CALLS": str(tmp_path),
-        "MASTER_PORT": port,
+        "MASTER_PORT": str(port),
     }
     done = on_virtual_npus("--", *words, **variables)
     assert done.returncode == 0, done.stdout

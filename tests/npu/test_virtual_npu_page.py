@@ -15,6 +15,7 @@ from tests.npu.cann_stub.build import why_not
 from tests.npu.ground import ROOT
 from tests.npu.virtual.__main__ import make_parser
 from tests.npu.virtual.environment import HERE
+from tests.reserved_port import ReservedPort
 
 PAGE = (ROOT / "docs" / "virtual_npu.md").read_text(encoding="utf-8")
 LINES = [
@@ -76,7 +77,8 @@ def run(line: str, directory: Path, timeout: int) -> subprocess.CompletedProcess
     if why_not() is not None:
         pytest.skip(f"no virtual NPU: {why_not()}")
     variables = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    variables |= {"PYTHONPATH": str(ROOT), "CKPT_PATH": str(directory), "MASTER_PORT": "6313"}
+    port = ReservedPort()
+    variables |= {"PYTHONPATH": str(ROOT), "CKPT_PATH": str(directory), "MASTER_PORT": str(port)}
     line = line.replace("VIRTUAL_NPU_CALLS=.", f"VIRTUAL_NPU_CALLS={shlex.quote(str(directory))}")
     return subprocess.run(
         ["bash", "-c", line],
@@ -91,7 +93,7 @@ def run(line: str, directory: Path, timeout: int) -> subprocess.CompletedProcess
 
 @pytest.mark.parametrize("line", SMALL)
 def test_small_commands_do_what_the_page_says(line: str, tmp_path: Path) -> None:
-    done = run(line, tmp_path, 300)
+    done = run(line, tmp_path, 900)
     assert done.returncode == 0, done.stdout
     if "VIRTUAL_NPU_CALLS" in line:
         assert json.loads((tmp_path / "calls_0.json").read_text()) == {"npu_swiglu": 1}
@@ -104,7 +106,7 @@ def test_small_commands_do_what_the_page_says(line: str, tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("line", LAUNCHES)
 def test_the_launch_trains(line: str, tmp_path: Path) -> None:
-    done = run(line, tmp_path, 600)
+    done = run(line, tmp_path, 1800)
     assert done.returncode == 0, done.stdout
     if line == LAUNCHES[0]:  # whose output the page shows
         for printed in re.findall(r"^(?:launch: device|INFO:).*$", PAGE, re.M):

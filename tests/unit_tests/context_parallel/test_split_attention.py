@@ -17,7 +17,7 @@ WINDOWS = ((2, 0), (0, 0), (CHUNK + 1, 0), (2 * CHUNK, 0), (50, 0), (2, 2), (-1,
 
 
 def hold(world: int, cases: list[Case]) -> None:
-    by_rank = run_ranks(world, worst_errors, cases, timeout=120)
+    by_rank = run_ranks(world, worst_errors, cases)
     for number, case in enumerate(cases):
         for rank, errors in enumerate(by_rank):
             for name, error in zip(("output", "dq", "dk", "dv"), errors[number], strict=True):

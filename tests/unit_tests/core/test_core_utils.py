@@ -9,6 +9,7 @@ import torch
 import megatron.core
 from megatron.core import config, utils
 from megatron.core.errors import ConfigError, MegatronError
+from tests.unit_tests.test_public_names import problems_in
 
 
 def test_package_exports():
@@ -150,3 +151,26 @@ def test_old_name_of_the_inference_context():
         assert utils.deprecate_inference_params(None, 3) == 3
     assert "old name" in str(caught[0].message)
     assert utils.deprecate_inference_params(4, None) == 4
+
+
+# Modules that lie in no package of the core.
+TOP = (
+    "config",
+    "config_logger",
+    "enums",
+    "jit",
+    "model_parallel_config",
+    "num_microbatches_calculator",
+    "optimizer_param_scheduler",
+    "package_info",
+    "packed_seq_params",
+    "parallel_state",
+    "process_groups_config",
+    "rerun_state_machine",
+    "timers",
+    "utils",
+)
+
+
+def test_defaults_are_the_original_ones() -> None:
+    assert problems_in(*(f"megatron.core.{name}" for name in TOP)) == []

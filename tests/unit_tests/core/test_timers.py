@@ -146,10 +146,11 @@ def test_tensorboard(clock: list[float]) -> None:
 
 def test_real_time() -> None:
     timer = Timers(0, "max")("a", log_level=0)
+    began = time.perf_counter()
     timer.start()
     time.sleep(0.02)
     timer.stop()
-    assert 0.02 <= timer.elapsed() < 1.0
+    assert 0.02 <= timer.elapsed() <= time.perf_counter() - began
 
 
 RANK_SCRIPT = """
@@ -175,13 +176,13 @@ dist.destroy_process_group()
     [
         (
             "minmax",
-            r"\(min, max\) time across ranks \(ms\):\n    both \.+: \((5|6)\d\.\d\d, 1\d\d\.\d\d\)\n"
-            r"    rank-1-only \.+: \(0\.00, 1\d\d\.\d\d\)\n",
+            r"\(min, max\) time across ranks \(ms\):\n    both \.+: \((\d+\.\d\d), (\d+\.\d\d)\)\n"
+            r"    rank-1-only \.+: \((0\.00), (\d+\.\d\d)\)\n",
         ),
         (
             "all",
-            r"times across ranks \(ms\):\n  both:\n     rank  0: \d+\.\d\d\n     rank  1: \d+\.\d\d\n"
-            r"  rank-1-only:\n     rank  0: 0\.00\n     rank  1: \d+\.\d\d\n",
+            r"times across ranks \(ms\):\n  both:\n     rank  0: (\d+\.\d\d)\n     rank  1: (\d+\.\d\d)\n"
+            r"  rank-1-only:\n     rank  0: (0\.00)\n     rank  1: (\d+\.\d\d)\n",
         ),
     ],
 )
@@ -197,9 +198,17 @@ def test_two_ranks(option: str, pattern: str, tmp_path: Path, repo_root: Path) -
         )
         for rank in range(2)
     ]
-    first, last = (process.communicate(timeout=120)[0] for process in ranks)
+    try:
+        first, last = (process.communicate(timeout=300)[0] for process in ranks)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
     assert first == ""
-    assert re.fullmatch(pattern, last), last
+    # The least that the ranks have slept; a loaded machine wakes them later.
+    least_ms = (50, 100, 0, 100)
+    assert (found := re.fullmatch(pattern, last)), last
+    assert all(float(ms) >= least for ms, least in zip(found.groups(), least_ms, strict=True)), last
 
 
 def test_report_over_ranks(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 )
 from megatron.core.datasets.utils import Split, compile_helpers, get_blend_from_list, normalize
 from megatron.core.errors import ConfigError
+from tests.unit_tests.test_public_names import problems_in
 
 
 def test_splits(data):
@@ -94,3 +95,7 @@ def test_small_helpers():
     assert normalize([30, 70, 100]) == [0.15, 0.35, 0.5]
     assert np.isclose(sum(normalize([0.1] * 7)), 1)
     assert compile_helpers() is None
+
+
+def test_defaults_are_the_original_ones() -> None:
+    assert problems_in("megatron.core.datasets") == []

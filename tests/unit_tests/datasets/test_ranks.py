@@ -48,9 +48,14 @@ def test_two_ranks(in_data, gpt_config, tmp_path, needed_on, form):
     ]
     for process in ranks:
         process.start()
-    facts = dict(results.get(timeout=60) for _ in ranks)
-    for process in ranks:
-        process.join(timeout=30)
+    try:
+        facts = dict(results.get(timeout=300) for _ in ranks)
+        for process in ranks:
+            process.join(timeout=60)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
     assert isinstance(facts[0], list), facts[0]
     assert isinstance(facts[1], list), facts[1]
     built = [fact for fact in facts[0] if fact is not None]

@@ -7,6 +7,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.distributed.buffer_building import choose_bucket_size
 from megatron.core.distributed.buffer_layout import Alignment, lay_out, sharded_alignment
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer, shard_buffer
+from tests.unit_tests.test_public_names import problems_in
 
 
 def places(layout):
@@ -111,3 +112,7 @@ def test_shards_are_equal_views() -> None:
     assert flat.tolist() == [0.0] * 4 + [1.0] * 4 + [0.0] * 4
     with pytest.raises(AssertionError, match="12 elements do not divide into 5 shards"):
         shard_buffer(flat, 5)
+
+
+def test_defaults_are_the_original_ones() -> None:
+    assert problems_in("megatron.core.distributed") == []

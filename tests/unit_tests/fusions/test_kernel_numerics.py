@@ -32,6 +32,7 @@ from megatron.core.fusions.layer_norm import layer_norm
 from megatron.core.fusions.rms_norm import rms_norm
 from megatron.core.fusions.rotary import rotary
 from megatron.core.fusions.softmax import scaled_masked_softmax
+from tests.unit_tests.test_public_names import problems_in
 
 # Largest error relative to the largest reference value.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
@@ -253,3 +254,7 @@ def test_public_gradient_helpers():
     (expected,) = torch.autograd.grad(bias_gelu(bias, leaf), leaf, g)
     torch.testing.assert_close(bias_gelu_back(g, bias, y), expected)
     torch.testing.assert_close(bias_gelu(bias, y), tanh_gelu(y + bias))
+
+
+def test_defaults_are_the_original_ones() -> None:
+    assert problems_in("megatron.core.fusions") == []

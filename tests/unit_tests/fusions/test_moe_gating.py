@@ -38,7 +38,7 @@ def weights_of_token(logits: list[float], topk: int, score: str, pre_softmax: bo
     return [scores[e] / total if e in best else 0.0 for e in range(EXPERTS)]
 
 
-@pytest.mark.parametrize("topk", [1, 3, EXPERTS])
+@pytest.mark.parametrize("topk", [1, 2, 3, EXPERTS])
 @pytest.mark.parametrize(
     ("score", "pre_softmax"), [("softmax", False), ("softmax", True), ("sigmoid", False)]
 )

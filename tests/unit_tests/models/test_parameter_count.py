@@ -10,6 +10,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.gpt.parameter_count import gpt_parameter_count
 from megatron.core.transformer.transformer_config import TransformerConfig
+from tests.unit_tests.test_public_names import problems_in
 
 VOCABULARY, MAX_SEQUENCE = 40, 12
 
@@ -120,3 +121,7 @@ def test_published_sizes():
         add_bias_linear=False,
     )
     assert gpt_parameter_count(llama2_7b, 32000, 4096, "rope", False) == 6_738_415_616
+
+
+def test_defaults_are_the_original_ones() -> None:
+    assert problems_in("megatron.core.models.gpt", "megatron.core.models.common") == []

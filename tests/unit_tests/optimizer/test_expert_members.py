@@ -94,7 +94,7 @@ def step_of_a_stage(ddp: dict[str, Any], precision: str) -> tuple[Any, int]:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_stages_without_experts_step_with_those_that_have_some(ddp: dict[str, Any], precision: str) -> None:
     """Overflow, norm and zeros are found together: every stage must take part in each of the messages."""
-    answers = run_ranks(4, step_of_a_stage, ddp, precision, timeout=20)
+    answers = run_ranks(4, step_of_a_stage, ddp, precision)
     sizes = {name: param.numel() for name, param in WithExperts().named_parameters()}
     experts = sum(size for name, size in sizes.items() if name.startswith("layers.0"))
     everything = sum(sizes.values())

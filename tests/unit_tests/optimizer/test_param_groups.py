@@ -6,6 +6,7 @@ import torch
 from megatron.core.errors import ConfigError, NotBuiltYetError
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.param_groups import _get_param_groups
+from tests.unit_tests.test_public_names import problems_in
 
 RATES = {"lr": 1e-3, "min_lr": 1e-5, "decoupled_lr": None, "decoupled_min_lr": None}
 
@@ -129,3 +130,7 @@ def test_what_is_not_built_says_so(settings: dict, flag: str) -> None:
 def test_a_model_that_cannot_learn_is_refused() -> None:
     with pytest.raises(ConfigError, match="requires a gradient"):
         get_megatron_optimizer(OptimizerConfig(lr=1e-3), [Toy().requires_grad_(False)])
+
+
+def test_defaults_are_the_original_ones() -> None:
+    assert problems_in("megatron.core.optimizer") == []

@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import p2p_communication as p2p
 from megatron.core.pipeline_parallel import schedules
 from tests.distributed.pool import run_ranks
+from tests.unit_tests.test_public_names import problems_in
 
 SHAPE = (3, 2, 6)
 
@@ -146,3 +147,7 @@ def fp32_residual():
 def test_tensors_travel_in_the_type_of_the_residual_stream():
     assert run_ranks(2, half_precision)[1] == torch.bfloat16
     assert run_ranks(2, fp32_residual)[1] == torch.float32
+
+
+def test_defaults_are_the_original_ones() -> None:
+    assert problems_in("megatron.core.pipeline_parallel") == []

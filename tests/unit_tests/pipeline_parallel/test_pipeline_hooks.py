@@ -328,7 +328,7 @@ def wrong_type():
 )
 def test_what_stages_did_not_agree_on_is_an_error(function, message):
     with pytest.raises(AssertionError, match=message):
-        run_ranks(2, function, timeout=10)
+        run_ranks(2, function)
 
 
 def counts_of_ranks(virtual_size):

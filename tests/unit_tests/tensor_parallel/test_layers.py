@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel.random import (
 from megatron.core.tensor_parallel.utils import VocabUtility, split_tensor_along_last_dim
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal
+from tests.unit_tests.test_public_names import problems_in
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INIT = init_method_normal(0.5)
@@ -294,3 +295,7 @@ def test_attribute_helpers():
     third = torch.zeros(2)
     layers.copy_tensor_model_parallel_attributes(third, other)
     assert (third.tensor_model_parallel, third.partition_dim, third.partition_stride) == (True, 1, 2)
+
+
+def test_defaults_are_the_original_ones() -> None:
+    assert problems_in("megatron.core.tensor_parallel") == []

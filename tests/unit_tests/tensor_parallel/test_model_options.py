@@ -265,5 +265,5 @@ def compare(names, sequence_parallel):
 @pytest.mark.parametrize("part", ["config", "model", "forward"])
 def test_two_ranks_give_what_one_gives(part, sequence_parallel):
     names = [name for name in CASES if name.startswith(part)]
-    for problems in run_ranks(2, compare, names, sequence_parallel, timeout=120):
+    for problems in run_ranks(2, compare, names, sequence_parallel):
         assert not problems, "\n".join(problems)

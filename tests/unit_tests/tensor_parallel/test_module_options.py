@@ -284,7 +284,7 @@ def check_equal(names, cases, sequence_parallel):
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_two_ranks_give_what_one_gives(sequence_parallel):
     cases = CASES if sequence_parallel else CASES | PLAIN_CASES
-    for problems in run_ranks(2, check_all, list(cases), sequence_parallel, timeout=120):
+    for problems in run_ranks(2, check_all, list(cases), sequence_parallel):
         assert not problems, "\n".join(problems)
 
 

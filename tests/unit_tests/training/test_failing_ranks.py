@@ -10,9 +10,11 @@ import pytest
 from megatron.core.errors import CheckpointError, DataError
 from megatron.training.entry import run_main
 from tests.distributed import fork_server
+from tests.reserved_port import ReservedPort
 
-SLEEP_S = 100
-LIMIT_S = 60
+# Longer than any machine needs to end three ranks, and shorter than the sleep of those that nobody ends.
+SLEEP_S = 1000
+LIMIT_S = 300
 
 
 def all_fail_before_they_meet(rank: int) -> None:
@@ -85,20 +87,19 @@ def _child(main, rank: int, port: int, output: str) -> None:
 
 def run_three(main, tmp_path: Path) -> tuple[list[int], str]:
     """Exit statuses of three ranks, and all they wrote."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     output = tmp_path / "output"
     context = fork_server.context()
-    ranks = [context.Process(target=_child, args=(main, rank, port, str(output))) for rank in range(3)]
-    for process in ranks:
-        process.start()
-    deadline = time.monotonic() + LIMIT_S
-    for process in ranks:
-        process.join(max(0.1, deadline - time.monotonic()))
-        if process.is_alive():
-            process.kill()
-            process.join()
+    with ReservedPort("localhost") as port:
+        where = (port.number, str(output))
+        ranks = [context.Process(target=_child, args=(main, rank, *where)) for rank in range(3)]
+        for process in ranks:
+            process.start()
+        deadline = time.monotonic() + LIMIT_S
+        for process in ranks:
+            process.join(max(0.1, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
     return [process.exitcode for process in ranks], output.read_text()
 
 

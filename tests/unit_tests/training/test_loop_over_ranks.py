@@ -64,7 +64,7 @@ def _signal_handler():
 
 def run(layout: Layout, tmp_path: Path, extra: str, **options) -> list[tuple[str, str]]:
     argv = command_line(layout, tmp_path / "cache", f"--log-params-norm {extra}")
-    return run_ranks(layout.world_size, train, argv, timeout=120, **options)
+    return run_ranks(layout.world_size, train, argv, **options)
 
 
 def lines(results: list[tuple[str, str]]) -> dict[int, tuple[str, ...]]:
@@ -118,7 +118,7 @@ def test_collectives_may_start_as_soon_as_a_stage_is_ready(pipeline: dict, tmp_p
     def losses(flags: str) -> list[str]:
         # No norms of parameters: they would gather all of them before the next step.
         argv = command_line(layout, tmp_path / "cache", f"{NO_DROPOUT} {flags}")
-        results = run_ranks(4, train, argv, timeout=120)
+        results = run_ranks(4, train, argv)
         assert {ended for _, ended in results} == {"well"}
         return re.findall(r"lm loss: (\S+) \|.* grad norm: (\S+)", results[-1][0])
 
@@ -196,13 +196,13 @@ def test_hosts_without_shared_storage_resume_from_their_own_disks(tmp_path: Path
     layout = Layout(dp=2, reduction="sharded")
     argv = command_line(layout, tmp_path / "cache", f"--log-params-norm {DROPOUT} --save-interval 2")
     save = ["--save", "{disk}"]
-    whole = lines(run_ranks(2, train_on_own_disk, argv, str(tmp_path), save, timeout=120))
+    whole = lines(run_ranks(2, train_on_own_disk, argv, str(tmp_path), save))
     for host in (0, 1):
         names = [path.name for path in (tmp_path / f"host{host}" / "iter_0000002" / "mp_rank_00").iterdir()]
         # The shards of the optimizer are gathered, and handed out again, by the first host's rank.
         assert sorted(names) == ["distrib_optim.pt", "model_optim_rng.pt"][host:]
     load = ["--load", "{disk}", "--ckpt-step", "2"]
-    rest = lines(run_ranks(2, train_on_own_disk, argv, str(tmp_path), load, timeout=120))
+    rest = lines(run_ranks(2, train_on_own_disk, argv, str(tmp_path), load))
     assert rest == {number: whole[number] for number in (3, 4)}
 
 

@@ -50,7 +50,7 @@ def reports(output: str) -> list[str]:
 
 def run(tmp_path: Path, flags: str, turned_at: int | None = None) -> list[str]:
     argv = command_line(Layout(dp=2), tmp_path / "cache", f"{NO_DROPOUT} {flags}")
-    return run_ranks(2, train, argv, turned_at, timeout=120)
+    return run_ranks(2, train, argv, turned_at)
 
 
 def test_ranks_are_compared_at_every_log_line(tmp_path: Path):

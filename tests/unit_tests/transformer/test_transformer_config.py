@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from megatron.core.config_logger import log_config_to_disk
 from megatron.core.errors import ConfigError
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from tests.unit_tests.test_public_names import problems_in
 
 BASE = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
 MOE = {"num_moe_experts": 4, "add_bias_linear": False}
@@ -101,3 +102,7 @@ def test_config_log(tmp_path):
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == [f"TransformerConfig.rank_0.iter{i}.json" for i in range(2)]
     assert '"hidden_size": 32' in (tmp_path / files[0]).read_text()
+
+
+def test_defaults_are_the_original_ones() -> None:
+    assert problems_in("megatron.core.transformer") == []

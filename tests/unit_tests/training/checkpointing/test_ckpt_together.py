@@ -46,13 +46,13 @@ def fill_disk_of_one_rank(directory: str) -> list[str]:
 
 
 def test_a_full_disk_on_one_rank_stops_all_and_harms_nothing(tmp_path: Path):
-    results = run_ranks(4, fill_disk_of_one_rank, str(tmp_path), timeout=60)
+    results = run_ranks(4, fill_disk_of_one_rank, str(tmp_path))
     # Ranks 0 and 1 write, 2 and 3 are their replicas: the failing rank 3 has nothing to write.
     assert results == [["", ""]] * 4
     for path in tmp_path.iterdir():
         durable.shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    first, second = run_ranks(2, fill_disk_of_one_rank, str(tmp_path), timeout=60)
+    first, second = run_ranks(2, fill_disk_of_one_rank, str(tmp_path))
     assert first[0] == second[0] == ""
     assert "No space left on device" in second[1] and "mp_rank_01" in second[1]
     assert first[1].startswith("[rank 1 on ") and first[1].endswith(second[1])

@@ -147,7 +147,7 @@ def test_a_forked_process_can_go_on_with_it(byte_level_files) -> None:
     tokenizer.tokenize_flat(TEXTS)
     child = multiprocessing.get_context("fork").Process(target=tokenizer.tokenize_flat, args=(TEXTS * 20,))
     child.start()
-    child.join(timeout=30)
+    child.join(timeout=300)
     alive = child.is_alive()
     child.kill()
     assert not alive and child.exitcode == 0
