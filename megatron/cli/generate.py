@@ -22,6 +22,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint, load_chec
 from megatron.training.generation import SamplingOptions, generate
 from megatron.training.global_vars import get_tokenizer
 from megatron.training.initialize import initialize_megatron
+from megatron.training.tokenizer.build import SIZED_BY_FLAG
 from megatron.training.training import get_model
 
 # Taken from the checkpoint where the command line says nothing; load_args_from_checkpoint does the rest.
@@ -75,7 +76,18 @@ def arguments() -> argparse.Namespace:
         setattr(args, name, getattr(stored, name, getattr(args, name)))
     args.micro_batch_size = args.global_batch_size = 1
     check_tokenizer_files(args)
+    check_vocabulary(args, stored)
     return args
+
+
+def check_vocabulary(args: argparse.Namespace, stored: argparse.Namespace) -> None:
+    """A tokenizer that knows its size from a flag must not take ids that only pad the table for tokens."""
+    trained = getattr(stored, "vocab_size", None)
+    same_type = args.tokenizer_type == getattr(stored, "tokenizer_type", None)
+    if same_type and args.tokenizer_type in SIZED_BY_FLAG and args.vocab_size != trained:
+        raise ConfigError(
+            f"--vocab-size {args.vocab_size}: the checkpoint was trained with {trained}; leave the flag out"
+        )
 
 
 def check_tokenizer_files(args: argparse.Namespace) -> None:
@@ -91,8 +103,18 @@ def check_tokenizer_files(args: argparse.Namespace) -> None:
 
 
 def load_model(args: argparse.Namespace) -> torch.nn.Module:
-    """The trained model on this machine's device, ready to be called."""
+    """The trained model on this machine's device, ready to be called.
+
+    Raises:
+        ConfigError: a tokenizer with more ids than the model knows.
+    """
     initialize_megatron(parsed_args=args)
+    ids = get_tokenizer().vocab_size
+    if ids > args.padded_vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {ids} ids, but the model of this checkpoint {args.padded_vocab_size}: name "
+            "the files of the tokenizer it was trained with"
+        )
     model = get_model(model_provider, wrap_with_ddp=False)
     load_checkpoint(model, None, None)
     return model[0].eval()

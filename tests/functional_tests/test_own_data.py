@@ -148,6 +148,17 @@ def test_generation_says_what_is_wrong(trained, tool, monkeypatch, words: str, s
         tool.main()
 
 
+@pytest.mark.parametrize("size", [100, 5000])
+def test_generation_takes_no_padded_id_for_a_token(golden, tool, monkeypatch, tmp_path, size: int) -> None:
+    """The model was trained on 64 ids; a larger --vocab-size would make tokens of the rows behind them."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint = golden / "ckpt" / "torch_tp1pp1"
+    words = ["generate.py", "--load", str(checkpoint), "--prompt", "1", "--vocab-size", str(size)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(ConfigError, match=rf"--vocab-size {size}: the checkpoint was trained with 63"):
+        tool.main()
+
+
 def test_generation_takes_model_and_tokenizer_from_the_checkpoint(trained, tool, monkeypatch) -> None:
     """The command line may still say where the vocabulary is now."""
     monkeypatch.chdir(trained[0])
