@@ -41,7 +41,7 @@ EXTRAS["all"] = sorted({name for extra in _FEATURES for name in EXTRAS[extra]})
 # Linux only, pins torch, and where it is installed "import torch" fails without CANN unless
 # TORCH_DEVICE_BACKEND_AUTOLOAD=0 is set, as tests/test.sh does.
 EXTRAS["npu-test"] = ["torch_npu==2.13.0"]
-EXTRAS["test"] = EXTRAS["all"] + ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.17,<0.18", "safetensors>=0.4"]
+EXTRAS["test"] = EXTRAS["all"] + ["pytest>=8.4", "pytest-xdist>=3.5", "ruff>=0.17,<0.18", "safetensors>=0.4"]
 
 
 class BuildBesideMindSpeed(build_py):

@@ -6,6 +6,11 @@ cd "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 
 PYTHON=${PYTHON:-$(command -v python3 || command -v python || true)}
 [[ -n $PYTHON ]] || { echo "error: no python3 on PATH: install Python 3.10 or newer, or set PYTHON" >&2; exit 2; }
+"$PYTHON" -c '
+import sys
+if sys.version_info < (3, 10):
+    sys.exit("error: Python 3.10 or newer is needed, and this is Python " + sys.version.split()[0] + ": set PYTHON")
+' || exit 2
 missing=$("$PYTHON" -c '
 from importlib.util import find_spec
 print(*[name for name in ("torch", "pytest", "xdist", "transformers", "pyarrow", "nltk") if find_spec(name) is None])')

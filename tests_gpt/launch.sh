@@ -95,21 +95,44 @@ last_value() {
 
 # find_python: sets PYTHON; ends the script with a remedy when it is too old or packages are missing.
 find_python() {
-    PYTHON=${PYTHON:-$(command -v python3 || command -v python || true)}
+    [[ -n $PYTHON ]] || PYTHON=$(python_on_path)
     [[ -n $PYTHON ]] || die "no python3 on PATH: install Python 3.10 or newer, or set PYTHON"
     # Absolute, but not through links: an environment's interpreter is one.
     [[ $PYTHON != [!/]*/* ]] || PYTHON=$PWD/$PYTHON
+    # In words that any Python can read.
     "$PYTHON" - <<'EOF' || exit 2
-import importlib.util, sys
-found = f"{sys.executable} (Python {sys.version.split()[0]})"
+import sys
+found = sys.executable + " (Python " + sys.version.split()[0] + ")"
 if sys.version_info < (3, 10):
-    sys.exit(f"error: {found} is too old: Python 3.10 or newer is needed; set PYTHON=/path/to/python3")
+    sys.exit("error: " + found + " is too old: Python 3.10 or newer is needed; set PYTHON=/path/to/python3")
+import importlib.util
 missing = [name for name in ("torch", "numpy", "tokenizers") if importlib.util.find_spec(name) is None]
 if missing:
-    sys.exit(f"error: {found} has no {', '.join(missing)}: activate the environment that has, set "
+    sys.exit("error: " + found + " has no " + ", ".join(missing) + ": activate the environment that has, set "
              "PYTHON=/path/to/python3, or run: pip install -e . (in the checkout)")
 EOF
 }
+
+# python_on_path: prints the python3 of PATH; where that is too old, a newer one that stands there under its
+# full name, those first that have torch.
+python_on_path() {
+    local first name found=
+    first=$(command -v python3 || command -v python || true)
+    if [[ -n $first ]] && ! can_run "$first" 'sys.version_info >= (3, 10)'; then
+        for name in python3.1{4,3,2,1,0}; do
+            can_run "$name" 'sys.version_info >= (3, 10)' || continue
+            found=${found:-$(command -v "$name")}
+            if can_run "$name" '__import__("importlib.util").util.find_spec("torch")'; then
+                found=$(command -v "$name")
+                break
+            fi
+        done
+    fi
+    printf '%s\n' "${found:-$first}"
+}
+
+# can_run PYTHON CONDITION: whether it starts and finds the condition true.
+can_run() { "$1" -c "import sys; sys.exit(not ($2))" >/dev/null 2>&1; }
 
 # find_device: sets DEVICE (cpu, cuda, npu ...) and DEVICE_COUNT, and reads env_npu.sh for an NPU.
 # Torch is asked only where the machine has a device file: its import takes seconds.

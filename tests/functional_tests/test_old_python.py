@@ -80,6 +80,53 @@ def test_an_entry_point_on_a_python_that_calls_itself_old(words: str, tmp_path: 
     assert run.stderr.count("\n") == 1
 
 
+@pytest.fixture
+def path_of_old_pythons(tmp_path: Path) -> Path:
+    """A directory whose python3 says that it is Python 3.8, beside what the scripts of a shell need."""
+    for tool in ("bash", "sh", "env", "dirname", "readlink", "basename", "cat"):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    old = tmp_path / "python3"
+    old.write_text(
+        f"#!/bin/sh\nmark='import sys; sys.version_info, sys.version = (3, 8, 10), \"3.8.10\"; '\n"
+        f'if [ "$1" = - ]; then exec {sys.executable} -c "$mark exec(sys.stdin.read())"; fi\n'
+        f'exec {sys.executable} -c "$mark $2"\n'
+    )
+    old.chmod(0o755)
+    return tmp_path
+
+
+def start(script: str, path: Path, *words: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment |= {"PATH": str(path), "MEGATRON_DEVICE": "cpu", "HOME": str(path)}
+    command = ["bash", str(ROOT / script), *words]
+    return subprocess.run(command, env=environment, cwd=path, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["tests_gpt/pretrain_gpt_distributed_fp16.sh", "tests_gpt/pretrain_gpt_distributed.sh", "tests/test.sh"],
+)
+def test_a_script_on_an_old_python(script: str, path_of_old_pythons: Path) -> None:
+    run = start(script, path_of_old_pythons)
+    assert run.returncode == 2 and run.stdout == ""
+    assert "Python 3.10 or newer is needed" in run.stderr and "3.8.10" in run.stderr
+    assert "set PYTHON" in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_a_script_takes_a_newer_python_beside_the_old_one(path_of_old_pythons: Path) -> None:
+    newer = path_of_old_pythons / "python3.11"
+    newer.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    newer.chmod(0o755)
+    too_new = path_of_old_pythons / "python3.13"  # has no torch
+    too_new.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    too_new.chmod(0o755)
+    run = start("tests_gpt/pretrain_gpt_distributed_fp16.sh", path_of_old_pythons, "--mock-data", "--lr", "x")
+    assert run.stderr.startswith("error: --lr x: "), run.stderr  # which pretrain_gpt.py itself says
+    newer.unlink()
+    run = start("tests_gpt/pretrain_gpt_distributed_fp16.sh", path_of_old_pythons)
+    assert run.returncode == 2 and "has no torch" in run.stderr
+
+
 @pytest.mark.skipif(not old_pythons(), reason="no Python older than 3.10 on this machine")
 @pytest.mark.parametrize(
     "words",

@@ -349,7 +349,12 @@ def test_help_and_missing_packages(launch, tmp_path: Path) -> None:
 
 
 def test_every_script_parses() -> None:
-    scripts = [*ROOT.glob("*/*.sh"), *ROOT.glob("examples/**/*.sh"), ROOT / ".ci" / "run"]
+    scripts = [
+        *ROOT.glob("*/*.sh"),
+        *ROOT.glob("examples/**/*.sh"),
+        ROOT / ".ci" / "run",
+        ROOT / ".ci" / "interpreters",
+    ]
     assert len(scripts) >= 6
     for script in scripts:
         checked = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
