@@ -2,8 +2,10 @@
 
 import sys
 
-# Written so that any Python can read it as far as this.
-if sys.version_info < (3, 10):
+# Written so that any Python can read it as far as this. Where pip asks for the metadata it says in its own
+# words, and in fewer lines than around an error, that python_requires is not met.
+asked_by_pip = sys.version_info >= (3,) and {"egg_info", "dist_info"}.intersection(sys.argv)
+if sys.version_info < (3, 10) and not asked_by_pip:
     sys.exit("error: Python 3.10 or newer is needed, and this is Python " + sys.version.split()[0])
 
 from pathlib import Path
