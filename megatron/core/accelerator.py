@@ -43,8 +43,9 @@ def device_type() -> str:
 
 @functools.cache
 def _detect_device_type(requested: str) -> str:
-    found = torch.accelerator.current_accelerator(check_available=True)
-    present = found.type if found is not None else CPU
+    # The device torch was built for; torch 2.6 cannot be asked for it and its presence at once.
+    found = torch.accelerator.current_accelerator()
+    present = found.type if found is not None and torch.accelerator.is_available() else CPU
     if present == CPU != requested and device_backends.PROBLEMS:
         problems = "; ".join(device_backends.PROBLEMS.values())
         raise ConfigError(f"{problems}. MEGATRON_DEVICE={CPU} goes on without it")
