@@ -61,6 +61,8 @@ RUNS: dict[str, tuple[int, str]] = {
         "--check-for-large-grads --train-sync-interval 1 --exit-duration-in-mins 9 --exit-interval 9 "
         "--exit-signal-handler --result-rejected-tracker-filename {out}/tracker --iterations-to-skip 1 "
         "--no-check-for-nan-in-loss-and-grad --calculate-per-token-loss --deterministic-mode "
+        "--log-straggler --disable-straggler-on-startup --straggler-ctrlr-port 0 "
+        "--straggler-minmax-count 2 "
         "--ckpt-format torch",
     ),
     "llama": (
@@ -169,6 +171,7 @@ ELSEWHERE = {
     "--no-shared-storage": "several hosts",
     "--hccl-group-buffer": "a device whose collectives take sizes of buffers",
     "--local-rank": "given by launchers",
+    "--rendezvous-timeout": "ranks that meet over a launcher's address",
     "--wandb-project": "the wandb package",
     "--wandb-exp-name": "the wandb package",
     "--wandb-save-dir": "the wandb package",

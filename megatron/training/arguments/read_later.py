@@ -35,6 +35,10 @@ READ_LATER: dict[str, str] = {
         "empty_unused_memory_level exit_duration_in_mins exit_interval iterations_to_skip "
         "log_num_zeros_in_grad log_params_norm manual_gc manual_gc_interval train_sync_interval",
     ),
+    **_when(
+        "when the first step begins",
+        "disable_straggler_on_startup log_straggler straggler_ctrlr_port straggler_minmax_count",
+    ),
     **_when("in evaluation", "log_validation_ppl_to_tensorboard manual_gc_eval"),
     **_when(
         "when a profile begins",
