@@ -134,11 +134,27 @@ def _fail(error: Exception, watcher: "FailureWatcher | None") -> None:
     if watcher is None:
         if not readable:
             raise error
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _print_alone(f"error: {error}")
         sys.exit(status)
     text = str(error) if readable else "".join(traceback.format_exception(error))
     watcher.fail(_as_failure(error, status, text))
+
+
+def _print_alone(text: str) -> None:
+    """Print where ranks cannot agree who does: once per machine, if each fails for this reason."""
+    sys.stdout.flush()
+    if launcher_environment.has_other_ranks():
+        from megatron.training.ranks.failure import HOLD_S
+        from megatron.training.ranks.processes import FirstOnHost
+
+        first = FirstOnHost(f"{os.getppid()} {text}")
+        if not first.claim():
+            return
+        print(text, file=sys.stderr, flush=True)
+        time.sleep(HOLD_S)
+        first.release()
+    else:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _as_failure(error: Exception, status: int, text: str) -> Any:

@@ -13,6 +13,8 @@ from megatron.training.ranks.places import Place
 ERROR, CONSEQUENCE, STOP = range(3)
 # How long a failing rank waits for rank 0, and for an answer of the store, before it speaks for itself.
 PATIENCE_S = 10.0
+# How long the process that speaks for a machine keeps others from it.
+HOLD_S = 2.0
 
 
 @dataclass(frozen=True)

@@ -138,26 +138,34 @@ class Keeper:
     # The thread.
 
     def _serve(self) -> None:
-        try:
-            store = connect(self._address, self._over, self._note_problem)
-            if store is None:
+        while not self._over.is_set() and not self.lost:
+            try:
+                self._serve_one_store()
+            except NoStore as error:
+                self.problem = str(error)
+                self._owner.propose(Failure(1, lambda: self.problem, patience_s=0.0))
                 return
-            self._store = WatchedStore(store, Canary(self._address, self._world_size))
-            place = (self._rank, self._world_size, self._address)
-            self._session = Session(self._store, *place, lambda: self._owner.failure)
-            while not self._over.is_set():
-                self._step(self._session)
-                self._wake.wait(self._session.interval_s)
-                self._wake.clear()
-            self._end_well(self._session)
-        except NoStore as error:
-            self.problem = str(error)
-            self._owner.propose(Failure(1, lambda: self.problem, patience_s=0.0))
-        except RuntimeError as error:
-            self.lost = (
-                f"the store of the job at {self._address}, which {self._address.keeper} kept, is gone "
-                f"({first_line(error)})"
-            )
+            except RuntimeError as error:
+                reason = (
+                    f"the store of the job at {self._address}, which {self._address.keeper} kept, is gone"
+                )
+                if self._session is None or self._session.attempt or self._owner.failure is not None:
+                    self.lost = f"{reason} ({first_line(error)})"
+                else:  # that of an attempt that ended as this process came: there may be another
+                    self.problem, self._session, self._meeting, self._rank_0 = reason, None, None, None
+
+    def _serve_one_store(self) -> None:
+        store = connect(self._address, self._over, self._note_problem)
+        if store is None:
+            return
+        self._store = WatchedStore(store, Canary(self._address, self._world_size))
+        place = (self._rank, self._world_size, self._address)
+        self._session = Session(self._store, *place, lambda: self._owner.failure)
+        while not self._over.is_set():
+            self._step(self._session)
+            self._wake.wait(self._session.interval_s)
+            self._wake.clear()
+        self._end_well(self._session)
 
     def _note_problem(self, text: str) -> None:
         self.problem = text

@@ -1,8 +1,10 @@
 """Processes of this machine: whether they still run, without being their parent."""
 
 import contextlib
+import hashlib
 import os
 import socket
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +41,7 @@ class Process(NamedTuple):
         return "stopped" if letter in "Tt" else "runs"
 
 
+@cache
 def _machine() -> str:
     """Boot of the machine and namespace of the process numbers; the host's name where neither is known."""
     try:
@@ -83,9 +86,10 @@ class FirstOnHost:
             return True
         if not hasattr(socket, "AF_UNIX"):
             return True
+        digest = hashlib.sha256(self._name.encode()).hexdigest()[:32]  # such names are short
         holder = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
-            holder.bind(f"\0megatron {self._name}")
+            holder.bind(f"\0megatron {digest}")
         except FileNotFoundError:  # a system with such sockets, but not with such names
             holder.close()
             return True

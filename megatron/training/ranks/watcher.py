@@ -15,16 +15,14 @@ from collections.abc import Callable
 from torch.distributed import Store
 
 from megatron.training.ranks import places
-from megatron.training.ranks.failure import CONSEQUENCE, PATIENCE_S, STOP, Failure, end_process, say
+from megatron.training.ranks.failure import CONSEQUENCE, HOLD_S, PATIENCE_S, STOP, Failure, end_process, say
 from megatron.training.ranks.keeper import Keeper
 from megatron.training.ranks.processes import FirstOnHost
 from megatron.training.ranks.sentences import one_rank
 from megatron.training.ranks.session import own_place
 from megatron.training.ranks.store import Address
 
-LOOK_S = 0.25
-# How long the process that speaks for a machine keeps others from it.
-HOLD_S = 2.0
+LOOK_S, PLACE_S = 0.25, 1.0
 # First word about ranks that have not come, and about a rank that lets others wait in a long phase.
 NOTICE_S, LONG_PHASE_S = 10.0, 30.0
 # Longest time between a failure and the end of the process.
@@ -189,11 +187,12 @@ class FailureWatcher:
 
     def _look_around(self) -> None:
         """Body of the thread that asks nobody."""
-        phases = _LongPhases(self._rank)
+        phases, looks = _LongPhases(self._rank), 0
         while not self._over.wait(LOOK_S):
             self._look_at_neighbours()
-            place = own_place(self._failure)
-            phases.look(place)
+            looks += 1
+            if looks * LOOK_S % PLACE_S == 0:
+                phases.look(own_place(self._failure))
             if self.stalls_count and phases.still_s > 0.9 * self.time_limit_s:
                 self.propose(Failure(1, None, CONSEQUENCE, error="no progress within the time limit"))
             self._look_at_store()
@@ -233,10 +232,10 @@ class _LongPhases:
     def still_s(self) -> float:
         """How long the main thread has been at one line of a step."""
         in_step = self._place is not None and self._place.phase.startswith(("iteration", "an evaluation"))
-        return self._line_looks * LOOK_S if in_step else 0.0
+        return self._line_looks * PLACE_S if in_step else 0.0
 
     def look(self, place: places.Place) -> None:
-        """Called every LOOK_S; counting looks leaves out the time in which the whole job is stopped."""
+        """Called every PLACE_S; counting looks leaves out the time in which the whole job is stopped."""
         before, self._place = self._place, place
         self._line_looks = self._line_looks + 1 if place == before else 0
         if before is None or before.phase != place.phase:
@@ -246,7 +245,7 @@ class _LongPhases:
         if (
             place.phase in places.LONG_PHASES
             and not place.waits
-            and self._phase_looks * LOOK_S >= self._next_s
+            and self._phase_looks * PLACE_S >= self._next_s
         ):
             say(f"rank {self._rank} has been {place.phase} for {self._next_s:g} s; other ranks wait for it")
             self._next_s *= 2
