@@ -119,6 +119,8 @@ def watch_ranks(rank: int, world_size: int) -> "FailureWatcher | None":
         shown = sys.excepthook
 
         def fail(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+            # Torch's own hook is in front of this one, and would keep what is printed for later.
+            sys.stderr = sys.__stderr__
             if isinstance(error, Exception):
                 _fail(error, watcher)
             watcher.stop(1)
