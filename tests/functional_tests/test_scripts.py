@@ -237,7 +237,7 @@ TINY = shlex.split("""
     --num-layers 1 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
     --micro-batch-size 2 --global-batch-size 2 --train-iters 3 --lr-decay-iters 3 --lr-warmup-fraction 0
     --log-interval 1 --eval-iters 0 --tokenizer-type NullTokenizer --vocab-size 500 --num-workers 0
-    --split 1,0,0 --data-cache-path index
+    --split 1,0,0 --data-cache-path index --initial-loss-scale 65536
 """)
 
 
