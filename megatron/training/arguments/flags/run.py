@@ -17,7 +17,7 @@ GROUP = Group(
         value("--log-interval", type=int, default=100, help="iterations between log lines"),
         value("--exit-interval", type=int, help="stop when iteration is a multiple of N"),
         value("--exit-duration-in-mins", type=int, help="stop after N minutes since start"),
-        switch("--exit-signal-handler", help="save and stop on SIGTERM"),
+        switch("--exit-signal-handler", help="save and stop on SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and Ctrl-C"),
         value(
             "--iterations-to-skip",
             type=int,
