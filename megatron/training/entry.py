@@ -127,6 +127,8 @@ def watch_ranks(rank: int, world_size: int) -> "FailureWatcher | None":
             shown(kind, error, traceback)
 
         sys.excepthook = fail
+        if signals := stop_signals.installed():
+            signals.end_with(watcher)
     return get_failure_watcher()
 
 

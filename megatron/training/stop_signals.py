@@ -10,6 +10,7 @@ This module does without torch, so that a script can call :func:`install` before
 """
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import select
@@ -20,12 +21,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 from megatron.training import launcher_environment
 
 if TYPE_CHECKING:
     from megatron.training.ranks.watcher import FailureWatcher
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 BEFORE_TRAINING = "before training began: nothing to save"
 # Stands for the end of the launcher among the numbers of signals, all of which are below it.
@@ -113,6 +117,29 @@ def held_back() -> Iterator[None]:
         yield
 
 
+def answered(run: Callable[P, R]) -> Callable[P, R]:
+    """Decorator of a whole run: signals are answered in it too where no entry point of ours has begun to."""
+
+    @functools.wraps(run)
+    def run_with_signals(*args: P.args, **options: P.kwargs) -> R:
+        signals = None if installed() else install(BEFORE_TRAINING)
+        if signals is None:
+            return run(*args, **options)
+        try:
+            signals.run(None)
+            return run(*args, **options)
+        except StoppedBySignal:
+            sys.exit(signals.finish())
+        except Exception:
+            if signals.has_stopped():
+                sys.exit(signals.finish())
+            raise
+        finally:
+            signals.release()
+
+    return run_with_signals
+
+
 def raise_again() -> None:
     """Raise the stop whose consequence an error may be: some libraries make errors of their own of it."""
     signals = installed()
@@ -150,7 +177,8 @@ class StopSignals:
         self._listen()
         for number in (*_ENDING, signal.SIGQUIT):
             before = signal.getsignal(number)
-            if before in (signal.SIG_DFL, signal.default_int_handler):
+            free = before == signal.SIG_DFL and not _has_native_handler(number)
+            if free or before == signal.default_int_handler:
                 self._previous[number] = signal.signal(number, self._handle)
         self._masks: dict[int, set[int]] = {}
         os.register_at_fork(
@@ -172,9 +200,13 @@ class StopSignals:
         Raises:
             StoppedBySignal: a signal has come before.
         """
-        self._watcher = watcher
+        self.end_with(watcher)
         self._running = True
         self._raise_if_due()
+
+    def end_with(self, watcher: "FailureWatcher | None") -> None:
+        """From now on the ranks agree on who speaks, and end together."""
+        self._watcher = watcher
 
     def run_is_over(self) -> None:
         """The run has ended, or failed, and says so itself: signals only make sure that it does end."""
@@ -386,6 +418,15 @@ class StopSignals:
         for child in multiprocessing.active_children():
             child.kill()
         os._exit(status)
+
+
+def _has_native_handler(number: int) -> bool:
+    """Whether a library catches a signal of which Python knows nothing, as ``faulthandler.register`` does."""
+    with contextlib.suppress(OSError), open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
 
 
 def _within(seconds: float, ask: Callable[[], bool]) -> bool:

@@ -141,6 +141,7 @@ def destroy_global_state() -> None:
     destroy_rerun_state_machine()
 
 
+@stop_signals.answered
 def pretrain(
     train_valid_test_dataset_provider: Callable,
     model_provider: Callable,

@@ -320,14 +320,24 @@ def test_killed_worker(tmp_path, outputs, number):
     assert gone(workers)
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 2), (signal.SIGINT, 1)])
-def test_stopped_by_the_user(tmp_path, outputs, number, workers):
+@pytest.mark.parametrize(
+    ("number", "workers", "whole_group"),
+    [
+        (signal.SIGINT, 2, True),
+        (signal.SIGTERM, 2, False),
+        (signal.SIGTERM, 2, True),
+        (signal.SIGUSR1, 2, True),
+        (signal.SIGINT, 1, True),
+    ],
+)
+def test_stopped_by_the_user(tmp_path, outputs, number, workers, whole_group):
     feed = Feed(tmp_path, outputs, workers)
     children = feed.workers()
-    os.killpg(feed.process.pid, number) if number == signal.SIGINT else feed.process.send_signal(number)
+    os.killpg(feed.process.pid, number) if whole_group else feed.process.send_signal(number)
     errors = feed.end()
     assert feed.process.returncode == 128 + number
-    assert f"error: stopped by {number.name}" in errors and "Traceback" not in errors
+    assert errors.endswith(f"error: stopped by {number.name} before any output file was made or changed\n")
+    assert "Traceback" not in errors
     untouched(outputs)
     assert gone(children)
 

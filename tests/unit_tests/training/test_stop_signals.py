@@ -43,6 +43,31 @@ def test_what_the_user_ignores_or_handles_is_left_alone():
     assert (done.returncode, done.stdout, done.stderr) == (0, "mine\nalive\n", "")
 
 
+def test_a_handler_that_python_does_not_know_is_left_alone():
+    done = run(
+        "import faulthandler; faulthandler.register(signal.SIGUSR1)\n"
+        "stop_signals.install(); os.kill(os.getpid(), signal.SIGUSR1); time.sleep(0.5); print('alive')"
+    )
+    assert (done.returncode, done.stdout) == (0, "alive\n")
+    assert "most recent call first" in done.stderr
+
+
+def test_a_program_without_our_entry_point_is_answered_for_during_its_run():
+    code = (
+        "@stop_signals.answered\n"
+        "def pretrain(wait):\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), wait and signal.SIGTERM); time.sleep(wait)\n"
+        "    finally:\n"
+        "        print('tidied up')\n"
+    )
+    done = run(f"{code}pretrain(60)")
+    assert (done.returncode, done.stdout) == (143, "tidied up\n")
+    assert done.stderr == "error: stopped by SIGTERM before training began: nothing to save\n"
+    after = run(f"{code}pretrain(0); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)")
+    assert after.returncode == -signal.SIGTERM
+
+
 def test_a_stop_unwinds_the_run_and_is_held_back_where_asked():
     done = run(
         "from megatron.training.entry import run_main\n"
