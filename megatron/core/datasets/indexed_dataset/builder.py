@@ -19,7 +19,7 @@ from megatron.core.datasets.indexed_dataset.layout import (
     get_idx_path,
 )
 from megatron.core.datasets.utils import write_error
-from megatron.core.errors import DataError
+from megatron.core.errors import ConfigError, DataError
 
 _BUFFER_BYTES = 1 << 20
 _WRITE_REMEDY = (
@@ -124,7 +124,7 @@ class IndexedDatasetBuilder:
         else:
             ends = first + np.cumsum(sequences_per_document, dtype=np.int64)
             if (int(ends[-1]) if len(ends) else first) != first + len(lengths):
-                raise ValueError(
+                raise ConfigError(
                     f"documents cover {ends[-1:] - first} sequences, but {len(lengths)} were given"
                 )
         self._write(ids)
@@ -206,7 +206,7 @@ class IndexedDatasetBuilder:
 
 def _check_total(tokens: int, lengths: int) -> None:
     if tokens != lengths:
-        raise ValueError(f"the sequence lengths sum to {lengths}, but {tokens} tokens were given")
+        raise ConfigError(f"the sequence lengths sum to {lengths}, but {tokens} tokens were given")
 
 
 def _discard(file: BinaryIO, path: str, owner: int) -> None:

@@ -119,7 +119,7 @@ class IndexedDataset(torch.utils.data.Dataset):
         """Sequence ``idx``, or the list of a slice of step 1; multimodal: paired with the mode(s).
 
         Raises:
-            ValueError: a slice with another step.
+            ConfigError: a slice with another step.
             TypeError: neither an integer nor a slice.
         """
         if isinstance(idx, (int, np.integer)):
@@ -128,7 +128,7 @@ class IndexedDataset(torch.utils.data.Dataset):
             raise TypeError(f"an index or a slice is needed, not {type(idx).__name__}")
         start, stop, step = idx.indices(len(self))
         if step != 1:
-            raise ValueError(f"only slices of step 1 can be read, not {step}")
+            raise ConfigError(f"only slices of step 1 can be read, not {step}")
         lengths = self.index.sequence_lengths[start:stop]
         modes = None if self.index.sequence_modes is None else self.index.sequence_modes[start:stop]
         sequences = []
