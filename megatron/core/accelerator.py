@@ -43,9 +43,8 @@ def device_type() -> str:
 
 @functools.cache
 def _detect_device_type(requested: str) -> str:
-    # The device torch was built for; torch 2.6 cannot be asked for it and its presence at once.
-    found = torch.accelerator.current_accelerator()
-    present = found.type if found is not None and torch.accelerator.is_available() else CPU
+    # In this order: torch 2.6 raises an error where it is asked for a device that is not there.
+    present = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else CPU
     if present == CPU != requested and device_backends.PROBLEMS:
         problems = "; ".join(device_backends.PROBLEMS.values())
         raise ConfigError(f"{problems}. MEGATRON_DEVICE={CPU} goes on without it")
