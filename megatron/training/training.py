@@ -56,12 +56,13 @@ from megatron.training.global_vars import (
 from megatron.training.initialize import initialize_megatron, write_args_to_tensorboard
 from megatron.training.logging.event_files import set_points_aside
 from megatron.training.logging.flops import num_floating_point_operations
+from megatron.training.logging.loop_log import LoopLog
 from megatron.training.logging.progress import (
     append_start_line,
     compute_throughputs_and_append_to_progress_log,
     get_start_time_from_progress_log,
 )
-from megatron.training.logging.step_log import explain_skipped_step, training_log
+from megatron.training.logging.step_log import training_log
 from megatron.training.losses import average_reports
 from megatron.training.model_setup import (
     get_model,
@@ -73,7 +74,6 @@ from megatron.training.schedule_hooks import (
     connect,
     disable_forward_pre_hook,
     enable_forward_pre_hook,
-    gathered_parameters,
     should_disable_forward_pre_hook,
 )
 from megatron.training.step_hooks import StepHooks, post_training_step_callbacks
@@ -84,7 +84,6 @@ from megatron.training.unread_flags import (
 )
 from megatron.training.utils import (
     append_to_progress_log,
-    calc_params_l2_norm,
     logical_and_across_model_parallel_group,
     print_datetime,
     print_rank_0,
@@ -279,7 +278,7 @@ def train(
     write_args_to_tensorboard()
     connect(model, optimizer, config)
     iteration, flops = args.iteration, args.num_floating_point_operations_so_far
-    log = _StepLog(args, model, optimizer)
+    log = LoopLog(args, model, optimizer)
     run = (model, optimizer, opt_param_scheduler)
     must_exit = False
     print_datetime("before the start of training step")
@@ -310,6 +309,7 @@ def train(
             must_exit = checkpoint_and_decide_exit(
                 *run, iteration, flops, checkpointing_context, train_data_iterator
             )
+    log.close()
     if must_exit:
         name_flags_unread_by_script()
         flush_writers()
@@ -350,41 +350,6 @@ def _validate(
     timers("interval-time", log_level=0).start(barrier=True)
 
 
-class _StepLog:
-    """What is kept between the log lines of a run, and asked from model and optimizer for each."""
-
-    def __init__(self, args: Any, model: list[torch.nn.Module], optimizer: Any):
-        self._args, self._model, self._optimizer = args, model, optimizer
-        self._totals: dict[str, Any] = {}
-        self._report_memory = True
-        self._loss_scale = optimizer.get_loss_scale().item()
-        self._has_explained_skip = False
-
-    def write(self, iteration: int, result: StepResult) -> None:
-        """Count one step and print its line when that is due; all ranks call this together."""
-        losses, skipped, _, _, _, grad_norm, num_zeros = result
-        used_scale, self._loss_scale = self._loss_scale, self._optimizer.get_loss_scale().item()
-        if skipped and not self._has_explained_skip:
-            self._has_explained_skip = True
-            explain_skipped_step(self._args, iteration, used_scale)
-        params_norm = None
-        if self._args.log_params_norm:
-            with gathered_parameters(self._model):
-                params_norm = calc_params_l2_norm(self._model)
-        self._report_memory = training_log(
-            losses,
-            self._totals,
-            *_learning_rates(self._optimizer),
-            iteration,
-            self._loss_scale,
-            self._report_memory,
-            skipped,
-            grad_norm,
-            params_norm,
-            num_zeros,
-        )
-
-
 def _batch_size_grew(args: Any, iteration: int) -> bool:
     """Move the batch-size ramp to the samples consumed so far; True when that changed the batch."""
     before = get_num_microbatches()
@@ -403,14 +368,6 @@ def _count_consumed_samples(args: Any) -> int:
     args.consumed_train_samples += batch_size
     args.skipped_train_samples += get_current_global_batch_size() - get_current_running_global_batch_size()
     return batch_size
-
-
-def _learning_rates(optimizer: Any) -> tuple[float | None, float | None]:
-    """Rates in force for the next step: (ordinary groups, decoupled groups)."""
-    rates: dict[bool, float] = {}
-    for group in optimizer.param_groups:
-        rates[bool(group["is_decoupled_lr"])] = group["lr"]
-    return rates.get(False), rates.get(True)
 
 
 def _evaluation_is_due(args: Any, iteration: int) -> bool:
