@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from megatron.training.entry import run_main
+from megatron.training.ranks import processes
 from tests.distributed import fork_server
 
 LIMIT_S = 90
@@ -41,11 +42,15 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def _child(main: Callable[[int], None], rank: int, environment: dict[str, str], output: str) -> None:
+def _child(
+    main: Callable[[int], None], rank: int, environment: dict[str, str], output: str, far_apart: bool
+) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.environ.update(environment)
+    if far_apart:
+        processes._machine = lambda: f"machine {rank}"
     run_main(lambda: main(rank))
 
 
@@ -56,6 +61,7 @@ def run_ranks(
     missing: tuple[int, ...] = (),
     killed: tuple[int, ...] = (),
     changes: dict[int, dict[str, str]] | None = None,
+    far_apart: bool = False,
 ) -> tuple[list[int | None], str]:
     """Exit statuses of all ranks, and all they wrote.
 
@@ -65,25 +71,26 @@ def run_ranks(
         missing: ranks that are not started.
         killed: ranks that cannot end by themselves, and are killed when the others have.
         changes: environment by rank, in place of what it would be given.
+        far_apart: let ranks take each other for processes of other machines.
     """
     output, port = tmp_path / "output", str(free_port())
-    processes = {}
+    started = {}
     for rank in range(world_size):
         if rank in missing:
             continue
         environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
         environment |= {"MEGATRON_DEVICE": "cpu", **(changes or {}).get(rank, {})}
-        words = (main, rank, environment, str(output))
-        processes[rank] = fork_server.context().Process(target=_child, args=words)
-    for process in processes.values():
+        words = (main, rank, environment, str(output), far_apart)
+        started[rank] = fork_server.context().Process(target=_child, args=words)
+    for process in started.values():
         process.start()
     deadline = time.monotonic() + LIMIT_S
-    for rank, process in processes.items():
+    for rank, process in started.items():
         if rank not in killed:
             process.join(max(0.1, deadline - time.monotonic()))
-    ended = [process.exitcode for process in processes.values()]
-    for process in processes.values():
+    ended = [process.exitcode for process in started.values()]
+    for process in started.values():
         process.kill()
         process.join()
     return ended, output.read_text()

@@ -5,11 +5,15 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from small_ranks import join, run_ranks
+from small_ranks import LIMIT_S, free_port, join, run_ranks
+
+from launcher import tiny_gpt
 
 HOST = socket.gethostname()
 TIMEOUT_S = 3.0
@@ -148,6 +152,56 @@ def test_the_missing_rank_is_named(main, what: str, others: str, tmp_path: Path)
     assert "frame #" not in output and "Traceback" not in output, output
 
 
+def test_a_rank_of_another_machine_is_named(tmp_path: Path):
+    """Nobody sees its process; the others miss its signs of life."""
+    statuses, output = run_ranks(die, tmp_path, far_apart=True)
+    assert statuses == [1, -9, 1], output
+    assert len(_NAMED.findall(output)) == output.count("error: ") == 1, output
+    assert "does not respond: it is gone, its host is, or its code holds the interpreter" in output
+
+
+PLAIN_SCRIPT = """
+import os
+import pretrain_gpt
+from megatron.training import training
+
+train_step = training.train_step
+iterations = []
+
+def train_some_steps(*words):
+    iterations.append(1)
+    if len(iterations) == 3 and os.environ["RANK"] == "1":
+        raise ValueError("a bug in a script")
+    return train_step(*words)
+
+training.train_step = train_some_steps
+pretrain_gpt.main()
+"""
+
+
+def test_a_script_without_our_entry_point(golden: Path, tmp_path: Path, repo_root: Path):
+    """As the original's own: it calls ``pretrain`` and leaves errors to the interpreter."""
+    (tmp_path / "script.py").write_text(PLAIN_SCRIPT)
+    words = [sys.executable, str(tmp_path / "script.py"), *map(str, tiny_gpt(golden, tmp_path))]
+    environment = {**os.environ, "PYTHONPATH": str(repo_root), "MEGATRON_DEVICE": "cpu", "WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    environment |= {"OMP_NUM_THREADS": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    ranks = [
+        subprocess.Popen(
+            words, env={**environment, "RANK": rank, "LOCAL_RANK": rank}, stdout=-1, stderr=-2, text=True
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        outputs = [rank.communicate(timeout=LIMIT_S)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [1, 1], outputs
+    assert "".join(outputs).count("ValueError: a bug in a script") == 1, outputs
+    assert f"[rank 1 on {HOST}] Traceback" in outputs[1]
+
+
 def different_calls(rank: int) -> None:
     import torch
     import torch.distributed as dist
@@ -159,9 +213,14 @@ def different_calls(rank: int) -> None:
 
 
 def test_calls_that_do_not_fit_together_are_listed(tmp_path: Path):
-    """Rank 1 waits for nobody in its first call, and is one call behind in the second."""
     statuses, output = run_ranks(different_calls, tmp_path)
-    assert any(status != 0 for status in statuses) and "all_reduce" in output, output
+    assert statuses == [1, 1, 1], output
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert line.startswith(
+        "error: ranks wait for each other in different calls, or with different sizes: "
+    ), output
+    assert "ranks 0, 2 wait in all_reduce of float32[4] at test_missing_ranks.py:" in line
+    assert "rank 1 waits in broadcast of float32[2] at test_missing_ranks.py:" in line
 
 
 def backward_fails(rank: int) -> None:

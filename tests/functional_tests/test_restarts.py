@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from same_bits import assert_same_bits
+from small_ranks import free_port
 
 from launcher import pretrain_gpt_ranks, tiny_gpt
 
@@ -142,6 +143,21 @@ def uninterrupted(golden: Path, tmp_path: Path, kills: int) -> dict:
     for run in pretrain_gpt_ranks(RANKS, words_of(golden, tmp_path, "whole", kills), tmp_path):
         run.check()
     return final(tmp_path, "whole", kills)
+
+
+@pytest.mark.slow
+def test_agents_of_two_hosts_count_restarts_differently(golden: Path, tmp_path: Path, repo_root: Path):
+    """The agent of the killed rank counts one more than the other: nothing may follow from the number."""
+    kills = 2
+    where = f"--rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{free_port()} --rdzv-id=x --local-addr=127.0.0.1"
+    flags = f"--nnodes=2 --nproc-per-node=1 --max-restarts=10 {where}"
+    agents = [flags.split() for _ in range(2)]
+    job = Torchrun(agents, words_of(golden, tmp_path, "killed", kills), tmp_path, repo_root)
+    try:
+        train_while_ranks_are_killed(job, kills, seed=1)
+    finally:
+        job.kill()
+    assert_same_bits(final(tmp_path, "killed", kills), uninterrupted(golden, tmp_path, kills))
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
