@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from small_ranks import free_port, join, run_ranks
+from torch.distributed import TCPStore
 
 from launcher import tiny_gpt
+from megatron.training.ranks.beats import Beats
 
 HOST = socket.gethostname()
 LIMIT_S = 4.0
@@ -55,6 +57,20 @@ def test_without_rank_0_one_rank_of_a_machine_speaks(tmp_path: Path):
     )
     assert re.search(reason, notice) and re.search(reason, error), output
     assert "Start rank 0, and give all ranks the same MASTER_ADDR and MASTER_PORT" in error
+
+
+def test_without_rank_0_under_torchrun_one_rank_speaks(tmp_path: Path):
+    """Its agent keeps the store, in which what earlier attempts wrote still stands."""
+    kept = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    Beats(kept, 0, 3).write(joined="an earlier attempt")
+    environment = {"MASTER_PORT": str(kept.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    changes = dict.fromkeys((1, 2), environment)
+    statuses, output = run_ranks(come, tmp_path, missing=(0,), changes=changes)
+    assert statuses == [1, 1], output
+    (notice,) = lines(output, "the run ends after")
+    assert "waiting for rank 0 (arrived: 1-2); " in notice
+    (error,) = lines(output, "error: ")
+    assert "after 4 s still waiting for rank 0 (arrived: 1-2). " in error
 
 
 def test_another_port_on_one_rank(tmp_path: Path):

@@ -160,6 +160,43 @@ def test_a_rank_of_another_machine_is_named(tmp_path: Path):
     assert "does not respond: it is gone, its host is, or its code holds the interpreter" in output
 
 
+def train_until(rank: int, module: str, function: str) -> None:
+    """Rank 1 dies where the run calls ``function`` of ``module``."""
+    import importlib
+
+    import pretrain_gpt
+
+    if rank == 1:
+        setattr(importlib.import_module(module), function, lambda *words, **named: os._exit(9))
+    sys.argv = ["pretrain_gpt.py", *os.environ["WORDS"].split()]
+    pretrain_gpt.main()
+
+
+def die_in_an_evaluation(rank: int) -> None:
+    train_until(rank, "megatron.training.evaluation", "_run_eval_iters")
+
+
+def die_in_a_save(rank: int) -> None:
+    train_until(rank, "megatron.training.checkpointing.save", "generate_state_dict")
+
+
+@pytest.mark.parametrize(
+    ("main", "phase"),
+    [
+        (die_in_an_evaluation, "an evaluation after iteration 3"),
+        (die_in_a_save, "saving a checkpoint after iteration 2"),
+    ],
+)
+def test_what_the_others_were_at_is_told(main, phase: str, golden: Path, tmp_path: Path):
+    saving = {"save": tmp_path / "ckpt", "save_interval": 2} if main is die_in_a_save else {}
+    text = " ".join(map(str, tiny_gpt(golden, tmp_path, eval_interval=3, eval_iters=1, **saving)))
+    changes = {rank: {"WORDS": text} for rank in range(2)}
+    statuses, output = run_ranks(main, tmp_path, world_size=2, changes=changes)
+    assert statuses == [1, 9], output
+    assert len(_NAMED.findall(output)) == output.count("error: ") == 1, output
+    assert f"Meanwhile rank 0 waits in {phase}, " in output
+
+
 PLAIN_SCRIPT = """
 import os
 import pretrain_gpt

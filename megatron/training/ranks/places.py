@@ -86,15 +86,16 @@ def of_frames(frames: _Frames, iteration: int | None, detail: bool) -> Place:
 
     Args:
         frames: (frame, line number), the outermost first.
-        iteration: finished iterations, None before training.
+        iteration: finished iterations when the latest step began, None before training.
         detail: also kinds and sizes of tensors in a collective, which keeps them alive for a while.
     """
     frames, ends = _without_watching(frames)
     if ends:
         return Place("the end of its run", "", False)
     phase = next((PHASES[f.f_code.co_name] for f, _ in reversed(frames) if _is_phase(f)), "")
-    done = iteration or 0
-    phase = phase.format(next=done + 1, done=done)
+    # What follows a step finds the number from before it.
+    done = 0 if iteration is None else iteration + 1
+    phase = phase.format(next=max(done, 1), done=done)
     collective = [(f, n) for f, n in _trailing_in_torch(frames) if f.f_code.co_name != "wrapper"]
     if collective:
         frame = collective[0][0]

@@ -90,7 +90,7 @@ def own_place(failure: Failure | None, detail: bool = False) -> Place:
 
 
 def iteration() -> int | None:
-    """Finished iterations of the run, None before it trains."""
+    """Finished iterations when the latest step of the run began, None before it trains."""
     find = getattr(sys.modules.get("megatron.training.global_vars"), "get_args", None)
     try:
         return getattr(find(), "curr_iteration", None) if find else None

@@ -73,8 +73,8 @@ def _stack_in(function_name: str, module: str):
     ("function", "iteration", "phase"),
     [
         ("train_step", 11, "iteration 12"),
-        ("evaluate", 4, "an evaluation after iteration 4"),
-        ("save_checkpoint", 4, "saving a checkpoint after iteration 4"),
+        ("evaluate", 3, "an evaluation after iteration 4"),
+        ("save_checkpoint", 3, "saving a checkpoint after iteration 4"),
         ("_load_or_build_index", None, "building the index of a data set"),
         ("anything", 4, ""),
     ],
