@@ -24,7 +24,8 @@ LOSS = re.compile(r"iteration +\d+/ +2 .*?lm loss: ([0-9.E+-]+)")
 
 def run(script: Path, words: str, cwd: Path, ranks: int = 1) -> subprocess.CompletedProcess:
     env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "OMPI_"))}
-    env |= {"PYTHONPATH": str(ROOT), "MEGATRON_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    # Torchrun leaves a directory of logs in TMPDIR.
+    env |= {"PYTHONPATH": str(ROOT), "MEGATRON_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "TMPDIR": str(cwd)}
     command = [sys.executable]
     if ranks > 1:
         with socket.socket() as free:
