@@ -106,3 +106,69 @@ def test_config_log(tmp_path):
 
 def test_defaults_are_the_original_ones() -> None:
     assert problems_in("megatron.core.transformer") == []
+
+
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+UNEVEN = {
+    "pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32, "num_layers_in_last_pipeline_stage": 1
+}  # fmt: skip
+PADDED = {**MOE, "moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}
+SEQUENCE = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+
+
+@pytest.mark.parametrize(
+    ("fits", "breaks", "names"),
+    [
+        (SEQUENCE, {"distribute_saved_activations": True}, "distribute_saved_activations"),
+        ({"recompute_granularity": "selective"}, {"recompute_modules": ["mla_up_proj"]}, "mla_up_proj"),
+        ({**MOE, "moe_layer_recompute": True}, FULL, "moe_layer_recompute"),
+        (UNEVEN, {"account_for_loss_in_pipeline_split": True}, "not together with"),
+        (UNEVEN, {"account_for_embedding_in_pipeline_split": True}, "not together with"),
+        (UNEVEN, {"num_layers_in_last_pipeline_stage": 0}, "must be at least 1"),
+        ({"cp_comm_type": ["p2p"]}, {"context_parallel_size": 2}, "1 words for 2 layers"),
+        ({**MOE, "num_moe_experts": 1}, {"num_moe_experts": 0}, "must be positive"),
+        (PADDED, {"moe_expert_capacity_factor": None}, "set moe_expert_capacity_factor"),
+        (PADDED, {"moe_router_load_balancing_type": "sinkhorn"}, "aux_loss"),
+        (PADDED, {"moe_token_dispatcher_type": "flex"}, "not with moe_token_dispatcher_type flex"),
+        (
+            {**MOE, **SEQUENCE, "moe_token_dispatcher_type": "alltoall_seq"},
+            {"expert_tensor_parallel_size": 1},
+            "must equal tensor_model_parallel_size 2",
+        ),
+        (
+            {**MOE, "moe_token_dispatcher_type": "alltoall_seq"},
+            {"moe_permute_fusion": True},
+            "moe_permute_fusion",
+        ),
+        (
+            {**MOE, "moe_token_dispatcher_type": "allgather"},
+            {"variable_seq_lengths": True},
+            "variable_seq_lengths",
+        ),
+        ({**MOE, "moe_router_topk": 2}, {"moe_router_topk": 1}, "a softmax over one score"),
+        (
+            {**MOE, "moe_router_num_groups": 2, "moe_router_group_topk": 2},
+            {"moe_router_group_topk": 3},
+            "exceeds moe_router_num_groups 2",
+        ),
+        (
+            {**MOE, "moe_router_num_groups": 2, "moe_router_group_topk": 1},
+            {"moe_router_num_groups": None},
+            "set moe_router_num_groups",
+        ),
+    ],
+)
+def test_rules_of_settings_that_need_each_other(fits, breaks, names):
+    TransformerConfig(**BASE | fits)
+    with pytest.raises(ConfigError) as caught:
+        TransformerConfig(**BASE | fits | breaks)
+    assert names in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_a_single_expert_needs_no_softmax_over_all_in_other_ways():
+    for fields in (
+        {"moe_router_pre_softmax": True},
+        {"moe_router_score_function": "sigmoid"},
+        {"moe_router_load_balancing_type": "sinkhorn"},
+    ):
+        TransformerConfig(**BASE, **MOE, moe_router_topk=1, **fields)
