@@ -184,6 +184,20 @@ def test_a_batch_of_one_rank_stays_as_it_is():
     assert run_ranks(1, batch_of_one_rank) == [True]
 
 
+def split_batch():
+    parallel_state.initialize_model_parallel(context_parallel_size=2)
+    tokens = torch.arange(16).view(2, 8)
+    mask = torch.arange(64).view(1, 1, 8, 8)
+    return utils.get_batch_on_this_cp_rank({"tokens": tokens, "attention_mask": mask, "labels": None})
+
+
+def test_a_batch_of_two_ranks_is_cut_along_the_sequence():
+    for found, places in zip(run_ranks(2, split_batch), ([0, 1, 6, 7], [2, 3, 4, 5]), strict=True):
+        assert found["tokens"].tolist() == [places, [8 + place for place in places]]
+        assert found["attention_mask"].tolist() == [[[[8 * p + k for k in range(8)] for p in places]]]
+        assert found["labels"] is None
+
+
 def test_the_longest_packed_sequence():
     ends = torch.tensor([0, 3, 10, 12])
     keys = torch.tensor([0, 2, 7, 16])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -218,3 +219,32 @@ def test_report_over_ranks(clock: list[float], monkeypatch: pytest.MonkeyPatch) 
     assert timers.get_all_timers_string(reset=False).endswith(": (3000.00, 6000.00)")
     timers._log_option = "all"
     assert timers.get_all_timers_string().endswith("\n     rank  0: 3000.00\n     rank  1: 6000.00")
+
+
+@pytest.mark.parametrize(
+    ("option", "ranks", "written"),
+    [
+        ("all", 2, [("a-time/rank0", 1.5, 7), ("a-time/rank1", 3.0, 7)]),
+        ("all", 1, [("a-time", 1.5, 7)]),
+        ("minmax", 2, [("a-time", 3.0, 7)]),
+    ],
+)
+def test_tensorboard_over_ranks(option, ranks, written, clock, monkeypatch) -> None:
+    timers, scalars = Timers(0, option), []
+    monkeypatch.setattr(
+        timers_module, "_gather", lambda own: [[n * s for s in own] for n in range(1, ranks + 1)]
+    )
+    run(timers, "a", 3.0, clock)
+    timers.write(["a"], None, 7, reset=False)
+    timers.write(["a"], SimpleNamespace(add_scalar=lambda *scalar: scalars.append(scalar)), 7, normalizer=2.0)
+    assert scalars == written
+    timers.write(["a"], SimpleNamespace(add_scalar=lambda *scalar: scalars.append(scalar)), 8)
+    assert scalars == written  # nothing was measured since
+
+
+def test_a_timer_that_is_not_measured_says_nothing() -> None:
+    timer = DummyTimer()
+    timer.start()
+    timer.stop()
+    timer.reset()
+    assert (timer.elapsed(), timer.active_time()) == (0.0, 0.0)

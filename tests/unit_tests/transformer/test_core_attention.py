@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from megatron.core.errors import NotBuiltYetError
+from megatron.core.errors import ConfigError, NotBuiltYetError
 from megatron.core.fusions import attention_masks
 from megatron.core.fusions.fused_attention import fused_attention
 from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -178,3 +179,33 @@ def test_softmax_module(fusion):
     probs = module(scores, None)
     assert probs.dtype == torch.bfloat16
     torch.testing.assert_close(probs.double(), expected, atol=4e-3, rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, (2, 0)])
+def test_packed_sequences_see_only_themselves(window):
+    layer = attention(AttnBackend.auto, window_size=window).double()
+    q, k, v = (t[:, :1].double() for t in operands())
+    ends = torch.tensor([0, 4, S])
+    params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
+    found = layer(q, k, v, None, packed_seq_params=params)
+    i, j = torch.arange(S)[:, None], torch.arange(S)
+    hidden = (j > i) | ((i < 4) != (j < 4))
+    if window is not None:
+        hidden = hidden | (i - j > 2)
+    torch.testing.assert_close(found, dense(q, k, v, hidden), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"qkv_format": "sbhd"}, ConfigError),
+        ({"cu_seqlens_q_padded": torch.tensor([0, S])}, NotBuiltYetError),
+        ({"cu_seqlens_kv_padded": torch.tensor([0, S])}, NotBuiltYetError),
+    ],
+)
+def test_packed_sequences_of_another_form_are_refused(changes, error):
+    ends = torch.tensor([0, S])
+    fields = {"qkv_format": "thd", "cu_seqlens_q": ends, "cu_seqlens_kv": ends}
+    q, k, v = (t[:, :1] for t in operands())
+    with pytest.raises(error):
+        attention(AttnBackend.auto)(q, k, v, None, packed_seq_params=PackedSeqParams(**fields | changes))
