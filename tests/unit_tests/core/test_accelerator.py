@@ -1,6 +1,7 @@
 """What the device module promises on a machine without an accelerator."""
 
 import mmap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,3 +87,65 @@ def test_dtypes_without_native_support_are_the_slow_ones():
     slow = accelerator._cpu_matmul_dtypes()
     assert set(slow.values()) <= {torch.float32}
     assert torch.float32 not in slow
+
+
+@pytest.fixture
+def two_devices(monkeypatch):
+    """A machine with two accelerators whose driver says what the test wants; the devices that were chosen."""
+    chosen = []
+    driver = SimpleNamespace(get_device_name=lambda: "Chip 7")
+    accelerators = SimpleNamespace(
+        device_count=lambda: 2,
+        set_device_index=chosen.append,
+        current_device_index=lambda: chosen[-1],
+        memory_stats=lambda: {"allocated": 5},
+        reset_peak_memory_stats=lambda: chosen.append("reset"),
+    )
+    monkeypatch.setattr(torch, "accelerator", accelerators)
+    monkeypatch.setattr(accelerator, "is_accelerated", lambda: True)
+    monkeypatch.setattr(accelerator, "device_type", lambda: "cuda")
+    monkeypatch.setattr(accelerator, "_module", lambda: driver)
+    return SimpleNamespace(chosen=chosen, driver=driver)
+
+
+def test_a_process_takes_the_device_of_its_rank(two_devices):
+    assert accelerator.device_count() == 2 and accelerator.device_name() == "Chip 7"
+    for local_rank in (1, 0):
+        assert accelerator.set_device(local_rank) == torch.device("cuda", local_rank)
+    for beyond in (2, 3, -1):
+        with pytest.raises(ConfigError, match=f"local rank {beyond} .* 2 are visible"):
+            accelerator.set_device(beyond)
+    assert two_devices.chosen == [1, 0]
+
+
+def test_what_a_driver_may_say(two_devices):
+    assert accelerator.architecture() == (0, 0) and accelerator.supports_bf16()
+    accelerator.set_device(1)
+    assert accelerator.total_memory() == 0
+    two_devices.driver.get_device_capability = lambda: (9, 4)
+    two_devices.driver.get_device_properties = lambda device: SimpleNamespace(total_memory=64 + device.index)
+    two_devices.driver.is_bf16_supported = lambda: False
+    assert accelerator.architecture() == (9, 4) and accelerator.total_memory() == 65
+    assert not accelerator.supports_bf16()
+    two_devices.driver.get_device_capability = lambda: None
+    assert accelerator.architecture() == (0, 0)
+    assert accelerator.memory_stats() == {"allocated": 5}
+    accelerator.reset_peak_memory()
+    assert two_devices.chosen == [1, "reset"]
+    assert accelerator.draws_in_parallel(torch.device("cuda", 0)) is True
+
+
+def test_what_a_cpu_says():
+    assert accelerator.architecture() == (0, 0) and accelerator.total_memory() == 0
+    assert accelerator.supports_bf16() and accelerator.memory_stats() == {}
+    accelerator.reset_peak_memory()
+
+
+@pytest.mark.parametrize(
+    ("on_meta", "on_cpu", "kind"),
+    [(True, True, "meta"), (True, False, "meta"), (False, True, "cpu"), (False, False, "cuda")],
+)
+def test_where_parameters_are_made(on_meta, on_cpu, kind, two_devices):
+    accelerator.set_device(1)
+    config = SimpleNamespace(init_model_with_meta_device=on_meta, use_cpu_initialization=on_cpu)
+    assert accelerator.build_device(config).type == kind

@@ -133,3 +133,15 @@ def test_only_rank_zero_logs(caplog: pytest.LogCaptureFixture) -> None:
         assert not caplog.messages
         calculators.reconfigure_num_microbatches_calculator(0, [4, 2, 16], 8, 2, 1)
     assert caplog.messages[-1] == "setting initial batch size to 4"
+
+
+@pytest.mark.parametrize(("rank", "verbose", "told"), [(0, True, 2), (0, False, 0), (1, True, 0)])
+def test_a_rise_is_told_once_by_one_rank(rank, verbose, told, caplog):
+    calculator = calculators.RampupBatchsizeNumMicroBatchesCalculator(12, 2, 2, False, rank, 4, 4, 16)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        for consumed in (0, 4, 9, 12, 17, 30):
+            calculator.update(consumed, False, verbose)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"ramping up batch size from {old} to {old + 4}" for old in (4, 8)[:told]
+    ]
