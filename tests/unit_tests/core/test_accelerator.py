@@ -149,3 +149,16 @@ def test_where_parameters_are_made(on_meta, on_cpu, kind, two_devices):
     accelerator.set_device(1)
     config = SimpleNamespace(init_model_with_meta_device=on_meta, use_cpu_initialization=on_cpu)
     assert accelerator.build_device(config).type == kind
+
+
+def test_streams_and_events_are_of_the_device(two_devices, monkeypatch):
+    accelerator.set_device(1)
+    monkeypatch.setattr(torch, "Stream", lambda device: ("stream", device.type, device.index))
+    monkeypatch.setattr(torch, "Event", lambda kind, enable_timing: ("event", kind, enable_timing))
+    assert accelerator.new_stream() == ("stream", "cuda", 1)
+    assert accelerator.new_event(True) == ("event", "cuda", True)
+    assert accelerator.new_event() == ("event", "cuda", False)
+
+
+def test_a_cpu_has_no_streams():
+    assert accelerator.new_stream() is None

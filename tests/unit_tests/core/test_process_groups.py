@@ -1,5 +1,7 @@
 """Groups of real ranks talk to each other; groups of large worlds are counted under a fake backend."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,7 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.errors import ConfigError
 from megatron.core.parallel_state.initialization import GROUP_AXES
-from megatron.core.process_groups import load_nccl_settings
+from megatron.core.process_groups import get_nccl_options, load_nccl_settings
 from megatron.core.rank_grid import make_grids
 from tests.distributed.pool import run_ranks
 
@@ -224,3 +226,23 @@ def test_a_rank_creates_its_own_groups_only(world_size: int, fake_world, monkeyp
         assert parallel_state.state.STATE.ranks[name] == own[name], name
     assert sorted(made) == sorted([list(ranks) for ranks in {tuple(ranks) for ranks in own.values()}])
     assert len(made) <= len(GROUP_AXES)
+
+
+@pytest.mark.parametrize(
+    ("entry", "wanted"),
+    [
+        ({}, {"cga_cluster_size": 4, "max_ctas": 32, "min_ctas": 1}),
+        (
+            {"cga_cluster_size": 2, "max_ctas": 16, "min_ctas": 8, "net_name": "IB"},
+            {"cga_cluster_size": 2, "max_ctas": 16, "min_ctas": 8, "net_name": "IB"},
+        ),
+    ],
+)
+def test_settings_of_nccl_and_their_defaults(entry, wanted, monkeypatch):
+    """NCCL's options class exists only in builds of torch that have it."""
+    options = SimpleNamespace(config=SimpleNamespace())
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=lambda: options), raising=False)
+    assert get_nccl_options("tp", {"dp": entry}) is None
+    assert get_nccl_options("dp", {"dp": entry}) is options
+    assert vars(options.config) == wanted

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron.core import parallel_state
 from megatron.core.errors import MegatronError
 from megatron.core.tensor_parallel import random as streams
 from megatron.core.tensor_parallel.random import (
@@ -13,6 +14,8 @@ from megatron.core.tensor_parallel.random import (
     get_cuda_rng_tracker,
     model_parallel_cuda_manual_seed,
 )
+from megatron.core.tensor_parallel.replica_streams import replica_streams
+from tests.distributed.pool import run_ranks
 
 
 def draws(seed, count=4):
@@ -173,3 +176,47 @@ def test_nothing_is_freed_without_a_backward_to_come():
         out = recompute.checkpoint(torch.exp, torch.ones(3))
         recompute.discard_output_and_register_recompute(out * 2)
     assert torch.equal(out, torch.ones(3).exp())
+
+
+def draws_inside_and_after():
+    """What each rank draws inside, and the streams afterwards."""
+    parallel_state.initialize_model_parallel(2)
+    model_parallel_cuda_manual_seed(5)
+    torch.manual_seed(7)
+    before = get_cuda_rng_tracker().get_states()
+    with replica_streams():
+        with get_cuda_rng_tracker().fork():
+            inside = (float(torch.rand(1)), float(torch.rand(1)))
+        plain = float(torch.rand(1))
+    with get_cuda_rng_tracker().fork():
+        after = float(torch.rand(1))
+    states = get_cuda_rng_tracker().get_states()
+    moved = not torch.equal(before["model-parallel-rng"], states["model-parallel-rng"])
+    return inside, plain, after, float(torch.rand(1)), moved
+
+
+def test_replicas_draw_apart_and_go_on_together():
+    """4 ranks: tensor-parallel pairs, two replicas."""
+    inside, plain, after, plain_after, moved = zip(*run_ranks(4, draws_inside_and_after), strict=True)
+    assert len(set(inside)) == 4 and all(moved)
+    assert plain[0] == plain[1] != plain[2] == plain[3]
+    # Afterwards replicas draw the same again, and tensor-parallel ranks from streams of their own.
+    assert after[0] == after[2] != after[1] == after[3] and len(set(plain_after)) == 1
+
+
+def draws_of_one_replica():
+    parallel_state.initialize_model_parallel(2)
+    torch.manual_seed(7)
+    with replica_streams():
+        inside = float(torch.rand(1))
+    torch.manual_seed(7)
+    return inside == float(torch.rand(1))
+
+
+def test_one_replica_draws_as_if_nothing_were_there():
+    assert run_ranks(2, draws_of_one_replica) == [True, True]
+    torch.manual_seed(7)
+    with replica_streams():  # nor without process groups
+        inside = float(torch.rand(1))
+    torch.manual_seed(7)
+    assert inside == float(torch.rand(1))
