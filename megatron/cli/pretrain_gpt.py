@@ -18,7 +18,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
-from megatron.core.transformer.spec_utils import import_module
 from megatron.core.utils import StragglerDetector
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
 from megatron.training.arguments import core_transformer_config_from_args
@@ -26,11 +25,13 @@ from megatron.training.data.batch import stage_needs_data
 from megatron.training.data.storage_domain import storage_domain
 from megatron.training.entry import run_main
 from megatron.training.memory_limits import check_memory
+from megatron.training.model_setup import spec_by_name
 from megatron.training.tokenizer import num_token_ids
 from megatron.training.utils import (
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
     get_blend_and_blend_per_split,
+    naming_source_of_data,
 )
 
 # A loss this many times the largest one seen so far counts as a spike (--check-for-spiky-loss).
@@ -44,7 +45,7 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> GPTMo
     print_rank_0("building GPT model ...")
     config = core_transformer_config_from_args(args)
     if args.spec is not None and args.spec != ["local"]:
-        layer_spec = import_module(tuple(args.spec))
+        layer_spec = spec_by_name(args.spec)
     elif args.transformer_impl == "transformer_engine" and args.spec is None:
         layer_spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=args.qk_layernorm)
     else:
@@ -167,12 +168,13 @@ def train_valid_test_datasets_provider(train_val_test_num_samples):
     """Training, validation and test sets of the requested sizes."""
     args = get_args()
     print_rank_0("> building train, validation, and test datasets for GPT ...")
-    datasets = BlendedMegatronDatasetBuilder(
-        MockGPTDataset if args.mock_data else GPTDataset,
-        train_val_test_num_samples,
-        is_dataset_built_on_rank,
-        core_gpt_dataset_config_from_args(args),
-    ).build()
+    with naming_source_of_data(args):
+        datasets = BlendedMegatronDatasetBuilder(
+            MockGPTDataset if args.mock_data else GPTDataset,
+            train_val_test_num_samples,
+            is_dataset_built_on_rank,
+            core_gpt_dataset_config_from_args(args),
+        ).build()
     print_rank_0("> finished creating GPT datasets ...")
     return datasets
 

@@ -1,7 +1,8 @@
 """Building the model, its optimizer and its schedules from the arguments."""
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.pipeline_layout import get_num_layers_to_build
+from megatron.core.transformer.spec_utils import ModuleSpec, import_module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.utils import get_model_config
 from megatron.training.arguments.config_fields import field_values
 from megatron.training.checkpointing import load_checkpoint
@@ -57,6 +60,27 @@ def get_model(
             for chunk in chunks:
                 chunk.broadcast_params()
     return chunks
+
+
+def spec_by_name(words: Sequence[str]) -> Any:
+    """The spec that ``--spec MODULE NAME`` names, or that the function of that name returns.
+
+    Raises:
+        ConfigError: there is none, or it is something else.
+    """
+    asked = f"--spec {' '.join(words)}"
+    try:
+        found = import_module(tuple(words))
+        spec = found() if isinstance(found, FunctionType) else found
+    except (ImportError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{asked}: {error}; give the path of a module and the name of a spec in it, for example "
+            "--spec megatron.core.models.gpt.gpt_layer_specs get_gpt_layer_local_spec"
+        ) from error
+    is_module = isinstance(spec, type) and issubclass(spec, torch.nn.Module)
+    if not is_module and not isinstance(spec, (ModuleSpec, TransformerBlockSubmodules)):
+        raise ConfigError(f"{asked}: is of type {type(spec).__name__}, not a spec of a layer or a block")
+    return spec
 
 
 def _build_chunks(model_provider_func: Callable, model_type: ModelType) -> list[torch.nn.Module]:

@@ -2,7 +2,10 @@
 
 import math
 import os
+import re
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -253,8 +256,9 @@ def get_blend_and_blend_per_split(args: Namespace) -> tuple[Any, Any]:
     """
     words = args.data_path
     if args.data_args_path is not None:
-        with open(args.data_args_path) as file:
-            words = file.read().split()
+        words = _text_of("--data-args-path", args.data_args_path).split()
+        if not words:
+            raise DataError(f"--data-args-path {args.data_args_path}: names no data set")
     if words:
         return get_blend_from_list(words), None
     if args.per_split_data_args_path is not None:
@@ -265,14 +269,39 @@ def get_blend_and_blend_per_split(args: Namespace) -> tuple[Any, Any]:
     return None, None
 
 
+@contextmanager
+def naming_source_of_data(args: Namespace) -> Iterator[None]:
+    """Context in which errors about data sets name the flags that name them, instead of ``--data-path``."""
+    flags = ("--data-args-path", "--per-split-data-args-path")
+    flags += ("--train-data-path", "--valid-data-path", "--test-data-path")
+    given = [flag for flag in flags if getattr(args, flag[2:].replace("-", "_")) is not None]
+    try:
+        yield
+    except DataError as error:
+        if given:
+            text = re.sub(r"(?<![\w-])--data-path", " or ".join(given), str(error))
+            error.args = (text, *error.args[1:])
+        raise
+
+
+def _text_of(flag: str, path: str) -> str:
+    """What the file that a flag names holds."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{flag} {path!r}: cannot be read: {error}") from error
+
+
 def _blend_per_split_from_file(path: str) -> list[Any]:
     import json
 
-    with open(path) as file:
-        try:
-            table = json.load(file)
-        except json.JSONDecodeError as exc:
-            raise DataError(f"--per-split-data-args-path {path}: not a JSON file ({exc})") from exc
+    try:
+        table = json.loads(_text_of("--per-split-data-args-path", path))
+    except json.JSONDecodeError as exc:
+        raise DataError(f"--per-split-data-args-path {path}: not a JSON file ({exc})") from exc
+    if not isinstance(table, dict):
+        raise DataError(f"--per-split-data-args-path {path}: holds no table of splits")
     missing = [split for split in ("train", "valid", "test") if split not in table]
     if missing:
         raise ConfigError(

@@ -4,13 +4,19 @@ All reads of arguments and config fields are recorded in runs that give every wo
 in which it acts. What the record says is compared with what the product would say.
 """
 
+import contextlib
+import io
 import json
 import re
+import sys
+from argparse import Namespace
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from megatron.core.enums import ModelType
 from megatron.training.arguments.flag import Flag
 from megatron.training.arguments.flags import GROUPS
 from megatron.training.arguments.no_effect import NO_EFFECT
@@ -205,6 +211,7 @@ UNSEEN = {
     "exit_on_missing_checkpoint",
     "empty_unused_memory_level",
     "use_pytorch_profiler",
+    "rendezvous_timeout",
 }
 
 
@@ -260,3 +267,109 @@ def _without_any_effect() -> set[str]:
 def test_what_is_said_to_be_read_later_is(observed) -> None:
     later = set().union(*(record.read_later for name in RUNS for record in observed(name)))
     assert READ_LATER.keys() - UNSEEN - later == set()
+
+
+def own_flags_run(words: list[str], stage_reads: bool) -> str:
+    """A script with flags of its own: one for the model, one for the loss, one that nobody reads."""
+    import pretrain_gpt
+    from megatron.training import get_args, pretrain
+
+    def add_flags(parser):
+        for name in ("--mine-for-model", "--mine-for-loss", "--mine-for-nobody"):
+            parser.add_argument(name, type=int, default=0)
+        return parser
+
+    def model_provider(pre_process=True, post_process=True):
+        assert get_args().mine_for_model == 3
+        return pretrain_gpt.model_provider(pre_process, post_process)
+
+    def forward_step(data_iterator, model):
+        output, loss = pretrain_gpt.forward_step(data_iterator, model)
+
+        def own_loss(tensor):
+            assert get_args().mine_for_loss == 4
+            if stage_reads:
+                dict(vars(get_args()))
+            return loss(tensor)
+
+        return output, own_loss
+
+    provider = pretrain_gpt.train_valid_test_datasets_provider
+    provider.is_distributed = True
+    sys.argv = ["own.py", *words]
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        try:
+            pretrain(
+                provider,
+                model_provider,
+                ModelType.encoder_or_decoder,
+                forward_step,
+                extra_args_provider=add_flags,
+            )
+        except SystemExit as end:
+            assert not end.code
+    args = get_args()
+    assert type(args) is Namespace
+    return output.getvalue()
+
+
+OWN = "--mine-for-model 3 --mine-for-loss 4 --mine-for-nobody 5"
+
+
+@pytest.mark.parametrize("ending", ["", "--exit-interval 1"])
+@pytest.mark.parametrize("layout", ["", PP2])  # of two stages, the last one alone computes the loss
+def test_a_flag_of_the_script_that_nothing_read_is_named_at_the_end(layout, ending, places) -> None:
+    words = f"{BASE} {DATA} --train-iters 2 {OWN} {layout} {ending}".format(**places).split()
+    first = run_ranks(2 if layout else 1, own_flags_run, words, False)[0]
+    named = re.findall(r"WARNING: (\S+) was given, but nothing", first)
+    assert named == ["--mine-for-nobody"]
+    assert first.index("done with setup") < first.index("--mine-for-nobody was given")
+
+
+def test_a_script_that_takes_all_arguments_as_a_mapping_may_have_read_them(places) -> None:
+    words = f"{BASE} {DATA} --train-iters 1 {OWN}".format(**places).split()
+    assert "was given, but nothing" not in run_ranks(1, own_flags_run, words, True)[0]
+
+
+def run_with_a_new_flag(words: list[str], reads_it: bool) -> str:
+    """The project's own run with a flag in its tables that the code reads, or does not."""
+    import pretrain_gpt
+    from megatron.training import get_args
+    from megatron.training.arguments import flags, not_built, parsing
+    from megatron.training.arguments.flag import Group, value
+
+    group = Group("new", (value("--brand-new", type=int, default=0),))
+    groups = (*flags.GROUPS, group)
+    provide = pretrain_gpt.model_provider
+
+    def model_provider(*args, **kwargs):
+        if reads_it:
+            assert get_args().brand_new == 1
+        return provide(*args, **kwargs)
+
+    not_built.flags_by_name.cache_clear()
+    sys.argv = ["pretrain_gpt.py", *words]
+    output = io.StringIO()
+    with (
+        mock.patch.object(parsing, "GROUPS", groups),
+        mock.patch.object(not_built, "GROUPS", groups),
+        mock.patch("megatron.training.unread_flags.GROUPS", groups),
+        mock.patch.object(pretrain_gpt, "model_provider", model_provider),
+        contextlib.redirect_stdout(output),
+    ):
+        pretrain_gpt.main()
+    not_built.flags_by_name.cache_clear()
+    return output.getvalue()
+
+
+@pytest.mark.parametrize("reads_it", [False, True])
+def test_a_flag_that_no_code_reads_is_named_when_set_up_is_over(reads_it: bool, places) -> None:
+    words = f"{BASE} {DATA} --train-iters 1 --brand-new 1".format(**places).split()
+    output = run_ranks(1, run_with_a_new_flag, words, reads_it)[0]
+    sentence = "WARNING: --brand-new was given, but nothing has read it: it has no effect in this run\n"
+    assert output.count(sentence) == (0 if reads_it else 1)
+    if not reads_it:
+        assert (
+            output.index("after dataloaders are built") < output.index(sentence) < output.index("iteration ")
+        )

@@ -422,6 +422,7 @@ _DATA = (
 )
 
 _LOGS = (
+    NoEffect("rendezvous-timeout", lambda a: a.world_size > 1, "other ranks to meet"),
     NoEffect(
         "profile-step-start profile-step-end use-pytorch-profiler profile-ranks",
         lambda a: a.profile,

@@ -44,6 +44,7 @@ READ_LATER: dict[str, str] = {
         "when a profile begins",
         "profile profile_ranks profile_step_start profile_step_end use_pytorch_profiler",
     ),
+    **_when("when ranks meet, which may be over", "rendezvous_timeout"),
     **_when(
         "when something is logged",
         "log_interval log_loss_scale_to_tensorboard log_memory_to_tensorboard log_throughput "

@@ -77,7 +77,7 @@ def _check(args: Namespace, defaults: Mapping[str, Any]) -> Outcome:
     outcome = Outcome(notes=_script_defaults(args, defaults, given))
     refused = rejected.rejected_problems(args, given)
     if beyond := numbers_beyond_limits(args, given):
-        return Outcome([_as_typed(problem, given) for problem in refused + beyond])
+        return Outcome(_as_typed(refused + beyond, given))
     outcome.notes += derive.checkpoint_format(args, given)
     refused += not_built_problems(args)
     for step in derive.STEPS:
@@ -85,7 +85,7 @@ def _check(args: Namespace, defaults: Mapping[str, Any]) -> Outcome:
     refused_flags = {problem.flag for problem in refused}
     broken = [problem for rule in RULES for problem in rule(args, given)]
     outcome.problems = refused + [problem for problem in broken if problem.flag not in refused_flags]
-    outcome.problems = [_as_typed(problem, given) for problem in outcome.problems]
+    outcome.problems = _as_typed(outcome.problems, given)
     outcome.notes += [note for name in given if (note := accepted.notice_of(name, args))]
     outcome.notes += warnings_about(args, given).values()
     if not outcome.problems:
@@ -95,23 +95,18 @@ def _check(args: Namespace, defaults: Mapping[str, Any]) -> Outcome:
     return outcome
 
 
-def _as_typed(problem: Problem, given: list[str]) -> Problem:
-    """The problem in the spellings of the command line, where a flag has several."""
-    typed = {}
-    for flag in ALL_FLAGS:
-        spellings = [name for other in ALL_FLAGS if other.dest == flag.dest for name in other.names]
-        used = [name for name in spellings if name in given]
-        if used and flag.name not in given:
-            typed[flag.name] = used[0]
-    if not typed:
-        return problem
+def _as_typed(problems: list[Problem], given: list[str]) -> list[Problem]:
+    """The problems in the spellings of the command line, where a flag has several."""
+    used = {flag.dest: name for flag in ALL_FLAGS for name in flag.names if name in given}
+    typed = {flag.name: used[flag.dest] for flag in ALL_FLAGS if flag.dest in used and flag.name not in given}
 
     def renamed(text: str) -> str:
         return re.sub(r"--[\w-]+", lambda found: typed.get(found[0], found[0]), text)
 
-    return replace(
-        problem, flag=renamed(problem.flag), rule=renamed(problem.rule), remedy=renamed(problem.remedy)
-    )
+    return [
+        replace(p, flag=renamed(p.flag), rule=renamed(p.rule), remedy=renamed(p.remedy)) if typed else p
+        for p in problems
+    ]
 
 
 def _complete(args: Namespace) -> None:

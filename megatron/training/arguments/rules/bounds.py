@@ -78,15 +78,17 @@ BOUNDS = (
         "lr-warmup-iters lr-warmup-samples lr-warmup-init lr-wsd-decay-iters lr-wsd-decay-samples eval-iters "
         "eval-interval num-workers train-iters train-samples pre-tockens next-tockens manual-gc-interval "
         "exit-interval exit-duration-in-mins vocab-extra-ids tiktoken-num-special-tokens profile-step-start "
-        "profile-step-end init-method-std ckpt-step local-rank",
+        "profile-step-end ckpt-step local-rank",
         0,
     ),
+    Bound("init-method-std", 0, 1000),
+    Bound("loss-scale", 0, 2**32, open_low=True),
     Bound("attention-dropout hidden-dropout", 0, 1),
     Bound("straggler-ctrlr-port", 0, 65535),
     Bound("adam-beta1 adam-beta2 sgd-momentum lr-warmup-fraction", 0, 1, open_high=True),
     Bound("rotary-percent", 0, 1, open_low=True),
     Bound(
-        "norm-epsilon adam-eps loss-scale initial-loss-scale min-loss-scale rope-scaling-factor",
+        "norm-epsilon adam-eps initial-loss-scale min-loss-scale rope-scaling-factor",
         0,
         open_low=True,
     ),
@@ -123,7 +125,7 @@ def numbers_beyond_limits(args: Namespace, given: Collection[str]) -> list[Probl
 
 
 def _inside(bound: Bound) -> float:
-    if bound.high == math.inf:
+    if bound.high > 1:
         return int(bound.low) + 1 if bound.open_low else int(bound.low)
     return (bound.low + bound.high) / 2
 

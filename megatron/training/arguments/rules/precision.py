@@ -47,4 +47,15 @@ def deterministic_kernels(args: Namespace, given: Collection[str]) -> list[Probl
     ]
 
 
-RULES = (one_precision, sixteen_bit_options, deterministic_kernels)
+def loss_scale_has_room(args: Namespace, given: Collection[str]) -> list[Problem]:
+    """A scale that is searched for begins at its floor or above."""
+    first, floor = args.initial_loss_scale, args.min_loss_scale
+    if not args.fp16 or args.loss_scale is not None or first >= floor:
+        return []
+    rule = f"is below --min-loss-scale {floor:g}"
+    return [
+        Problem("--initial-loss-scale", f"{first:g}", rule, f"use --initial-loss-scale {floor:g} or more")
+    ]
+
+
+RULES = (one_precision, sixteen_bit_options, deterministic_kernels, loss_scale_has_room)

@@ -95,6 +95,8 @@ VOID = [
     ("--profile --profile-step-start 20 --profile-step-end 30", "--profile", "the run ends before"),
     ("--profile --profile-ranks 3", "--profile-ranks", "none of these ranks"),
     ("--no-barrier-with-level-1-timing", "--no-barrier-with-level-1-timing", "--timing-log-level"),
+    ("--rendezvous-timeout 30", "--rendezvous-timeout", "other ranks"),
+    ("--straggler-minmax-count 3", "--straggler-minmax-count", "--log-straggler"),
     ("--spec local --transformer-impl local", "--transformer-impl", "--spec"),
     ("--empty-unused-memory-level 1", "--empty-unused-memory-level", "a CPU"),
     (
