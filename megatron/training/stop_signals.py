@@ -24,6 +24,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 from megatron.training import launcher_environment
+from megatron.training.ranks.processes import FirstOnHost
 
 if TYPE_CHECKING:
     from megatron.training.ranks.watcher import FailureWatcher
@@ -37,10 +38,10 @@ LAUNCHER_GONE = 100
 # What a user, a scheduler, a closed terminal or a launcher sends to end a run.
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # Time for the main thread to leave what it is in, and for the imports of a rank that was just started.
-_UNWIND_S, _IMPORT_S, _LAST_WORDS_S = 2.0, 6.0, 6.0
+_UNWIND_S, _IMPORT_S, _LAST_WORDS_S = 2.0, 15.0, 6.0
 # One key press may arrive twice, from the terminal and from a program that passes it on.
 _SAME_PRESS_S = 0.1
-_LOOK_S, _BRIEFLY_S = 1.0, 0.5
+_LOOK_S, _BRIEFLY_S, _HOLD_S = 1.0, 0.5, 1.5
 
 
 class StoppedBySignal(SystemExit):
@@ -173,6 +174,8 @@ class StopSignals:
         self._deadline: float | None = None
         self._presses: list[float] = []  # when Ctrl-C was pressed
         self._ending = threading.Lock()
+        words = [os.environ.get(name, "") for name in ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")]
+        self._first_on_host = FirstOnHost(f"signals {' '.join(words)}")
         self._previous: dict[int, Any] = {}
         self._listen()
         for number in (*_ENDING, signal.SIGQUIT):
@@ -386,15 +389,16 @@ class StopSignals:
     def _say_together(self) -> None:
         """Print the line on one rank, and end all."""
         number, watcher = self.received, self._watcher
-        # Its store has gone with it; every rank sees that for itself.
-        if number == LAUNCHER_GONE:
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                self._say(self._line())
-        elif watcher is None:
-            self._say(self._line())
-        else:
+        if watcher is not None and number != LAUNCHER_GONE:
             watcher.stop_all(exit_status(number), self._line, _UNWIND_S, _LAST_WORDS_S)
             self._say(self._line())
+            return
+        # Ranks that have not met, or whose store has gone with the launcher, each see for themselves.
+        if not launcher_environment.has_other_ranks():
+            self._say(self._line())
+        elif self._first_on_host.claim():
+            self._say(self._line())
+            time.sleep(_HOLD_S)  # others come to speak a little later
 
     def _line(self) -> str:
         return f"stopped by {describe_signal(self.received)} {self._description()}".strip()

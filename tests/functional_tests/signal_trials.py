@@ -221,10 +221,11 @@ class Job:
         while not (self.home / "pause" / "paused").exists():
             assert time.monotonic() < deadline and self._runs(), self.output()
             time.sleep(0.02)
-        if self._launched is not None and self.trial.world_size > 1:
-            while len(self.pids()) < self.trial.world_size:
-                time.sleep(0.02)
-        self._sessions = {self._session(pid) for pid in self.pids()}
+        # Others may still be starting; until then they are in a session with the tests themselves.
+        while len(self.pids()) < self.trial.world_size or any(self._session(p) != p for p in self.pids()):
+            assert time.monotonic() < deadline and self._runs(), self.output()
+            time.sleep(0.02)
+        self._sessions = set(self.pids())
 
     def pids(self) -> list[int]:
         """Processes of the ranks."""
