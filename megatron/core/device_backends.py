@@ -20,17 +20,22 @@ from megatron.core.errors import MegatronError
 
 _GROUP = "torch.backends"
 _SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 # Back ends that were wanted and cannot be used, with a sentence that says why.
 PROBLEMS: dict[str, str] = {}
 
 
 def _import_torch() -> None:
     # Torch's warnings about lost connections come with frames of C++; what they mean is said elsewhere.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    quiet = _LOG_LEVEL not in os.environ
+    if quiet:
+        os.environ[_LOG_LEVEL] = "ERROR"
     asked = os.environ.get(_SWITCH)
     os.environ[_SWITCH] = "0"
     import torch  # noqa: F401
 
+    if quiet:
+        del os.environ[_LOG_LEVEL]
     if asked is None:
         del os.environ[_SWITCH]
     else:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 _HOMES = (ROOT, ROOT / "tests" / "functional_tests")
-_PRELOADED = ["torch", "torch.distributed", "pretrain_gpt", "pytest"]
+_PRELOADED = ["megatron.core.device_backends", "torch", "torch.distributed", "pretrain_gpt", "pytest"]
 
 
 def context() -> multiprocessing.context.ForkServerContext:

@@ -11,12 +11,14 @@ _OWN = {
     "rank",
     "local_rank",
     "given_flags",
-    "load",
-    "save",
+    "num_workers",
     "pretrained_checkpoint",
+    "yaml_cfg",
     "data_path",
     "tokenizer_model",
 }
+# Hosts may have them elsewhere, but all ranks do what they are for together.
+_GIVEN_OR_NOT = ("load", "save")
 _OWN_ENDINGS = ("_path", "_paths", "_dir", "_file", "_directory", "_filename")
 _OWN_BEGINNINGS = (
     "tensorboard",
@@ -42,10 +44,16 @@ class Shared(Protocol):
 
 def comparable(args: Namespace) -> dict[str, str]:
     """Arguments that all ranks must agree on, as text."""
-    return {
+    given = {
+        name: "not given" if value is None else "given"
+        for name, value in vars(args).items()
+        if name in _GIVEN_OR_NOT
+    }
+    return given | {
         name: repr(value)
         for name, value in sorted(vars(args).items())
         if name not in _OWN
+        and name not in _GIVEN_OR_NOT
         and not name.endswith(_OWN_ENDINGS)
         and not name.startswith(_OWN_BEGINNINGS)
         and _is_plain(value)

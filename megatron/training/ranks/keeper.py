@@ -229,6 +229,8 @@ class Keeper:
         """Learn the name of the attempt from a rank 0 that lives."""
         before, beat = self._rank_0, session.beats.read(0)
         self._rank_0 = beat
+        if beat is not None and 0 in self.neighbours and self.neighbours[0].nonce == beat.nonce:
+            self.neighbours[0] = beat
         self._note_silence(0, beat, session.interval_s)
         lives = beat is not None and before is not None and beat.nonce == before.nonce
         if not lives or beat.number == before.number or session.attempt == beat.nonce:

@@ -115,7 +115,7 @@ def test_arguments_of_a_host_are_not_compared():
     args = Namespace(
         seq_length=4, lr=1e-3, save="/a", rank=1, tensorboard_dir="/b", data_path=["/c"], kind=object()
     )
-    assert comparable(args) == {"seq_length": "4", "lr": "0.001"}
+    assert comparable(args) == {"save": "given", "seq_length": "4", "lr": "0.001"}
 
 
 def test_arguments_that_differ_are_named():
