@@ -150,6 +150,7 @@ def first_problem(host: str, port: int) -> str:
 
 def test_why_there_is_no_store(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(store, "GREETING_S", 0.3)
+    monkeypatch.setattr(store, "OPERATION_S", 1.0)  # else torch tries for long after the test
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
