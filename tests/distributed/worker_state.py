@@ -50,6 +50,7 @@ def reset(home: Home) -> None:
         dist.destroy_process_group()
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
+    torch.use_deterministic_algorithms(False)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     np.random.seed(0)
