@@ -110,6 +110,7 @@ def test_worlds_that_do_not_fit(changes: dict, message: str, tmp_path: Path):
     assert output.count("error: ") == output.count(message) == 1, output
 
 
+@pytest.mark.slow
 def test_two_ranks_0(tmp_path: Path):
     statuses, output = run_ranks(come, tmp_path, changes={2: {"RANK": "0"}})
     assert statuses == [1, 1, 1], output

@@ -124,12 +124,16 @@ def end_early(rank: int) -> None:
 
 GONE = [
     (die, "has ended without a word", "ranks 0, 2 wait in"),
-    (leave_without_a_word, "has ended without a word", "ranks 0, 2 wait in"),
+    pytest.param(
+        leave_without_a_word, "has ended without a word", "ranks 0, 2 wait in", marks=pytest.mark.slow
+    ),
     (crash, "has ended without a word", "ranks 0, 2 wait in"),
     (die_while_others_compute, "has ended without a word", "(die_while_others_compute)"),
     (die_before_a_group_is_made, "has ended without a word", "new_group"),
     (die_before_the_others_come, "has ended without a word", "rank 0 is in"),
-    (exit_with_a_status, "has left with exit status 3", "(exit_with_a_status)"),
+    pytest.param(
+        exit_with_a_status, "has left with exit status 3", "(exit_with_a_status)", marks=pytest.mark.slow
+    ),
     (
         stay_away,
         "has not come to the others: it is in test_missing_ranks.py:",
@@ -152,6 +156,7 @@ def test_the_missing_rank_is_named(main, what: str, others: str, tmp_path: Path)
     assert "frame #" not in output and "Traceback" not in output, output
 
 
+@pytest.mark.slow
 def test_a_rank_of_another_machine_is_named(tmp_path: Path):
     """Nobody sees its process; the others miss its signs of life."""
     statuses, output = run_ranks(die, tmp_path, far_apart=True)
