@@ -32,6 +32,7 @@ class SessionGuard:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="suite-"))
+        self.folder.chmod(0o755)  # like the system's own: a test may become another user
         self._marker = f"TMPDIR={self.folder}\0".encode()
         self._environment = {"TMPDIR": os.environ.get("TMPDIR")}
         os.environ["TMPDIR"] = str(self.folder)
