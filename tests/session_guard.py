@@ -2,10 +2,12 @@
 
 All processes of a run have one folder of the run as their temporary folder and cache. At the end, whatever
 is still in it, every process that still has it in its environment, and every new file of shared memory fails
-the run by name; then they are removed. A run with a failing test keeps its folder, and says where it is.
+the run by name; then they are removed. A run with a failing test keeps its folder until the next run, and
+says where it is.
 """
 
 import contextlib
+import fcntl
 import multiprocessing
 import os
 import shutil
@@ -21,7 +23,8 @@ import pytest
 SHARED_MEMORY = Path("/dev/shm")
 # Made once a run, for all its tests: pytest's own folder, the C libraries that tests/npu compiles, sockets of
 # multiprocessing, which removes them when the interpreter ends.
-EXPECTED = ("pytest-of-", "megatron-npu-cann-", "pymp-", "cache")
+EXPECTED = ("pytest-of-", "megatron-npu-cann-", "pymp-", "cache", "lock of the run")
+PREFIX, LOCK = "megatron-suite-", "lock of the run"
 CACHES = ("MEGATRON_CACHE", "XDG_CACHE_HOME", "MPLCONFIGDIR", "HF_HOME", "TORCHINDUCTOR_CACHE_DIR")
 # A process that has been told to end may need this long on a loaded machine.
 PATIENCE_S = 20.0
@@ -31,8 +34,11 @@ class SessionGuard:
     """Pytest plug-in of the process that starts a run; workers of xdist inherit its folder."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="suite-"))
+        _remove_folders_of_dead_runs()
+        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
         self.folder.chmod(0o755)  # like the system's own: a test may become another user
+        self._lock = open(self.folder / LOCK, "w")  # noqa: SIM115 - as long as this process lives
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._marker = f"TMPDIR={self.folder}\0".encode()
         self._environment = {"TMPDIR": os.environ.get("TMPDIR")}
         os.environ["TMPDIR"] = str(self.folder)
@@ -72,6 +78,7 @@ class SessionGuard:
 
     def remove_folder(self) -> None:
         """Remove the folder of this run with everything in it."""
+        self._lock.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def leftovers(self) -> list[str]:
@@ -99,6 +106,14 @@ class SessionGuard:
             if ours and int(folder.name) != os.getpid() and not tracker:
                 found.append(int(folder.name))
         return found
+
+
+def _remove_folders_of_dead_runs() -> None:
+    """Remove what killed runs have left, and what failed ones kept: their locks are free."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
+        with contextlib.suppress(OSError), open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def end_helpers() -> None:

@@ -39,6 +39,19 @@ def test_a_clean_run_has_left_nothing(guard: session_guard.SessionGuard) -> None
     assert guard.leftovers() == []
 
 
+def test_a_run_that_was_killed_leaves_its_folder_to_the_next_one(guard: session_guard.SessionGuard) -> None:
+    code = "import os, tests.session_guard as g; print(g.SessionGuard().folder, flush=True); os._exit(1)"
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    folder = Path(killed.stdout.strip())
+    assert folder.parent == guard.folder and (folder / session_guard.LOCK).exists()
+    another = session_guard.SessionGuard()
+    assert not folder.exists() and another.folder.exists()
+    session_guard.SessionGuard().remove_folder()  # the folder of a run that goes on stays
+    assert another.folder.exists()
+    another.pytest_unconfigure()
+    another.remove_folder()
+
+
 def test_files_and_processes_that_stay_are_named_and_removed(guard: session_guard.SessionGuard) -> None:
     (guard.folder / "forgotten").mkdir()
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
