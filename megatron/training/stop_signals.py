@@ -169,7 +169,7 @@ class StopSignals:
         self.recorder: Recorder | None = None
         self._watcher: FailureWatcher | None = None
         self.unfinished: set[str] = set()
-        self._running = self._over = self._raised = False
+        self._running = self._over = self._raised = self._is_early = False
         self.received, self._held = 0, 0
         self._deadline: float | None = None
         self._presses: list[float] = []  # when Ctrl-C was pressed
@@ -296,7 +296,7 @@ class StopSignals:
         if self.recorder is not None:
             self.recorder.record(number)
         elif not self.received:
-            self.received = number
+            self.received, self._is_early = number, not self._running
             self._deadline = time.monotonic() + self._patience()
 
     def _patience(self) -> float:
@@ -382,6 +382,8 @@ class StopSignals:
         event = "a second SIGINT" if number == signal.SIGINT else describe_signal(number)
         if self._watcher is None or _within(_BRIEFLY_S, self._watcher.speaks_first):
             self._say(f"stopped at once by {event}, whatever was being done; {self._description()}")
+            if self._watcher is not None:
+                time.sleep(_BRIEFLY_S)  # so that others find somebody speaking
         self._leave(exit_status(number))
 
     # The last words.
@@ -390,11 +392,17 @@ class StopSignals:
         """Print the line on one rank, and end all."""
         number, watcher = self.received, self._watcher
         if watcher is not None and number != LAUNCHER_GONE:
+            # Ranks that a signal finds importing come here one after the other.
+            if self._is_early and not self._first_on_host.claim():
+                return
             watcher.stop_all(exit_status(number), self._line, _UNWIND_S, _LAST_WORDS_S)
             self._say(self._line())
             return
         # Ranks that have not met, or whose store has gone with the launcher, each see for themselves.
-        if not launcher_environment.has_other_ranks():
+        if number == LAUNCHER_GONE:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                self._say(self._line())
+        elif not launcher_environment.has_other_ranks():
             self._say(self._line())
         elif self._first_on_host.claim():
             self._say(self._line())

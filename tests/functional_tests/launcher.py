@@ -60,10 +60,12 @@ def _child(argv: list[str], cwd: str, env: dict[str, str], output: str, trace: s
     import torch
 
     import pretrain_gpt
+    from megatron.training import stop_signals
     from megatron.training.entry import run_main
 
     torch.set_num_threads(1)
     if "PAUSE_AT" in os.environ:
+        stop_signals.install(stop_signals.BEFORE_TRAINING)  # as the script does
         os.setsid()  # so that signals reach this rank and its workers, as under torchrun
         pauses.pause_where_asked()
     if trace is not None:

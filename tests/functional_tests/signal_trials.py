@@ -1,5 +1,6 @@
 """A run that gets a signal at a chosen moment, and what has to be true of its end."""
 
+import contextlib
 import os
 import random
 import re
@@ -239,15 +240,19 @@ class Job:
         """The signals of the trial, and the end of its pause if that belongs to it."""
         for index, number in enumerate(self.trial.signals):
             time.sleep(0.4 * index)  # nobody presses Ctrl-C twice in less
-            if self.trial.target == "launcher":
-                self._launched.send_signal(number)
-            elif self.trial.target == "groups":
-                for pid in self.pids():
-                    os.killpg(pid, number)
-            else:
-                os.kill(self.pids()[self.trial.target], number)
+            with contextlib.suppress(ProcessLookupError):  # the first one may have been enough
+                self._send(number)
         if self.trial.resumes:
             (self.home / "pause" / "go").touch()
+
+    def _send(self, number: int) -> None:
+        if self.trial.target == "launcher":
+            self._launched.send_signal(number)
+        elif self.trial.target == "groups":
+            for pid in self.pids():
+                os.killpg(pid, number)
+        else:
+            os.kill(self.pids()[self.trial.target], number)
 
     def wait(self) -> list[int]:
         """Exit statuses, once no process of the ranks is left."""
@@ -359,7 +364,7 @@ def _check_words(trial: Trial, output: str, statuses: list[int]) -> str:
 
 
 def _check_files(home: Path) -> None:
-    assert not os.listdir(home / "tmp")
+    assert os.listdir(home / "tmp") == []
     # What was being written is hidden, and goes with the next save; nothing else may be there.
     left = (
         [entry for entry in os.listdir(home / "ckpt") if "iter" not in entry]
