@@ -41,7 +41,7 @@ _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 _UNWIND_S, _IMPORT_S, _LAST_WORDS_S = 2.0, 15.0, 6.0
 # One key press may arrive twice, from the terminal and from a program that passes it on.
 _SAME_PRESS_S = 0.1
-_LOOK_S, _BRIEFLY_S, _HOLD_S = 1.0, 0.5, 1.5
+_LOOK_S, _BRIEFLY_S, _HOLD_S, _AT_ONCE_S = 1.0, 0.5, 1.5, 4.0
 
 
 class StoppedBySignal(SystemExit):
@@ -350,7 +350,7 @@ class StopSignals:
         if number != LAUNCHER_GONE and number not in self._previous:
             return
         if self._is_second_press(number):
-            self._leave_at_once(signal.SIGINT)
+            self._leave_at_once(signal.SIGINT, launcher_gone=number == LAUNCHER_GONE)
         elif number == signal.SIGQUIT:
             self._leave_at_once(number)
         self._note(number)
@@ -376,14 +376,20 @@ class StopSignals:
             shutil.rmtree(directory, ignore_errors=True)
         self._leave(exit_status(self.received))
 
-    def _leave_at_once(self, number: int) -> None:
+    def _leave_at_once(self, number: int, launcher_gone: bool = False) -> None:
         self._over = True
         self._ending.acquire(blocking=False)  # the main thread says nothing from here on
         event = "a second SIGINT" if number == signal.SIGINT else describe_signal(number)
-        if self._watcher is None or _within(_BRIEFLY_S, self._watcher.speaks_first):
-            self._say(f"stopped at once by {event}, whatever was being done; {self._description()}")
-            if self._watcher is not None:
-                time.sleep(_BRIEFLY_S)  # so that others find somebody speaking
+        line = f"stopped at once by {event}, whatever was being done; {self._description()}"
+        if self._watcher is None:
+            self._say(line)
+        elif launcher_gone:  # and the store with it
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                self._say(line)
+        else:
+            # The other ranks would call this one lost; that they end too takes no more than a moment.
+            self._watcher.stop_all(exit_status(number), lambda: line, _BRIEFLY_S, _AT_ONCE_S)
+            self._say(line)
         self._leave(exit_status(number))
 
     # The last words.
