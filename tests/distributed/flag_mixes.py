@@ -216,6 +216,10 @@ class Outcome:
     cpu_s: float = 0.0
 
 
+class Refused(Exception):
+    """The error of one of several ranks, as its program would print it."""
+
+
 def draw(seed: int) -> Mix:
     """The mix of ``seed``: 1 to 12 flags; half of the mixes have values that make sense one by one."""
     rng = random.Random(seed)
@@ -297,6 +301,9 @@ def run_mix(mix: Mix, directory: str) -> Outcome:
     multiprocessing.current_process()._config["daemon"] = True
     outcome.text = output.getvalue()
     outcome.error += errors.getvalue()
+    if mix.ranks > 1 and outcome.status and not outcome.trace and not outcome.losses:
+        # A launch ends the other ranks when one fails; here the pool does, which must see a failure.
+        raise Refused(outcome.error)
     return outcome
 
 
