@@ -169,7 +169,7 @@ class StopSignals:
         self.recorder: Recorder | None = None
         self._watcher: FailureWatcher | None = None
         self.unfinished: set[str] = set()
-        self._running = self._over = self._raised = self._is_early = False
+        self._running = self._over = self._raised = self._is_early = self._leaving = False
         self.received, self._held = 0, 0
         self._deadline: float | None = None
         self._presses: list[float] = []  # when Ctrl-C was pressed
@@ -260,6 +260,8 @@ class StopSignals:
             self._raise_if_due()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        while self._leaving:  # nothing more is done or said here
+            time.sleep(_LOOK_S)
         self._note(number)
         self._raise_if_due()
 
@@ -379,6 +381,8 @@ class StopSignals:
     def _leave_at_once(self, number: int, launcher_gone: bool = False) -> None:
         self._over = True
         self._ending.acquire(blocking=False)  # the main thread says nothing from here on
+        self._leaving = True
+        signal.pthread_kill(threading.main_thread().ident, number)
         event = "a second SIGINT" if number == signal.SIGINT else describe_signal(number)
         line = f"stopped at once by {event}, whatever was being done; {self._description()}"
         if self._watcher is None:
