@@ -122,7 +122,10 @@ class FailureWatcher:
     def propose(self, failure: Failure) -> None:
         """Note a failure, unless one is known that says more; the threads then end the process."""
         with self._lock:
-            if self._failure is None or failure.kind < self._failure.kind:
+            known = self._failure
+            if known is not None and known.kind == failure.kind == CONSEQUENCE and known.place is None:
+                known = None  # the main thread has come back from the message that failed
+            if known is None or failure.kind < known.kind:
                 self._failure = failure
         self._keeper.wake()
 
