@@ -75,7 +75,7 @@ def die_before_the_others_come(rank: int) -> None:
         from megatron.training.global_vars import get_failure_watcher
 
         get_failure_watcher()._keeper.begin_meeting({})
-        time.sleep(1.5)
+        time.sleep(5.0)  # rank 2 has been started and has found the others by then
         os.kill(os.getpid(), signal.SIGKILL)
     if rank == 2:
         time.sleep(1000)
