@@ -15,6 +15,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+# By pytest for every test, and by the first import of the package that a test makes.
+_SET_BY_OTHERS = ("PYTEST_CURRENT_TEST", "TORCH_CPP_LOG_LEVEL")
 # Not SIGCHLD, which the loader of torch takes once and for all.
 _SIGNALS = [
     getattr(signal, name)
@@ -28,7 +30,7 @@ def take() -> dict[str, Any]:
     root = logging.getLogger()
     found = {
         "working directory": os.getcwd(),
-        "environment": {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
+        "environment": {k: v for k, v in os.environ.items() if k not in _SET_BY_OTHERS},
         "sys.argv": list(sys.argv),
         "sys.path": set(sys.path),  # programs of the project begin by adding their own folder
         "standard streams": [id(sys.__stdout__), id(sys.__stderr__)],

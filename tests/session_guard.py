@@ -22,8 +22,8 @@ import pytest
 
 SHARED_MEMORY = Path("/dev/shm")
 # Made once a run, for all its tests: pytest's own folder, the C libraries that tests/npu compiles, sockets of
-# multiprocessing, which removes them when the interpreter ends.
-EXPECTED = ("pytest-of-", "megatron-npu-cann-", "pymp-", "cache", "lock of the run")
+# multiprocessing, which removes them when the interpreter ends. And what torchrun never removes.
+EXPECTED = ("pytest-of-", "megatron-npu-cann-", "pymp-", "torchelastic_", "cache", "lock of the run")
 PREFIX, LOCK = "megatron-suite-", "lock of the run"
 CACHES = ("MEGATRON_CACHE", "XDG_CACHE_HOME", "MPLCONFIGDIR", "HF_HOME", "TORCHINDUCTOR_CACHE_DIR")
 # A process that has been told to end may need this long on a loaded machine.

@@ -122,6 +122,8 @@ def end_early(rank: int) -> None:
     add()
 
 
+# One of them may have noticed its lost connection, and be on its way out, when the line is printed.
+_WAITING = r"ranks 0, 2 wait in|rank [02] waits in all_reduce|\(_fail\)"
 GONE = [
     (die, "has ended without a word", "ranks 0, 2 wait in"),
     pytest.param(
@@ -152,7 +154,7 @@ def test_the_missing_rank_is_named(main, what: str, others: str, tmp_path: Path)
     assert statuses[0] == statuses[2] == 1, (statuses, output)
     assert len(_NAMED.findall(output)) == output.count("error: ") == 1, output
     (line,) = [line for line in output.splitlines() if _NAMED.match(line)]
-    assert what in line and others in line, line
+    assert what in line and re.search(others, line), line
     assert "frame #" not in output and "Traceback" not in output, output
 
 
