@@ -39,7 +39,8 @@ class SessionGuard:
         self.folder.chmod(0o755)  # like the system's own: a test may become another user
         self._lock = open(self.folder / LOCK, "w")  # noqa: SIM115 - as long as this process lives
         fcntl.flock(self._lock, fcntl.LOCK_EX)
-        self._marker = f"TMPDIR={self.folder}\0".encode()
+        # Also where a test gives a process a temporary folder of its own, inside.
+        self._marker = str(self.folder).encode()
         self._environment = {"TMPDIR": os.environ.get("TMPDIR")}
         os.environ["TMPDIR"] = str(self.folder)
         for name in CACHES:
@@ -99,7 +100,7 @@ class SessionGuard:
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                ours = self._marker in (folder / "environ").read_bytes() + b"\0"
+                ours = self._marker in (folder / "environ").read_bytes()
             except OSError:  # it has ended, or is another user's
                 continue
             tracker = "resource_tracker" in _command(int(folder.name))

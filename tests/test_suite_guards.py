@@ -54,7 +54,8 @@ def test_a_run_that_was_killed_leaves_its_folder_to_the_next_one(guard: session_
 
 def test_files_and_processes_that_stay_are_named_and_removed(guard: session_guard.SessionGuard) -> None:
     (guard.folder / "forgotten").mkdir()
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    own = os.environ | {"TMPDIR": str(guard.folder / "forgotten")}
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], env=own)
     process, file = guard.leftovers()
     assert process.startswith(f"process {child.pid}: ") and "time.sleep(1000)" in process
     assert file == str(guard.folder / "forgotten")
