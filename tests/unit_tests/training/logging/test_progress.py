@@ -65,7 +65,7 @@ def test_a_job_counts_its_own_operations_and_a_series_those_of_its_jobs(args, tm
 
 def test_the_first_job_of_a_directory(args, tmp_path):
     args.num_floating_point_operations_at_start = 0.0
-    assert progress.get_start_time_from_progress_log(str(tmp_path), 1) == (None, 0.0)
+    assert progress._start_of_series(str(tmp_path), 1) == (None, 0.0)
     progress.append_start_line(args)
     progress.append_checkpoint_line(args, 1, 1e10)
     found = figures(tmp_path)
