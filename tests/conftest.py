@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,16 @@ if os.environ.get("MEGATRON_DEVICE", "cpu") == "cpu":
 import pytest
 
 from tests import process_state, session_guard
+
+# A shell starts what runs in the background with Ctrl-C ignored, nohup with a hang-up ignored, and programs
+# that tests send signals to would inherit that.
+for _number in (
+    signal.SIGINT,
+    signal.SIGQUIT,
+    *([signal.SIGHUP] if "PYTEST_XDIST_WORKER" in os.environ else []),
+):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parent.parent
 
