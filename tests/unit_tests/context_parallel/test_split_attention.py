@@ -3,9 +3,14 @@
 import itertools
 
 import pytest
+import torch
 
+from megatron.core import parallel_state
+from megatron.core.context_parallel import gather
+from megatron.core.context_parallel.partial import SplitAttention
+from megatron.core.context_parallel.plan import visible_band
 from tests.distributed.pool import run_ranks
-from tests.unit_tests.context_parallel.split_world import HEADS, WIDTH, Case, worst_errors
+from tests.unit_tests.context_parallel.split_world import HEADS, WIDTH, Case, start, worst_errors
 
 # Largest error over largest value. Half precisions round the operands of products and the results: a few of
 # their own last places (2^-8 and 2^-11), gradients of keys once per hop.
@@ -103,3 +108,22 @@ def test_blocks_longer_than_a_stripe():
         Case("p2p", value_width=4, chunk=260, window=(300, 0)),
     ]
     hold(2, cases)
+
+
+def blocks_of_gathered_attention(size: int) -> list[int]:
+    """How many blocks this rank computes of causal attention, without a mask and with one."""
+    start(size)
+    band = visible_band(causal=True, window=None)
+    mask = torch.zeros(1, 1, 2 * CHUNK, 2 * size * CHUNK, dtype=torch.bool)
+    group = parallel_state.get_context_parallel_group()
+    specs = [SplitAttention(band, given, 1.0, 0.0, 0) for given in (None, mask)]
+    return [len(gather._tasks(group, 2 * CHUNK, spec)) for spec in specs]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_gathered_attention_joins_blocks_only_without_a_mask(size):
+    """A rank sees rank + 1 chunks of keys from one of its chunks, and 2 * size - rank from the other."""
+    for joined, apart in run_ranks(size, blocks_of_gathered_attention, size):
+        assert apart == 2 * size + 1
+        # Of each of the two chunks of queries: what is visible as a whole, and the triangle.
+        assert joined <= 4

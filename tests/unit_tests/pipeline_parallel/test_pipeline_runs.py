@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toy_stages import expected, run_pipeline
+from toy_stages import Stage, expected, run_pipeline
 
 from tests.distributed.pool import run_ranks
 
@@ -93,3 +93,28 @@ def test_data_that_is_no_loss_is_collected_on_the_last_stage():
     results = run_ranks(2, run_pipeline, "1f1b", 1, 3, forward_only=True, collect_non_loss_data=True)
     assert results[0][0] == []
     assert len(results[1][0]) == 3 and all(isinstance(value, float) for value in results[1][0])
+
+
+def visited_stages(chunks, microbatches, group):
+    """Virtual stages in the order in which this rank runs their forward passes."""
+    order, forward = [], Stage.forward
+
+    def recorded(stage, x):
+        order.append(stage.number)
+        return forward(stage, x)
+
+    Stage.forward = recorded
+    try:
+        sizes = {"microbatch_group_size_per_vp_stage": group}
+        run_pipeline("interleaved", chunks, microbatches, forward_only=True, **sizes)
+    finally:
+        Stage.forward = forward
+    return order
+
+
+@pytest.mark.parametrize("group", [2, 4, 8])
+def test_as_many_microbatches_as_a_group_holds_pass_a_chunk_back_to_back(group):
+    for rank, order in enumerate(run_ranks(2, visited_stages, 2, 8, group)):
+        assert order == [
+            chunk * 2 + rank for _ in range(8 // group) for chunk in range(2) for _ in range(group)
+        ]

@@ -21,7 +21,7 @@ class Stage(torch.nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(100 + stage)
         draw = {"generator": generator, "dtype": torch.float64}
-        self.config = config
+        self.config, self.number = config, stage
         self.weight = torch.nn.Parameter(torch.randn(HIDDEN, HIDDEN, **draw) / 2)
         self.bias = torch.nn.Parameter(torch.randn(HIDDEN, **draw) / 2)
         self.scale = torch.nn.Parameter(torch.randn(HIDDEN, **draw))
