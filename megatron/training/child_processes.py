@@ -5,11 +5,15 @@ take away the data that the last step before a save needs; they end when their r
 """
 
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from megatron.core.errors import ConfigError
 
 # SIGTERM is how multiprocessing and torch end workers that are left.
 _FOR_THE_GROUP = {
@@ -21,6 +25,35 @@ _FOR_THE_GROUP = {
     signal.SIGUSR2,
 }
 _LOOK_S = 1.0
+# Bytes of the path of a Unix socket that Linux takes, and of what multiprocessing adds to the directory.
+_LONGEST_ADDRESS = 107
+_SOCKET_NAME = len("/pymp-12345678/listener-12345678")
+_SHORT_DIRECTORY = "/tmp"
+
+
+def keep_sockets_in_reach() -> None:
+    """Let multiprocessing keep its sockets in a directory whose name fits into an address.
+
+    Workers pass tensors through sockets under the temporary directory. Where its name is too long the error
+    stays in a thread of the worker, and the rank waits for the batch without end.
+
+    Raises:
+        ConfigError: the temporary directory is too deep, and /tmp cannot be used instead.
+    """
+    directory = tempfile.gettempdir()
+    if len(os.fsencode(directory)) + _SOCKET_NAME <= _LONGEST_ADDRESS:
+        return
+    kept, tempfile.tempdir = tempfile.tempdir, _SHORT_DIRECTORY
+    try:
+        multiprocessing.util.get_temp_dir()  # made once, and inherited by every worker
+    except OSError as error:
+        raise ConfigError(
+            f"the temporary directory {directory} has too long a name for the sockets of data loading "
+            f"processes, and {_SHORT_DIRECTORY} cannot be used instead ({error.strerror}): set TMPDIR to a "
+            "directory with a short name, or use --num-workers 0"
+        ) from error
+    finally:
+        tempfile.tempdir = kept
 
 
 @contextmanager
@@ -29,6 +62,7 @@ def starting_workers() -> Iterator[None]:
 
     What this process itself receives meanwhile comes at the end of the context, or to another thread.
     """
+    keep_sockets_in_reach()
     kept = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_GROUP)
     try:
         yield
