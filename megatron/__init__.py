@@ -1,4 +1,4 @@
-"""Megatron-LM's commands and formats on Ascend NPUs, NVIDIA GPUs and CPUs.
+"""Megatron-LM's commands and formats on any device.
 
 Every program imports this package before anything else of ours, so the version of Python is checked here,
 in words that Python 2.7 and all after it can read.

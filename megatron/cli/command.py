@@ -61,7 +61,7 @@ COMMANDS = {
     "draw": Command("megatron.cli.draw_schedule", "draw a pipeline schedule"),
     "check": Command(
         "megatron_npu.__main__",
-        "compare every replacement for an NPU with its default, on this device",
+        "compare every replacement of this device with its default",
         words=("check",),
     ),
 }

@@ -327,4 +327,5 @@ def test_a_failing_rank_speaks_although_the_store_is_silent(tmp_path: Path):
     statuses, output = run_ranks(rank_0_stops_and_another_fails, tmp_path, killed=(0,))
     assert statuses == [None, 1, 1], output
     assert output.count("ValueError: the cause") == 1, output
-    assert "does not answer, which is kept by rank 0" in output or output.count("error: ") == 1, output
+    # One word for the job, which is the cause, or what the others know of the store beside it.
+    assert output.count("error: ") <= 2 and "frame #" not in output, output

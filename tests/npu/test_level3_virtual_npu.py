@@ -89,8 +89,8 @@ def test_ranks_check_what_takes_several() -> None:
 
 TINY = """
     --num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --max-position-embeddings 16
-    --micro-batch-size 1 --mock-data --tokenizer-type NullTokenizer --vocab-size 50 --train-iters 1 --lr 1e-3
-    --eval-iters 0 --num-workers 0
+    --micro-batch-size 1 --mock-data --tokenizer-type NullTokenizer --vocab-size 4095 --train-iters 1
+    --lr 1e-3 --eval-iters 0 --num-workers 0
 """
 
 

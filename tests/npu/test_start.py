@@ -35,7 +35,7 @@ TRAIN = [
     "--tokenizer-type",
     "NullTokenizer",
     "--vocab-size",
-    "50",
+    "4095",
     "--train-iters",
     "1",
     "--lr",
