@@ -220,22 +220,25 @@ start_python() {
 
 # pass_signals COMMAND...: runs it and hands it what this script is sent; ends the script where that stopped it.
 pass_signals() {
-    local child name status stopped=
+    local child name next seen status='' signals=0
     set -m # a group of its own: a signal to the script's group comes once, and Ctrl-C is not ignored
     MEGATRON_LAUNCHER_PID=$$ "$@" &
     child=$!
     set +m
     for name in HUP INT QUIT TERM USR1 USR2; do
         # shellcheck disable=SC2064
-        trap "stopped=1; kill -$name $child 2>/dev/null || true" "$name"
+        trap "signals=\$((signals + 1)); kill -$name $child 2>/dev/null || true" "$name"
     done
     while true; do
-        status=0
-        wait "$child" || status=$?
-        kill -0 "$child" 2>/dev/null || break # else a signal has come in between
+        seen=$signals next=0
+        wait "$child" || next=$?
+        # 127: the wait before this one has had the status of the command.
+        [[ $next == 127 && -n $status ]] || status=$next
+        # A signal ends the wait, whether the command has ended or not.
+        [[ $signals != "$seen" ]] || break
     done
     trap - HUP INT QUIT TERM USR1 USR2
-    [[ -z $stopped ]] || exit "$status"
+    ((signals == 0)) || exit "$status"
     return "$status"
 }
 
