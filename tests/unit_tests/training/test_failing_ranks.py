@@ -1,5 +1,6 @@
 """A failure on some ranks ends all of them soon, and is told once: with and without process groups."""
 
+import contextlib
 import os
 import socket
 import time
@@ -67,7 +68,10 @@ def all_leave_groups_behind(rank: int) -> None:
 
 def _print_threads() -> None:
     """Threads of gloo that have outlived the run, where the system lists threads."""
-    names = [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")]
+    names = []
+    for name in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # a thread that has ended since
+            names.append(name.read_text().strip())
     os.write(1, "".join(f"{name}\n" for name in names if name.startswith(("gloo", "pt_gloo"))).encode())
 
 
@@ -134,9 +138,9 @@ def test_torchrun_ends_with_the_cause(tmp_path: Path):
 
 def test_ranks_that_end_at_different_times_end_well(tmp_path: Path):
     statuses, output = run_three(all_end_well, tmp_path)
-    assert statuses == [0, 0, 0] and output == ""
+    assert (statuses, output) == ([0, 0, 0], "")
 
 
 def test_groups_end_before_the_interpreter(tmp_path: Path):
     statuses, output = run_three(all_leave_groups_behind, tmp_path)
-    assert statuses == [0, 0, 0] and output == ""
+    assert (statuses, output) == ([0, 0, 0], "")

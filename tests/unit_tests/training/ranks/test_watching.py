@@ -180,7 +180,12 @@ class Silent:
         self.released = threading.Event()
 
     def __getattr__(self, name):
-        return lambda *words: self.released.wait(LIMIT_S)
+        return self._ask
+
+    def _ask(self, *words: object) -> bool:
+        if not self.released.wait(LIMIT_S):
+            raise RuntimeError("no test has released this")
+        return True
 
 
 class NoCanary:
@@ -226,8 +231,14 @@ def test_a_failing_rank_speaks_although_the_store_is_silent(own: bool, monkeypat
         statuses.append(status)
         raise Ended
 
+    class Closed(Silent):
+        def _ask(self, *words: object) -> bool:
+            super()._ask(*words)
+            raise RuntimeError("closed")
+
+    silent = Closed()
     monkeypatch.setattr(threading, "excepthook", lambda words: None)
-    monkeypatch.setattr(keeper, "connect", lambda *words: Silent())
+    monkeypatch.setattr(keeper, "connect", lambda *words: silent)
     monkeypatch.setattr(keeper, "Canary", lambda *words: NoCanary())
     monkeypatch.setattr(watcher, "end_process", end)
     monkeypatch.setattr(watcher, "PATIENCE_S", 0.3)
@@ -245,3 +256,5 @@ def test_a_failing_rank_speaks_although_the_store_is_silent(own: bool, monkeypat
     else:
         assert words.startswith(f"the store of the job at {address} does not answer, which is kept by rank 0")
     watching._first_on_host.release()
+    silent.released.set()  # the thread that asks it ends
+    watching.stop(1)
