@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron.core.context_parallel.attention import comm_type_of_layer
-from megatron.core.context_parallel.heads import check_heads
+from megatron.core.context_parallel.heads import check_heads, to_heads
 from megatron.core.errors import ConfigError
 from megatron.core.transformer.transformer_config import TransformerConfig
 from tests.distributed.pool import run_ranks
@@ -23,6 +23,19 @@ def test_heads():
         build(Case("a2a"), 4, tensor_model_parallel_size=2)
     with pytest.raises(ConfigError, match=r"6 query groups .* 4 context-parallel ranks: one must divide"):
         check_heads(12, 6, 4)
+
+
+def exchange_of_odd_heads() -> str:
+    # The width of a head divides where their number does not.
+    query, key = torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 1, 4)
+    with pytest.raises(ConfigError) as caught:
+        to_heads(query, key, key, torch.distributed.group.WORLD)
+    return str(caught.value)
+
+
+def test_heads_are_counted_before_they_are_exchanged():
+    for message in run_ranks(2, exchange_of_odd_heads):
+        assert "3 attention heads of a tensor-parallel rank do not divide between 2" in message
 
 
 @pytest.mark.parametrize("sizes", [None, (2, 4), (2, 2, 1)])

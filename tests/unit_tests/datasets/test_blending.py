@@ -66,6 +66,14 @@ def test_lanes_equal_steps(name, exhaustive):
     assert choices.tolist() == step_by_step(weights, size, capacity)
 
 
+@pytest.mark.parametrize("size", [20_000, 90_000])  # narrow batches of lanes, and wide ones
+def test_members_that_run_out_early(size):
+    weights = np.array([0.5, 0.3, 0.15, 0.05])
+    capacity = np.array([0.2, 0.3, 0.3, 0.2]) * size
+    choices = greedy_choices(weights, size, capacity.astype(np.int64))
+    assert choices.tolist() == step_by_step(weights, size, capacity)
+
+
 def random_weights(random: np.random.Generator) -> np.ndarray:
     members = int(random.integers(2, 12))
     kinds = (

@@ -347,6 +347,34 @@ def test_an_unwrapped_model_is_refused() -> None:
         get_megatron_optimizer(OptimizerConfig(lr=1e-3, **SHARDED), [plain])
 
 
+# --- gathers of several chunks --------------------------------------------------------------------------
+
+
+def names_in_order_of_gathers() -> tuple[list[int], int]:
+    """Places in forward of the buckets of three chunks, following each gather to the next; their number."""
+    parallel_state.initialize_model_parallel()
+    ddp = DistributedDataParallelConfig(**BUCKETS, overlap_param_gather=True)
+    chunks = [DistributedDataParallel(make_config(), ddp, Net()) for _ in range(3)]
+    get_megatron_optimizer(OptimizerConfig(lr=1e-3, **SHARDED), chunks)
+    names = {
+        param: f"{number} {name}"
+        for number, chunk in enumerate(chunks)
+        for name, param in chunk.module.named_parameters()
+    }
+    order, found = list(names.values()), []
+    group = chunks[0].bucket_groups[-1]
+    while group is not None:
+        found.append(min((names[p] for bucket in group.buckets for p in bucket.params), key=order.index))
+        group = group.next_param_gather_bucket_group
+    return [order.index(name) for name in found], sum(len(chunk.bucket_groups) for chunk in chunks)
+
+
+def test_gathers_go_on_with_the_next_chunk() -> None:
+    for order, buckets in run_ranks(2, names_in_order_of_gathers):
+        assert order == sorted(order)
+        assert len(order) == buckets > 3
+
+
 # --- parts of the model on other ranks ------------------------------------------------------------------
 
 
