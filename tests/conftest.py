@@ -20,14 +20,11 @@ import pytest
 from tests import process_state, session_guard
 
 # A shell starts what runs in the background with Ctrl-C ignored, nohup with a hang-up ignored, and programs
-# that tests send signals to would inherit that.
-for _number in (
-    signal.SIGINT,
-    signal.SIGQUIT,
-    *([signal.SIGHUP] if "PYTEST_XDIST_WORKER" in os.environ else []),
-):
+# that tests send signals to would inherit that. A handler that does nothing stays behind at the next exec.
+for _number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(_number) == signal.SIG_IGN:
-        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
+        _answer = {signal.SIGINT: signal.default_int_handler, signal.SIGQUIT: signal.SIG_DFL}
+        signal.signal(_number, _answer.get(_number, lambda number, frame: None))
 
 ROOT = Path(__file__).resolve().parent.parent
 
