@@ -77,6 +77,7 @@ def overridable(default: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(default)
     def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:
+        """Calls the device's replacement of a function, or its default where there is none."""
         return active(*args, **kwargs)
 
     def install(function: Callable[..., Any]) -> None:

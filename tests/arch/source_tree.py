@@ -10,11 +10,11 @@ PACKAGES = ("megatron", "megatron_npu", "mindspeed")
 NOT_OURS = {".git", ".venv", "build", "dist", "checkpoints", "logs", "runs", "golden", "__pycache__"}
 
 
-def project_files(*suffixes: str) -> list[Path]:
+def project_files(*suffixes: str, root: Path = ROOT) -> list[Path]:
     """Files with one of the suffixes, without caches, environments, outputs and golden data."""
     files = []
-    for path in sorted(ROOT.rglob("*")):
-        parts = path.relative_to(ROOT).parts
+    for path in sorted(root.rglob("*")):
+        parts = path.relative_to(root).parts
         ours = not any(part in NOT_OURS or part.endswith((".egg-info", "_cache")) for part in parts)
         if ours and path.suffix in suffixes and path.is_file():
             files.append(path)
@@ -23,14 +23,15 @@ def project_files(*suffixes: str) -> list[Path]:
 
 @dataclass(frozen=True)
 class Module:
-    """One Python file of the packages."""
+    """One Python file of the packages in the checkout at ``root``."""
 
     path: Path
+    root: Path = ROOT
 
     @property
     def name(self) -> str:
         """Dotted name: ``megatron/core/__init__.py`` is ``megatron.core``."""
-        parts = self.path.relative_to(ROOT).with_suffix("").parts
+        parts = self.path.relative_to(self.root).with_suffix("").parts
         return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
     @property
@@ -76,20 +77,23 @@ def _run_on_import(tree: ast.AST):
         yield from _run_on_import(child)
 
 
-def modules() -> dict[str, Module]:
+def modules(root: Path = ROOT) -> dict[str, Module]:
     """Every module of the packages by its dotted name."""
-    found = [Module(path) for path in project_files(".py") if path.relative_to(ROOT).parts[0] in PACKAGES]
+    paths = [path for package in PACKAGES for path in project_files(".py", root=root / package)]
+    found = [Module(path, root) for path in paths]
     return {module.name: module for module in found}
 
 
-def import_graph(known: dict[str, Module]) -> dict[str, set[str]]:
-    """Edges that run on import, between modules of the project.
+def import_graph(known: dict[str, Module], *, everywhere: bool = False) -> dict[str, set[str]]:
+    """Imports between modules of the project: those that run on import, or all that are written anywhere.
 
     ``from package import name`` is an edge to the submodule ``package.name`` if there is one, else to
     the package itself.
     """
     return {
-        name: {target for wanted in module.imports(everywhere=False) if (target := _resolve(wanted, known))}
+        name: {
+            target for wanted in module.imports(everywhere=everywhere) if (target := _resolve(wanted, known))
+        }
         - {name}
         for name, module in known.items()
     }
