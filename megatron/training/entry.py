@@ -106,11 +106,11 @@ def watch_ranks(rank: int, world_size: int) -> "FailureWatcher | None":
     """
     # They import torch, which a single process may do later.
     from megatron.training.global_vars import get_failure_watcher, set_failure_watcher
-    from megatron.training.ranks.store import Address
+    from megatron.training.ranks.store import StoreAddress
     from megatron.training.ranks.watcher import FailureWatcher
 
     if get_failure_watcher() is None:
-        address = Address.of_environment(rank)
+        address = StoreAddress.of_environment(rank)
         if address is None:
             return None
         watcher = FailureWatcher(rank, world_size, address, _tell)
@@ -148,8 +148,7 @@ def _print_alone(text: str) -> None:
     """Print where ranks cannot agree who does: once per machine, if each fails for this reason."""
     sys.stdout.flush()
     if launcher_environment.has_other_ranks():
-        from megatron.training.ranks.failure import HOLD_S
-        from megatron.training.ranks.processes import FirstOnHost
+        from megatron.training.ranks.failure import HOLD_S, FirstOnHost
 
         first = FirstOnHost(f"{os.getppid()} {text}")
         if not first.claim():
@@ -163,15 +162,15 @@ def _print_alone(text: str) -> None:
 
 def _as_failure(error: Exception, status: int, text: str) -> Any:
     """An error as what the ranks exchange; one of a message is taken for the consequence of another's."""
-    from megatron.training.ranks import places
+    from megatron.training.ranks import stack_location
     from megatron.training.ranks.failure import CONSEQUENCE, Failure
-    from megatron.training.ranks.session import iteration
+    from megatron.training.ranks.heartbeat import iteration
     from megatron.training.ranks.store import first_line
 
-    place = places.of_traceback(error.__traceback__, iteration(), detail=True)
-    if isinstance(error, MegatronError) or not places.raised_by_a_message(error):
-        return Failure(status, lambda: text, place=place._replace(waits=False))
-    return Failure(status, None, CONSEQUENCE, error=first_line(error), place=place._replace(waits=True))
+    location = stack_location.traceback_location(error.__traceback__, iteration(), detail=True)
+    if isinstance(error, MegatronError) or not stack_location.raised_by_communication(error):
+        return Failure(status, lambda: text, location=location._replace(waits=False))
+    return Failure(status, None, CONSEQUENCE, error=first_line(error), location=location._replace(waits=True))
 
 
 def _tell(text: str, own: bool) -> None:

@@ -27,7 +27,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.entry import watch_ranks
 from megatron.training.global_vars import get_args, get_tensorboard_writer, set_global_variables
 from megatron.training.log_handler import CustomHandler
-from megatron.training.ranks.arguments import comparable
+from megatron.training.ranks.rendezvous import comparable
 from megatron.training.utils import print_datetime, print_rank_0
 
 __getattr__ = unbuilt.names_of(__name__)
@@ -185,7 +185,7 @@ def _meet(args: Namespace) -> torch.distributed.Store:
         )
     watcher.time_limit_s = 60.0 * args.distributed_timeout_minutes
     watcher.stalls_count = accelerator.is_accelerated()
-    return watcher.meet(args.rendezvous_timeout, comparable(args))
+    return watcher.rendezvous(args.rendezvous_timeout, comparable(args))
 
 
 def _world_options(args: Namespace) -> Any:

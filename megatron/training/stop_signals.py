@@ -24,7 +24,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 from megatron.training import launcher_environment
-from megatron.training.ranks.processes import FirstOnHost
+from megatron.training.ranks.failure import FirstOnHost
 
 if TYPE_CHECKING:
     from megatron.training.ranks.watcher import FailureWatcher
@@ -208,7 +208,7 @@ class StopSignals:
         self._raise_if_due()
 
     def end_with(self, watcher: "FailureWatcher | None") -> None:
-        """From now on the ranks agree on who speaks, and end together."""
+        """From now on the ranks agree on who reports, and end together."""
         self._watcher = watcher
 
     def run_is_over(self) -> None:

@@ -8,14 +8,14 @@ from datetime import timedelta
 from pathlib import Path
 
 from megatron.training.entry import run_main
-from megatron.training.ranks import processes
+from megatron.training.ranks import heartbeat
 from tests.distributed import fork_server
 
 LIMIT_S = 90
 
 
 def join(timeout_s: float, limit_s: float = 60.0) -> None:
-    """Meet the other ranks, as ``initialize_megatron`` does.
+    """Join the other ranks, as ``initialize_megatron`` does.
 
     Args:
         timeout_s: of the collectives.
@@ -29,7 +29,7 @@ def join(timeout_s: float, limit_s: float = 60.0) -> None:
     watcher.time_limit_s = timeout_s
     dist.init_process_group(
         "gloo",
-        store=watcher.meet(limit_s, {}),
+        store=watcher.rendezvous(limit_s, {}),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=timedelta(seconds=timeout_s),
@@ -50,7 +50,7 @@ def _child(
         os.dup2(descriptor, stream)
     os.environ.update(environment)
     if far_apart:
-        processes._machine = lambda: f"machine {rank}"
+        heartbeat._machine = lambda: f"machine {rank}"
     run_main(lambda: main(rank))
 
 

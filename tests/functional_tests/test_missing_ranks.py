@@ -74,7 +74,7 @@ def die_before_the_others_come(rank: int) -> None:
     if rank == 1:
         from megatron.training.global_vars import get_failure_watcher
 
-        get_failure_watcher()._keeper.begin_meeting({})
+        get_failure_watcher()._store_thread.begin_rendezvous({})
         time.sleep(5.0)  # rank 2 has been started and has found the others by then
         os.kill(os.getpid(), signal.SIGKILL)
     if rank == 2:
@@ -148,7 +148,7 @@ GONE = [
 
 
 @pytest.mark.parametrize(("main", "what", "others"), GONE, ids=lambda value: getattr(value, "__name__", ""))
-def test_the_missing_rank_is_named(main, what: str, others: str, tmp_path: Path):
+def test_a_rank_that_is_gone_is_named_and_ends_the_others(main, what: str, others: str, tmp_path: Path):
     unable = (1,) if main in (stop, hold_the_interpreter) else ()
     statuses, output = run_ranks(main, tmp_path, killed=unable)
     assert statuses[0] == statuses[2] == 1, (statuses, output)
@@ -159,8 +159,8 @@ def test_the_missing_rank_is_named(main, what: str, others: str, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_rank_of_another_machine_is_named(tmp_path: Path):
-    """Nobody sees its process; the others miss its signs of life."""
+def test_a_killed_rank_of_another_machine_is_named(tmp_path: Path):
+    """Other ranks cannot see its process; they miss its heartbeat."""
     statuses, output = run_ranks(die, tmp_path, far_apart=True)
     assert statuses == [1, -9, 1], output
     assert len(_NAMED.findall(output)) == output.count("error: ") == 1, output
@@ -194,7 +194,7 @@ def die_in_a_save(rank: int) -> None:
         (die_in_a_save, "saving a checkpoint after iteration 2"),
     ],
 )
-def test_what_the_others_were_at_is_told(main, phase: str, golden: Path, tmp_path: Path):
+def test_report_says_what_the_other_ranks_were_doing(main, phase: str, golden: Path, tmp_path: Path):
     saving = {"save": tmp_path / "ckpt", "save_interval": 2} if main is die_in_a_save else {}
     text = " ".join(map(str, tiny_gpt(golden, tmp_path, eval_interval=3, eval_iters=1, **saving)))
     changes = {rank: {"WORDS": text} for rank in range(2)}
@@ -223,7 +223,7 @@ pretrain_gpt.main()
 """
 
 
-def test_a_script_without_our_entry_point(golden: Path, tmp_path: Path, repo_root: Path):
+def test_a_lost_rank_is_named_in_a_script_without_run_main(golden: Path, tmp_path: Path, repo_root: Path):
     """As the original's own: it calls ``pretrain`` and leaves errors to the interpreter."""
     (tmp_path / "script.py").write_text(PLAIN_SCRIPT)
     words = [sys.executable, str(tmp_path / "script.py"), *map(str, tiny_gpt(golden, tmp_path))]
@@ -256,7 +256,7 @@ def different_calls(rank: int) -> None:
     dist.all_reduce(torch.ones(4))
 
 
-def test_calls_that_do_not_fit_together_are_listed(tmp_path: Path):
+def test_mismatched_collectives_are_listed_by_rank(tmp_path: Path):
     statuses, output = run_ranks(different_calls, tmp_path)
     assert statuses == [1, 1, 1], output
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
@@ -287,7 +287,7 @@ def backward_fails(rank: int) -> None:
     add()
 
 
-def test_an_error_in_backward_is_told_by_its_rank(tmp_path: Path):
+def test_an_error_in_backward_is_reported_by_its_rank(tmp_path: Path):
     statuses, output = run_ranks(backward_fails, tmp_path)
     assert statuses == [1, 1, 1], output
     assert output.count("ValueError: no gradient here") == output.count("Traceback") == 1, output
@@ -304,7 +304,7 @@ def rank_0_dies(rank: int) -> None:
     add()
 
 
-def test_rank_0_is_named_without_its_store(tmp_path: Path):
+def test_rank_0_is_named_after_its_store_has_gone(tmp_path: Path):
     statuses, output = run_ranks(rank_0_dies, tmp_path)
     assert statuses == [-9, 1, 1], output
     assert output.count("error: ") == 1, output
@@ -323,7 +323,7 @@ def rank_0_stops_and_another_fails(rank: int) -> None:
     time.sleep(1000)
 
 
-def test_a_failing_rank_speaks_although_the_store_is_silent(tmp_path: Path):
+def test_a_failing_rank_reports_although_the_store_does_not_reply(tmp_path: Path):
     statuses, output = run_ranks(rank_0_stops_and_another_fails, tmp_path, killed=(0,))
     assert statuses == [None, 1, 1], output
     assert output.count("ValueError: the cause") == 1, output

@@ -1,4 +1,4 @@
-"""Ranks as processes of their own: when one of them fails, all end, and the cause is told once."""
+"""Ranks as processes of their own: when one of them fails, all end, and the cause is reported once."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ def errors(runs: list[Run]) -> list[str]:
     return [line for run in runs for line in run.output.splitlines() if "error: " in line]
 
 
-def test_a_loss_that_only_the_last_stage_sees_ends_all(golden: Path, tmp_path: Path):
+def test_a_nan_loss_on_the_last_stage_ends_all_ranks(golden: Path, tmp_path: Path):
     diverging = {"lr": 1e30, "lr-warmup-iters": 0, "clip-grad": 0}
     words = tiny_gpt(golden, tmp_path, **diverging, **{"pipeline-model-parallel-size": 2})
     runs = pretrain_gpt_ranks(2, words, tmp_path)
@@ -18,7 +18,7 @@ def test_a_loss_that_only_the_last_stage_sees_ends_all(golden: Path, tmp_path: P
     assert "found NaN" in message or "found Inf" in message
 
 
-def test_a_missing_data_set_is_told_once(golden: Path, tmp_path: Path):
+def test_a_missing_data_set_is_reported_once(golden: Path, tmp_path: Path):
     words = tiny_gpt(golden, tmp_path)
     missing = tmp_path / "nowhere"
     words[words.index("--data-path") + 1] = str(missing)
@@ -28,7 +28,7 @@ def test_a_missing_data_set_is_told_once(golden: Path, tmp_path: Path):
     assert str(missing) in message
 
 
-def test_a_save_directory_that_is_a_file_stops_all_before_training(golden: Path, tmp_path: Path):
+def test_a_save_directory_that_is_a_file_ends_all_ranks_before_training(golden: Path, tmp_path: Path):
     (tmp_path / "file").write_text("")
     words = tiny_gpt(golden, tmp_path, save=tmp_path / "file" / "ckpt")
     runs = pretrain_gpt_ranks(2, words, tmp_path)
@@ -38,7 +38,7 @@ def test_a_save_directory_that_is_a_file_stops_all_before_training(golden: Path,
     assert "training ..." not in runs[0].output
 
 
-def test_ranks_take_their_arguments_from_the_checkpoint(golden: Path, tmp_path: Path):
+def test_all_ranks_take_arguments_from_the_checkpoint(golden: Path, tmp_path: Path):
     length = {"train-iters": 4, "lr-warmup-iters": 0}
     shape = {"tensor-model-parallel-size": 2, "is-x-model": True, "ffn-hidden-size": 96}
     saving = {"save": tmp_path / "ckpt", "save-interval": 2}

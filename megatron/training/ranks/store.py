@@ -1,4 +1,4 @@
-"""The store through which the ranks of a job find each other: where it is, and why it cannot be reached."""
+"""The store through which the ranks of a job find each other: its address, and connections to it."""
 
 import contextlib
 import os
@@ -16,21 +16,21 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 PROBE_S = 5.0
 RETRY_S = 0.2
-# Torch's own limit for what the store is to wait for; nothing here lets it wait.
+# Torch's limit for requests that wait for a key; none here does.
 OPERATION_S = 60.0
-# What answers at the port, and says nothing, is not the store.
-GREETING_S = 10.0
-# Beyond so many ranks the process that keeps the store has enough connections.
-CANARIES = 256
+# Longest wait for the first reply; what listens at the port without replying is not the store.
+FIRST_REPLY_S = 10.0
+# In larger jobs no probes are made, to spare the process that keeps the store their connections.
+MAX_PROBES = 256
 
 
-class NoStore(Exception):
+class StoreUnavailable(Exception):
     """The store cannot be reached, and trying again will not help."""
 
 
 @dataclass(frozen=True)
-class Address:
-    """Where the store is.
+class StoreAddress:
+    """Address of the store.
 
     Attributes:
         host, port: MASTER_ADDR and MASTER_PORT.
@@ -44,7 +44,7 @@ class Address:
     by_launcher: bool
 
     @classmethod
-    def of_environment(cls, rank: int) -> "Address | None":
+    def of_environment(cls, rank: int) -> "StoreAddress | None":
         """The address in the environment; None where it holds none that can be used."""
         host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
         if not host or not port.isdigit() or not 0 < int(port) < 2**16:
@@ -61,18 +61,19 @@ class Address:
         return f"{self.host}:{self.port}"
 
     def silence(self) -> str:
-        """Says that the store has stopped answering."""
+        """Sentence that the store does not answer."""
         return f"the store of the job at {self} does not answer, which is kept by {self.keeper}"
 
 
-def connect(address: Address, over: threading.Event, problem: Callable[[str], None]) -> TCPStore | None:
-    """A connection to the store, made as soon as somebody keeps one there; None when ``over`` is set before.
+def connect(address: StoreAddress, over: threading.Event, problem: Callable[[str], None]) -> TCPStore | None:
+    """Connect to the store, as soon as there is one at the address; None when ``over`` is set before.
 
     Args:
-        problem: is told, again and again, why there is no connection yet.
+        over: ends the attempts.
+        problem: called after each failed attempt with the reason.
 
     Raises:
-        NoStore: this process is to keep the store and cannot.
+        StoreUnavailable: this process is to keep the store and cannot.
     """
     while not over.is_set():
         reason = None if address.hosted_here else _why_not(address)
@@ -81,7 +82,7 @@ def connect(address: Address, over: threading.Event, problem: Callable[[str], No
             if store is not None:
                 return store
         if address.hosted_here:
-            raise NoStore(reason)
+            raise StoreUnavailable(reason)
         problem(
             f"{reason} at {address} (MASTER_ADDR:MASTER_PORT), where {address.keeper} has the store through "
             "which ranks meet"
@@ -90,8 +91,8 @@ def connect(address: Address, over: threading.Event, problem: Callable[[str], No
     return None
 
 
-def _why_not(address: Address) -> str | None:
-    """Why no connection can be made, in words; None where one can."""
+def _why_not(address: StoreAddress) -> str | None:
+    """The reason why no connection can be made; None where one can."""
     try:
         with socket.create_connection((address.host, address.port), timeout=PROBE_S):
             return None
@@ -103,8 +104,8 @@ def _why_not(address: Address) -> str | None:
         return f"nobody listens ({(error.strerror or str(error)).lower()})"
 
 
-def _open(address: Address) -> tuple[TCPStore | None, str]:
-    """(connection, "") or (None, why not). Torch waits without end for a greeting, so it does in a thread."""
+def _open(address: StoreAddress) -> tuple[TCPStore | None, str]:
+    """(connection, "") or (None, reason); in a thread, as torch waits for the first reply without a limit."""
     result: list[TCPStore | Exception] = []
 
     def attempt() -> None:
@@ -125,7 +126,7 @@ def _open(address: Address) -> tuple[TCPStore | None, str]:
 
     thread = threading.Thread(target=attempt, name="store-connection", daemon=True)
     thread.start()
-    deadline = time.monotonic() + GREETING_S
+    deadline = time.monotonic() + FIRST_REPLY_S
     while thread.is_alive() and time.monotonic() < deadline:
         thread.join(0.05)
     if not result:
@@ -135,7 +136,7 @@ def _open(address: Address) -> tuple[TCPStore | None, str]:
     return None, _reason(address, result[0])
 
 
-def _reason(address: Address, error: Exception) -> str:
+def _reason(address: StoreAddress, error: Exception) -> str:
     text = first_line(error)
     if address.hosted_here and "EADDRINUSE" in str(error):
         return (
@@ -145,15 +146,15 @@ def _reason(address: Address, error: Exception) -> str:
     return f"no store can be opened ({text})"
 
 
-class Canary:
-    """A connection on which nothing is said: it ends with the process that keeps the store.
+class ConnectionProbe:
+    """An idle connection, which closes when the process that keeps the store ends.
 
-    Torch prints its own frames when a question meets a store that is gone, so this is looked at before.
+    Torch prints its own stack frames when a request finds the store gone, so this is checked before each one.
     """
 
-    def __init__(self, address: Address, world_size: int):
+    def __init__(self, address: StoreAddress, world_size: int):
         self._socket: socket.socket | None = None
-        if world_size <= CANARIES:
+        if world_size <= MAX_PROBES:
             with contextlib.suppress(OSError):
                 self._socket = socket.create_connection((address.host, address.port), timeout=PROBE_S)
 
@@ -169,48 +170,48 @@ class Canary:
 
 
 class WatchedStore:
-    """A store that another thread can see waiting, with a prefix for its keys.
+    """A store with a prefix for its keys, in which another thread can see how long a request has no reply.
 
     Args:
-        store: to ask.
-        canary: says whether the store is there.
-        prefix: before every key.
+        store: to send requests to.
+        probe: says whether the store still exists.
+        prefix: of every key.
     """
 
-    def __init__(self, store: Store, canary: Canary, prefix: str = ""):
+    def __init__(self, store: Store, probe: ConnectionProbe, prefix: str = ""):
         self._store = PrefixStore(prefix, store) if prefix else store
-        self._canary = canary
-        self._questions = self._answers = self._seen = self._looks = 0
-        self._parts: dict[str, WatchedStore] = {}
+        self._probe = probe
+        self._requests = self._replies = self._polled = self._polls = 0
+        self._prefixed: dict[str, WatchedStore] = {}
 
-    def part(self, prefix: str) -> "WatchedStore":
-        """The same store, below a prefix; this object also sees its waiting."""
-        if prefix not in self._parts:
-            self._parts[prefix] = WatchedStore(self._store, self._canary, prefix)
-        return self._parts[prefix]
+    def below(self, prefix: str) -> "WatchedStore":
+        """The same store with a longer prefix; ``silent_polls`` of this object counts its requests, too."""
+        if prefix not in self._prefixed:
+            self._prefixed[prefix] = WatchedStore(self._store, self._probe, prefix)
+        return self._prefixed[prefix]
 
-    def silent_looks(self) -> int:
-        """How many times in a row this was called during one and the same question."""
-        waits = self._questions != self._answers
-        self._looks = self._looks + 1 if waits and self._questions == self._seen else 0
-        self._seen = self._questions
-        return max([self._looks, *(part.silent_looks() for part in list(self._parts.values()))])
+    def silent_polls(self) -> int:
+        """How many times in a row this was called while one and the same request had no reply."""
+        waits = self._requests != self._replies
+        self._polls = self._polls + 1 if waits and self._requests == self._polled else 0
+        self._polled = self._requests
+        return max([self._polls, *(store.silent_polls() for store in list(self._prefixed.values()))])
 
     def __getattr__(self, name: str) -> Any:
         operation = getattr(self._store, name)
 
-        def ask(*words: Any) -> Any:
-            self._canary.check()
-            self._questions += 1
-            answer = operation(*words)
-            self._answers = self._questions
-            return answer
+        def request(*words: Any) -> Any:
+            self._probe.check()
+            self._requests += 1
+            reply = operation(*words)
+            self._replies = self._requests
+            return reply
 
-        return ask
+        return request
 
 
 def first_line(error: BaseException) -> str:
-    """Message of an error without the frames of C++ that torch appends."""
+    """Message of an error without the C++ stack frames that torch appends."""
     text = str(error).partition("\nException raised from")[0].strip()
     first = text.splitlines()[0] if text else type(error).__name__
     return re.sub(r"^\[\S+:\d+\] ", "", first).partition(" This is typically")[0]

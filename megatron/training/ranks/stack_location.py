@@ -1,4 +1,7 @@
-"""What a rank is doing, read from the stack of its main thread: nothing is recorded in a step."""
+"""What a rank is doing, read from the stack of its main thread.
+
+Training records nothing for this, so it costs no time in a step.
+"""
 
 import linecache
 import os
@@ -12,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-# Function -> what it does, for the innermost that is found. {next} is the iteration in progress, {done} the
-# last finished one.
+# Phase of the run by function name; the innermost function on the stack counts. {next} is the iteration in
+# progress, {done} the last finished one.
 PHASES = {
     "parse_args": "reading its arguments",
     "validate_args": "reading its arguments",
@@ -34,24 +37,24 @@ PHASES = {
     "save_checkpoint": "saving a checkpoint after iteration {done}",
     "_leave_process_groups": "ending",
 }
-# Phases in which the others wait however long they take.
+# Phases of one rank for which the others wait without a limit.
 LONG_PHASES = ("building the index of a data set", "finding out which ranks share files")
 _PACKAGES = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
 _STANDARD_LIBRARY = os.path.dirname(os.__file__) + os.sep
-_MESSAGE = re.compile(
+_COMMUNICATION_ERROR = re.compile(
     r"gloo/transport|gloo::|\bNCCL\b|\bHCCL\b|ProcessGroup|TCPStore|Connection (closed|reset) by peer"
 )
 _TENSORS = ("tensor", "input", "input_tensor", "output", "output_tensor", "tensor_list", "input_list")
 _Frames = list[tuple[FrameType, int]]
 
 
-class Place(NamedTuple):
-    """Where a rank is.
+class StackLocation(NamedTuple):
+    """What a rank is doing.
 
     Attributes:
         phase: part of the run; "" outside those that are known.
         call: function, and the line that called it.
-        waits: whether it is inside a message to or from other ranks.
+        waits: whether it is inside a collective or a transfer between ranks.
     """
 
     phase: str
@@ -62,27 +65,29 @@ class Place(NamedTuple):
         return ", ".join(word for word in (self.phase, self.call) if word) or "the interpreter"
 
 
-def of_main_thread(iteration: int | None, detail: bool = False) -> Place:
-    """Place of the main thread of this process; see :func:`of_frames`."""
+def main_thread_location(iteration: int | None, detail: bool = False) -> StackLocation:
+    """What the main thread of this process is doing; see :func:`frames_location`."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     frames: _Frames = []
     while frame is not None:
         frames.append((frame, frame.f_lineno or 0))
         frame = frame.f_back
-    return of_frames(frames[::-1], iteration, detail)
+    return frames_location(frames[::-1], iteration, detail)
 
 
-def of_traceback(traceback: TracebackType | None, iteration: int | None, detail: bool = False) -> Place:
-    """Place in which an error was raised; see :func:`of_frames`."""
+def traceback_location(
+    traceback: TracebackType | None, iteration: int | None, detail: bool = False
+) -> StackLocation:
+    """What the program was doing when an error was raised; see :func:`frames_location`."""
     frames: _Frames = []
     while traceback is not None:
         frames.append((traceback.tb_frame, traceback.tb_lineno or 0))
         traceback = traceback.tb_next
-    return of_frames(frames, iteration, detail)
+    return frames_location(frames, iteration, detail)
 
 
-def of_frames(frames: _Frames, iteration: int | None, detail: bool) -> Place:
-    """Place of a stack.
+def frames_location(frames: _Frames, iteration: int | None, detail: bool) -> StackLocation:
+    """What a stack shows.
 
     Args:
         frames: (frame, line number), the outermost first.
@@ -91,42 +96,44 @@ def of_frames(frames: _Frames, iteration: int | None, detail: bool) -> Place:
     """
     frames, ends = _without_watching(frames)
     if ends:
-        return Place("the end of its run", "", False)
+        return StackLocation("the end of its run", "", False)
     phase = next((PHASES[f.f_code.co_name] for f, _ in reversed(frames) if _is_phase(f)), "")
-    # What follows a step finds the number from before it.
+    # Until the next step begins, ``iteration`` is the number from before the latest one.
     done = 0 if iteration is None else iteration + 1
     phase = phase.format(next=max(done, 1), done=done)
     collective = [(f, n) for f, n in _trailing_in_torch(frames) if f.f_code.co_name != "wrapper"]
     if collective:
         frame = collective[0][0]
         tensors = _tensors(frame.f_locals) if detail else ""
-        return Place(phase, f"{frame.f_code.co_name}{tensors} at {_caller(frames, collective[0][0])}", True)
+        return StackLocation(
+            phase, f"{frame.f_code.co_name}{tensors} at {_caller(frames, collective[0][0])}", True
+        )
     if not frames:
-        return Place(phase, "", False)
+        return StackLocation(phase, "", False)
     frame, line = frames[-1]
-    # Handles of asynchronous messages have no frame of their own.
+    # Handles of asynchronous transfers have no frame of their own.
     waits = ".wait(" in linecache.getline(frame.f_code.co_filename, line) and not _in_library(frame)
-    return Place(phase, f"{_own_code(frames)}", waits)
+    return StackLocation(phase, f"{_own_code(frames)}", waits)
 
 
 def _without_watching(frames: _Frames) -> tuple[_Frames, bool]:
-    """Frames outside this package, and whether it is at ending the run."""
+    """Frames outside the package of this module, and whether the run is being ended."""
     for number, (frame, _) in enumerate(frames):
         if _module(frame).startswith(__package__ + "."):
             return frames[:number], frame.f_code.co_name == "stop"
     return frames, False
 
 
-def raised_by_a_message(error: BaseException) -> bool:
-    """Whether an error comes from torch's messages between ranks, and so may be due to another rank."""
+def raised_by_communication(error: BaseException) -> bool:
+    """Whether an error comes from torch's communication between ranks, and so may be due to another rank."""
     if isinstance(error, dist.DistError):
         return True
     last, traceback = None, error.__traceback__
     while traceback is not None:
         last, traceback = traceback, traceback.tb_next
-    # Handles of asynchronous messages raise without a function of torch's.
+    # Handles of asynchronous transfers raise without a function of torch's.
     inside = last is not None and _in_torch(last.tb_frame)
-    return isinstance(error, RuntimeError) and (inside or bool(_MESSAGE.search(str(error))))
+    return isinstance(error, RuntimeError) and (inside or bool(_COMMUNICATION_ERROR.search(str(error))))
 
 
 def _is_phase(frame: FrameType) -> bool:
@@ -142,7 +149,7 @@ def _in_torch(frame: FrameType) -> bool:
 
 
 def _trailing_in_torch(frames: _Frames) -> _Frames:
-    """Innermost frames that lie in torch's functions for messages."""
+    """Innermost frames that lie in torch's functions for communication."""
     number = 0
     for frame, _ in reversed(frames):
         if not _in_torch(frame):

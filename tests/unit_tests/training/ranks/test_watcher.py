@@ -1,4 +1,4 @@
-"""The parts that decide without other ranks: processes, the store's address, sentences, a silent store."""
+"""Parts of the failure watcher that need no other ranks: processes, the store, reports, a silent store."""
 
 import os
 import signal
@@ -13,13 +13,20 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from megatron.training.ranks import failure, keeper, store, watcher
-from megatron.training.ranks.arguments import Comparison, comparable
-from megatron.training.ranks.beats import Beat
-from megatron.training.ranks.places import Place
-from megatron.training.ranks.processes import FirstOnHost, Process, _status
-from megatron.training.ranks.sentences import Finding, absent, explain, numbers_text, ranks_text
-from megatron.training.ranks.store import Address, Canary, NoStore, WatchedStore, connect, first_line
+from megatron.training.ranks import failure, store, store_thread, watcher
+from megatron.training.ranks.failure import FirstOnHost
+from megatron.training.ranks.heartbeat import Heartbeat, Process, _status
+from megatron.training.ranks.rendezvous import ArgumentComparison, comparable
+from megatron.training.ranks.report import Finding, explain, missing_ranks, rank_list, rank_numbers
+from megatron.training.ranks.stack_location import StackLocation
+from megatron.training.ranks.store import (
+    ConnectionProbe,
+    StoreAddress,
+    StoreUnavailable,
+    WatchedStore,
+    connect,
+    first_line,
+)
 
 LIMIT_S = 60
 
@@ -31,7 +38,7 @@ def wait_until(condition) -> None:
         time.sleep(0.02)
 
 
-def test_conditions_of_a_process():
+def test_condition_of_a_process_follows_its_state():
     child = subprocess.Popen(
         [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(1000)"], stdout=-1
     )
@@ -50,7 +57,7 @@ def test_conditions_of_a_process():
         child.communicate()
 
 
-def test_one_of_a_machine_is_first():
+def test_only_one_process_claims_to_be_first_on_its_host():
     name = f"test {os.getpid()} {time.monotonic()}"
     one, other = FirstOnHost(name), FirstOnHost(name)
     assert one.claim() and one.claim() and not other.claim()
@@ -62,18 +69,20 @@ def test_one_of_a_machine_is_first():
 @pytest.mark.parametrize(
     ("ranks", "text"), [([], "none"), ([3], "3"), ([0, 1, 2, 4], "0-2, 4"), ([5, 3], "3, 5"), ([1, 2], "1-2")]
 )
-def test_numbers_are_joined_to_spans(ranks: list[int], text: str):
-    assert numbers_text(ranks) == text
-    assert ranks_text([7]) == "rank 7" and ranks_text([1, 3]) == "ranks 1, 3"
+def test_consecutive_ranks_are_written_as_spans(ranks: list[int], text: str):
+    assert rank_numbers(ranks) == text
+    assert rank_list([7]) == "rank 7" and rank_list([1, 3]) == "ranks 1, 3"
 
 
-def record(place: str = "iteration 12", end: str = "", host: str = "b") -> Beat:
-    return Beat("n", 1, Process(host, "m", 17, "1"), 4, "n", Place(place, "f at a.py:1", True), end)
+def heartbeat(phase: str = "iteration 12", end: str = "", host: str = "b") -> Heartbeat:
+    return Heartbeat(
+        "n", 1, Process(host, "m", 17, "1"), 4, "n", StackLocation(phase, "f at a.py:1", True), end
+    )
 
 
-def test_who_has_not_come():
-    beats = {0: record(), 2: record("reading its arguments")}
-    assert absent(beats, [0], 4) == (
+def test_missing_ranks_are_named_with_what_started_ones_do():
+    heartbeats = {0: heartbeat(), 2: heartbeat("reading its arguments")}
+    assert missing_ranks(heartbeats, [0], 4) == (
         "ranks 1-3 (arrived: 0); rank 2 on b (process 17) has started and is in reading its arguments, "
         "f at a.py:1"
     )
@@ -95,46 +104,46 @@ def test_who_has_not_come():
         ("busy", "", "rank 1 on b (process 17) has not come to the others: it is in iteration 12"),
     ],
 )
-def test_the_missing_rank_comes_first(kind: str, end: str, text: str):
-    findings = {rank: Finding("waits", record()) for rank in (0, 2, 3)}
-    findings[1] = Finding(kind, record(end=end))
+def test_report_names_the_missing_rank_first(kind: str, end: str, text: str):
+    findings = {rank: Finding("waits", heartbeat()) for rank in (0, 2, 3)}
+    findings[1] = Finding(kind, heartbeat(end=end))
     told = explain(findings, "an error")
     assert told.startswith(text), told
     assert told.endswith("Meanwhile ranks 0, 2-3 wait in iteration 12, f at a.py:1")
 
 
-def test_ranks_in_different_calls_are_listed():
-    findings = {0: Finding("waits", record("x")), 1: Finding("waits", record("y"))}
+def test_report_lists_ranks_that_wait_in_different_calls():
+    findings = {0: Finding("waits", heartbeat("x")), 1: Finding("waits", heartbeat("y"))}
     assert explain(findings, "Timed out") == (
         "ranks wait for each other in different calls, or with different sizes: rank 0 waits in x, f at "
         "a.py:1; rank 1 waits in y, f at a.py:1. (Timed out)"
     )
 
 
-def test_arguments_of_a_host_are_not_compared():
+def test_arguments_that_belong_to_one_host_are_not_compared():
     args = Namespace(
         seq_length=4, lr=1e-3, save="/a", rank=1, tensorboard_dir="/b", data_path=["/c"], kind=object()
     )
     assert comparable(args) == {"save": "given", "seq_length": "4", "lr": "0.001"}
 
 
-def test_arguments_that_differ_are_named():
+def test_differing_arguments_are_named():
     shared = dist.HashStore()
     shared.set_timeout(timedelta(seconds=1))
-    other = Comparison({"seq_length": "16", "lr": "0.1"})
+    other = ArgumentComparison({"seq_length": "16", "lr": "0.1"})
     assert other.with_rank_0(shared, 1) is None
-    assert Comparison({"seq_length": "32", "lr": "0.1"}).with_rank_0(shared, 0) == ""
+    assert ArgumentComparison({"seq_length": "32", "lr": "0.1"}).with_rank_0(shared, 0) == ""
     assert other.with_rank_0(shared, 1) == (
         "--seq-length is 16 here, but 32 on rank 0. Start all ranks with the same arguments"
     )
-    assert Comparison({"seq_length": "32", "lr": "0.1"}).with_rank_0(shared, 2) == ""
+    assert ArgumentComparison({"seq_length": "32", "lr": "0.1"}).with_rank_0(shared, 2) == ""
 
 
 @pytest.mark.parametrize("port", ["", "abc", "0", "65536", "-1"])
-def test_ports_that_are_none(port: str, monkeypatch: pytest.MonkeyPatch):
+def test_invalid_ports_give_no_store_address(port: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", port)
-    assert Address.of_environment(0) is None
+    assert StoreAddress.of_environment(0) is None
 
 
 def first_problem(host: str, port: int) -> str:
@@ -144,12 +153,12 @@ def first_problem(host: str, port: int) -> str:
         told.append(text)
         over.set()
 
-    assert connect(Address(host, port, False, False), over, note) is None
+    assert connect(StoreAddress(host, port, False, False), over, note) is None
     return told[0]
 
 
-def test_why_there_is_no_store(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(store, "GREETING_S", 0.3)
+def test_reason_is_given_for_every_failed_connection(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(store, "FIRST_REPLY_S", 0.3)
     monkeypatch.setattr(store, "OPERATION_S", 1.0)  # else torch tries for long after the test
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -161,12 +170,14 @@ def test_why_there_is_no_store(monkeypatch: pytest.MonkeyPatch):
         assert first_problem("127.0.0.1", port).startswith(
             "something listens that is not the store of this job"
         )
-        with pytest.raises(NoStore, match=f"MASTER_PORT={port}: another process of this machine listens"):
-            connect(Address("127.0.0.1", port, True, False), threading.Event(), print)
+        with pytest.raises(
+            StoreUnavailable, match=f"MASTER_PORT={port}: another process of this machine listens"
+        ):
+            connect(StoreAddress("127.0.0.1", port, True, False), threading.Event(), print)
     assert first_problem("no-such-host.invalid", 1).startswith("no machine is known under that name")
 
 
-def test_frames_are_left_out_of_messages():
+def test_first_line_drops_cpp_stack_frames():
     text = (
         "[/x/pair.cc:547] Connection closed by peer [1.2.3.4]:5. This is typically\nException raised from f"
     )
@@ -174,7 +185,7 @@ def test_frames_are_left_out_of_messages():
 
 
 class Silent:
-    """A store whose process is stopped: no question is answered."""
+    """A store whose process is stopped: no request gets a reply."""
 
     def __init__(self):
         self.released = threading.Event()
@@ -188,35 +199,35 @@ class Silent:
         return True
 
 
-class NoCanary:
+class NoProbe:
     def check(self) -> None: ...
 
 
-def test_waiting_for_one_answer_is_seen():
+def test_silent_polls_counts_while_one_request_has_no_reply():
     silent = Silent()
-    watched = WatchedStore(silent, NoCanary())
-    assert [watched.silent_looks() for _ in range(3)] == [0, 0, 0]
+    watched = WatchedStore(silent, NoProbe())
+    assert [watched.silent_polls() for _ in range(3)] == [0, 0, 0]
     asking = threading.Thread(target=watched.check, args=(["key"],), daemon=True)
     asking.start()
-    wait_until(lambda: watched.silent_looks() > 0)
-    before = watched.silent_looks()
-    assert watched.silent_looks() == before + 1
+    wait_until(lambda: watched.silent_polls() > 0)
+    before = watched.silent_polls()
+    assert watched.silent_polls() == before + 1
     silent.released.set()
     asking.join()
-    assert watched.silent_looks() == 0
+    assert watched.silent_polls() == 0
 
 
-def test_a_store_that_is_gone_is_not_asked():
+def test_no_request_is_sent_to_a_store_that_is_gone():
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
-        canary = Canary(Address("127.0.0.1", listening.getsockname()[1], False, False), 2)
+        probe = ConnectionProbe(StoreAddress("127.0.0.1", listening.getsockname()[1], False, False), 2)
         accepted, _ = listening.accept()
-        canary.check()
+        probe.check()
         accepted.close()
         with pytest.raises(RuntimeError, match="has ended"):
-            WatchedStore(Silent(), canary).check(["key"])
-        canary.close()
+            WatchedStore(Silent(), probe).check(["key"])
+        probe.close()
 
 
 class Ended(BaseException):
@@ -224,7 +235,7 @@ class Ended(BaseException):
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_a_failing_rank_speaks_although_the_store_is_silent(own: bool, monkeypatch: pytest.MonkeyPatch):
+def test_a_failing_rank_reports_although_the_store_is_silent(own: bool, monkeypatch: pytest.MonkeyPatch):
     told, statuses = [], []
 
     def end(status: int) -> None:
@@ -238,15 +249,15 @@ def test_a_failing_rank_speaks_although_the_store_is_silent(own: bool, monkeypat
 
     silent = Closed()
     monkeypatch.setattr(threading, "excepthook", lambda words: None)
-    monkeypatch.setattr(keeper, "connect", lambda *words: silent)
-    monkeypatch.setattr(keeper, "Canary", lambda *words: NoCanary())
+    monkeypatch.setattr(store_thread, "connect", lambda *words: silent)
+    monkeypatch.setattr(store_thread, "ConnectionProbe", lambda *words: NoProbe())
     monkeypatch.setattr(watcher, "end_process", end)
-    monkeypatch.setattr(watcher, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(watcher, "GRACE_S", 0.3)
     monkeypatch.setattr(watcher, "HOLD_S", 0.0)
-    address = Address(f"test {os.getpid()} {own}", 1, False, False)
+    address = StoreAddress(f"test {os.getpid()} {own}", 1, False, False)
     watching = watcher.FailureWatcher(1, 2, address, lambda text, mine: told.append((text, mine)))
     text = (lambda: "the cause") if own else None
-    watching.propose(failure.Failure(3, text, failure.ERROR if own else failure.CONSEQUENCE, "closed"))
+    watching.note_failure(failure.Failure(3, text, failure.ERROR if own else failure.CONSEQUENCE, "closed"))
     wait_until(lambda: bool(statuses))
     assert statuses == [3]
     ((words, mine),) = told

@@ -1,4 +1,4 @@
-"""Ranks that do not come, come twice or differ: who it is stands in one line, and all others end."""
+"""Ranks that never start, start twice or differ: one line names them, and all other ranks end."""
 
 import os
 import re
@@ -12,21 +12,21 @@ from small_ranks import free_port, join, run_ranks
 from torch.distributed import TCPStore
 
 from launcher import tiny_gpt
-from megatron.training.ranks.beats import Beats
+from megatron.training.ranks.heartbeat import HeartbeatTable
 
 HOST = socket.gethostname()
 LIMIT_S = 4.0
 
 
-def hurry() -> None:
-    """Say after a second who is missing, not after ten."""
+def shorten_notice() -> None:
+    """Name missing ranks after one second, not after ten."""
     from megatron.training.ranks import watcher
 
     watcher.NOTICE_S = 1.0
 
 
-def come(rank: int) -> None:
-    hurry()
+def join_others(rank: int) -> None:
+    shorten_notice()
     join(60.0, limit_s=LIMIT_S)
 
 
@@ -34,8 +34,8 @@ def lines(output: str, word: str) -> list[str]:
     return [line for line in output.splitlines() if word in line]
 
 
-def test_a_rank_that_does_not_come_is_named_and_ends_the_others(tmp_path: Path):
-    statuses, output = run_ranks(come, tmp_path, world_size=4, missing=(2,))
+def test_a_rank_that_is_not_started_is_named_and_ends_the_others(tmp_path: Path):
+    statuses, output = run_ranks(join_others, tmp_path, world_size=4, missing=(2,))
     assert statuses == [1, 1, 1], output
     assert lines(output, "[rank 0] waiting for") == [
         "[rank 0] waiting for rank 2 (arrived: 0-1, 3); the run ends after 4 s of waiting "
@@ -47,8 +47,8 @@ def test_a_rank_that_does_not_come_is_named_and_ends_the_others(tmp_path: Path):
     ], output
 
 
-def test_without_rank_0_one_rank_of_a_machine_speaks(tmp_path: Path):
-    statuses, output = run_ranks(come, tmp_path, missing=(0,))
+def test_without_rank_0_one_rank_per_machine_reports(tmp_path: Path):
+    statuses, output = run_ranks(join_others, tmp_path, missing=(0,))
     assert statuses == [1, 1], output
     (notice,) = lines(output, "the run ends after")
     (error,) = lines(output, "error: ")
@@ -59,13 +59,13 @@ def test_without_rank_0_one_rank_of_a_machine_speaks(tmp_path: Path):
     assert "Start rank 0, and give all ranks the same MASTER_ADDR and MASTER_PORT" in error
 
 
-def test_without_rank_0_under_torchrun_one_rank_speaks(tmp_path: Path):
-    """Its agent keeps the store, in which what earlier attempts wrote still stands."""
+def test_without_rank_0_under_torchrun_one_rank_reports(tmp_path: Path):
+    """Its agent keeps the store, which still holds what earlier attempts wrote."""
     kept = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    Beats(kept, 0, 3).write(joined="an earlier attempt")
+    HeartbeatTable(kept, 0, 3).write(joined="an earlier attempt")
     environment = {"MASTER_PORT": str(kept.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     changes = dict.fromkeys((1, 2), environment)
-    statuses, output = run_ranks(come, tmp_path, missing=(0,), changes=changes)
+    statuses, output = run_ranks(join_others, tmp_path, missing=(0,), changes=changes)
     assert statuses == [1, 1], output
     (notice,) = lines(output, "the run ends after")
     assert "waiting for rank 0 (arrived: 1-2); " in notice
@@ -73,27 +73,27 @@ def test_without_rank_0_under_torchrun_one_rank_speaks(tmp_path: Path):
     assert "after 4 s still waiting for rank 0 (arrived: 1-2). " in error
 
 
-def test_another_port_on_one_rank(tmp_path: Path):
-    statuses, output = run_ranks(come, tmp_path, changes={2: {"MASTER_PORT": str(free_port())}})
+def test_a_rank_with_another_port_is_named(tmp_path: Path):
+    statuses, output = run_ranks(join_others, tmp_path, changes={2: {"MASTER_PORT": str(free_port())}})
     assert statuses == [1, 1, 1], output
     first, second = sorted(lines(output, "error: "))
     assert "after 4 s still waiting for rank 2 (arrived: 0-1)" in first, output
     assert second.startswith(f"[rank 2 on {HOST}] error: nobody listens"), output
 
 
-def sleep_before_coming(rank: int) -> None:
-    hurry()
+def sleep_before_joining(rank: int) -> None:
+    shorten_notice()
     if rank == 1:
         time.sleep(1000)
     join(60.0, limit_s=LIMIT_S)
 
 
-def test_a_rank_that_has_started_and_does_not_come(tmp_path: Path):
-    statuses, output = run_ranks(sleep_before_coming, tmp_path)
+def test_a_rank_that_starts_and_never_joins_is_named_with_its_location(tmp_path: Path):
+    statuses, output = run_ranks(sleep_before_joining, tmp_path)
     assert statuses == [1, 1, 1], output
     (error,) = lines(output, "error: ")
     assert "still waiting for rank 1 (arrived: 0, 2); rank 1 on " in error, output
-    assert "has started and is in test_meeting.py:" in error and "(sleep_before_coming)" in error, output
+    assert "has started and is in test_rendezvous.py:" in error and "(sleep_before_joining)" in error, output
 
 
 @pytest.mark.parametrize(
@@ -104,15 +104,15 @@ def test_a_rank_that_has_started_and_does_not_come(tmp_path: Path):
         ({2: {"RANK": "1"}}, "RANK=1 was given to two processes: process"),
     ],
 )
-def test_worlds_that_do_not_fit(changes: dict, message: str, tmp_path: Path):
-    statuses, output = run_ranks(come, tmp_path, changes=changes)
+def test_differing_world_sizes_and_double_ranks_are_refused(changes: dict, message: str, tmp_path: Path):
+    statuses, output = run_ranks(join_others, tmp_path, changes=changes)
     assert statuses == [1, 1, 1], output
     assert output.count("error: ") == output.count(message) == 1, output
 
 
 @pytest.mark.slow
-def test_two_ranks_0(tmp_path: Path):
-    statuses, output = run_ranks(come, tmp_path, changes={2: {"RANK": "0"}})
+def test_a_second_rank_0_is_refused(tmp_path: Path):
+    statuses, output = run_ranks(join_others, tmp_path, changes={2: {"RANK": "0"}})
     assert statuses == [1, 1, 1], output
     (refused,) = lines(output, "another process of this machine listens at that port")
     assert "MASTER_PORT=" in refused and "unless two processes have RANK=0" in refused
@@ -125,7 +125,7 @@ def train(rank: int) -> None:
     pretrain_gpt.main()
 
 
-def test_a_flag_that_differs_is_named(golden: Path, tmp_path: Path):
+def test_a_differing_flag_is_named(golden: Path, tmp_path: Path):
     words, others = (
         " ".join(map(str, tiny_gpt(golden, tmp_path, train_iters=steps, lr_warmup_iters=0)))
         for steps in (2, 4)
@@ -139,7 +139,7 @@ def test_a_flag_that_differs_is_named(golden: Path, tmp_path: Path):
     )
 
 
-def train_on_a_slow_disk(rank: int) -> None:
+def train_with_slow_indexing(rank: int) -> None:
     from megatron.core.datasets.gpt_dataset import GPTDataset
     from megatron.training.ranks import watcher
 
@@ -154,14 +154,14 @@ def train_on_a_slow_disk(rank: int) -> None:
     train(rank)
 
 
-def test_a_long_index_is_no_reason_to_end(golden: Path, tmp_path: Path):
-    """Longer than ranks wait for each other to come."""
+def test_ranks_wait_for_a_long_index_build(golden: Path, tmp_path: Path):
+    """The build takes longer than the limit of the rendezvous."""
     words = " ".join(
         map(str, tiny_gpt(golden, tmp_path, train_iters=2, lr_warmup_iters=0, rendezvous_timeout=5))
     )
     words = words.replace("--train-iters 2", "--train-iters 2 --split 100,0,0")
     statuses, output = run_ranks(
-        train_on_a_slow_disk, tmp_path, world_size=2, changes={rank: {"WORDS": words} for rank in (0, 1)}
+        train_with_slow_indexing, tmp_path, world_size=2, changes={rank: {"WORDS": words} for rank in (0, 1)}
     )
     assert statuses == [0, 0], output
     assert (
