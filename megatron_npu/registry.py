@@ -2,7 +2,7 @@
 
 A replacement is declared with the operators it calls and the chips, types and shapes they take:
 
-    @replaces("megatron.core.fusions.rms_norm.rms_norm", operators=("npu_rms_norm",), since="5.0.0")
+    @replaces("megatron.core.fusions.fused_layer_norm.rms_norm", operators=("npu_rms_norm",), since="5.0.0")
     def rms_norm(x, weight, eps): ...
 
 Declaring does nothing; ``activation.activate_all`` registers what the chip in use can run. A call that a

@@ -91,7 +91,7 @@ def test_recording_changes_no_result_and_sees_what_is_evaluated(tmp_path, monkey
 
 
 def test_tests_that_evaluate_a_change_come_first_and_quickest(tmp_path):
-    (change, *_) = changes_of("megatron/core/fusions/softmax.py", CODE)
+    (change, *_) = changes_of("megatron/core/fusions/fused_softmax.py", CODE)
     room = "tests/unit_tests/fusions"
     seconds = {
         f"{room}/test_a.py::slow": 3.0, f"{room}/test_a.py::other": 0.1, f"{room}/test_b.py::quick": 0.2,

@@ -15,7 +15,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -352,3 +352,9 @@ def block_elements(device: torch.device) -> int:
     launching a kernel costs more than re-reading memory, so blocks only bound what is held in fp32.
     """
     return 1 << 17 if device.type == CPU else 1 << 26
+
+
+def row_blocks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
+    """Cuts the rows of a matrix into slices of at most :func:`block_elements` elements, one row at least."""
+    step = max(1, block_elements(device) // max(columns, 1))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))

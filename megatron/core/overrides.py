@@ -1,11 +1,11 @@
 """Replaceable functions: declared where the default lives, replaced where a device's kernel lives.
 
-    # megatron/core/fusions/rms_norm.py
+    # megatron/core/fusions/fused_layer_norm.py
     @overridable
     def rms_norm(x, weight, eps): ...
 
-    # megatron_npu/core/fusions/rms_norm.py
-    @override("megatron.core.fusions.rms_norm.rms_norm")
+    # megatron_npu/core/fusions/fused_layer_norm.py
+    @override("megatron.core.fusions.fused_layer_norm.rms_norm")
     def npu_rms_norm(x, weight, eps): ...
 
 Registration checks that both signatures agree and refuses a second replacement of one point. ``load``

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from megatron.core import overrides
-from megatron.core.fusions.attention_bands import Band
-from megatron.core.fusions.block_attention_steps import NOTHING_VISIBLE
+from megatron.core.fusions.attention_masks import Band
+from megatron.core.fusions.block_attention import NOTHING_VISIBLE
 from megatron_npu.checking.case import Call, Case, Draw
 
 _WHOLE = "megatron.core.fusions.fused_attention.fused_attention"
-_PACKED = "megatron.core.fusions.packed_attention.packed_attention"
+_PACKED = "megatron.core.fusions.fused_attention.packed_attention"
 _BLOCK = "megatron.core.fusions.block_attention."
 
 

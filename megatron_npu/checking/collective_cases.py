@@ -2,7 +2,7 @@
 
 from megatron_npu.checking.case import Call, Case, Draw
 
-_POINTS = "megatron.core.fusions.matmul_collectives."
+_POINTS = "megatron.core.fusions.matmul."
 # Rows of a rank, for up to 16 ranks; inner size; columns.
 _ROWS, _INNER, _COLUMNS = 32, 256, 48
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from megatron.core import overrides
 from megatron_npu.checking.case import Call, Case, Draw
 
-_PERMUTE = "megatron.core.fusions.moe_permute.permute_tokens"
-_UNPERMUTE = "megatron.core.fusions.moe_permute.unpermute_tokens"
-_GATING = "megatron.core.fusions.moe_gating.topk_routing"
-_PRODUCTS = "megatron.core.fusions.grouped_matmul."
+_PERMUTE = "megatron.core.fusions.experts.permute_tokens"
+_UNPERMUTE = "megatron.core.fusions.experts.unpermute_tokens"
+_GATING = "megatron.core.fusions.experts.topk_routing"
+_PRODUCTS = "megatron.core.fusions.matmul."
 
 
 def _ranks(draw: Draw, rows: int, columns: int) -> Tensor:

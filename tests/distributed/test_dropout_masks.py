@@ -27,13 +27,13 @@ def data_cache(tmp_path_factory):
 
 def drawn(argv):
     """On a rank: the masks in the order of drawing, of hidden states and of attention weights."""
-    from megatron.core.fusions import attention_dropout, block_attention_steps, dropout
+    from megatron.core.fusions import block_attention, fused_attention, fused_bias_dropout
 
     masks = {"hidden": [], "attention": []}
     rooms = (
-        ("hidden", dropout),
-        ("attention", attention_dropout),
-        ("attention", block_attention_steps),  # a sequence that is split over ranks
+        ("hidden", fused_bias_dropout),
+        ("attention", fused_attention),
+        ("attention", block_attention),  # a sequence that is split over ranks
     )
 
     def recording(kind, make):

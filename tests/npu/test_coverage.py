@@ -74,7 +74,7 @@ def test_a_replacement_lives_where_its_default_does() -> None:
 
 def judged(function, bound: float = 1e-5) -> compare.Finding:
     """The comparison of a made-up replacement of RMSNorm."""
-    path = "megatron.core.fusions.rms_norm.rms_norm"
+    path = "megatron.core.fusions.fused_layer_norm.rms_norm"
     made_up = Replacement(path, function, (), "", bound={torch.float32: bound})
     case = next(case for case in CASES if case.path == path)
     return compare.judge(made_up, case, torch.float32, torch.device("cpu"))

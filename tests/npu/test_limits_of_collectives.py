@@ -8,7 +8,7 @@ from megatron_npu import activation, chip
 from megatron_npu.registry import Replacement, replacements
 
 activation.declare_all()
-POINTS = "megatron.core.fusions.matmul_collectives."
+POINTS = "megatron.core.fusions.matmul."
 
 
 class Group:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from megatron.core.context_parallel.plan import Task
-from megatron.core.fusions.attention_bands import Band
+from megatron.core.fusions.attention_masks import Band
 from megatron.core.fusions.block_attention import (
+    NOTHING_VISIBLE,
     block_attention,
     block_attention_backward,
     merge_attention,
 )
-from megatron.core.fusions.block_attention_steps import NOTHING_VISIBLE
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import functools
 from typing import NamedTuple
 
 from megatron.core.context_parallel.zigzag import chunks_of_rank
-from megatron.core.fusions.attention_bands import Band
+from megatron.core.fusions.attention_masks import Band
 
 
 class Segment(NamedTuple):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron.core.context_parallel.attention import A2A, A2A_P2P, ALL_GATHER
 from megatron.core.context_parallel.plan import ring_hops
-from megatron.core.fusions.attention_bands import Band
+from megatron.core.fusions.attention_masks import Band
 
 
 @dataclass(frozen=True)

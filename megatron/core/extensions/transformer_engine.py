@@ -13,11 +13,9 @@ from torch.distributed import ProcessGroup
 from megatron import unbuilt
 from megatron.core.context_parallel.zigzag import own_place
 from megatron.core.errors import ConfigError
-from megatron.core.fusions.cross_entropy import split_cross_entropy
-from megatron.core.fusions.fused_layer_norm import NORMS
-from megatron.core.fusions.layer_norm import layer_norm
-from megatron.core.fusions.rms_norm import rms_norm
-from megatron.core.fusions.rotary import rotary
+from megatron.core.fusions.embeddings import rotary
+from megatron.core.fusions.fused_cross_entropy import split_cross_entropy
+from megatron.core.fusions.fused_layer_norm import NORMS, layer_norm, rms_norm
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_thd
 from megatron.core.tensor_parallel.initial_weights import InitMethod, new_bias, new_weight
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, LinearBase, RowParallelLinear

@@ -1,4 +1,4 @@
-"""Bias and tanh GELU in one operation."""
+"""GELU without a gate (Hendrycks and Gimpel, 2016), alone and with the bias before it."""
 
 import math
 from typing import Any
@@ -7,13 +7,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.core.fusions.blocks import row_blocks
+from megatron.core.accelerator import row_blocks
 from megatron.core.overrides import overridable
 
 # Tanh GELU is x/2 (1 + tanh(z)) = x sigmoid(2 z) with z = sqrt(2/pi) (x + 0.044715 x^3). A vectorised sigmoid
 # takes a sixth of the time of a vectorised tanh.
 _LINEAR = 2.0 * math.sqrt(2.0 / math.pi)
 _CUBIC = 0.044715 * _LINEAR
+
+
+@overridable
+def gelu(x: Tensor, approximate: str) -> Tensor:
+    """``x Phi(x)``, differentiable.  [..., f] -> [..., f]
+
+    Replaceable because not every back end of torch computes the form that it is asked for.
+
+    Args:
+        x: input.
+        approximate: ``"none"`` for the error function, ``"tanh"`` for the approximation.
+    """
+    return F.gelu(x, approximate=approximate)
 
 
 def bias_gelu(bias: Tensor, y: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core import parallel_state
+from megatron.core.fusions.matmul import product
 from megatron.core.tensor_parallel import collectives
 from megatron.core.tensor_parallel.collectives import OnItsWay, group_size
-from megatron.core.tensor_parallel.products import product
 from megatron.core.utils import divide
 
 # Scratch memory of pieces that have arrived. They are used up before the function that gathers them returns.

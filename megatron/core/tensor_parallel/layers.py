@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megatron.core import accelerator
 from megatron.core.errors import DataError, UsageError
-from megatron.core.fusions.embedding import embedding_lookup
+from megatron.core.fusions.embeddings import embedding_lookup
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.attributes import (
     copy_tensor_model_parallel_attributes,

@@ -10,11 +10,16 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from megatron.core import parallel_state
-from megatron.core.fusions.weight_gradient import accumulate_weight_gradient, weight_gradient
+from megatron.core.fusions.matmul import (
+    accumulate_weight_gradient,
+    as_rows,
+    input_gradient,
+    product,
+    weight_gradient,
+)
 from megatron.core.tensor_parallel import collectives, deferred_gradients
 from megatron.core.tensor_parallel.collectives import OnItsWay, group_size, tensor_group
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.tensor_parallel.products import as_rows, input_gradient, product
 
 if TYPE_CHECKING:
     from megatron.core.tensor_parallel.overlap import OverlappedProducts

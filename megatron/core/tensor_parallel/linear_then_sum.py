@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron.core.fusions.matmul import input_gradient
 from megatron.core.tensor_parallel.linear import may_be_late, weight_gradient_or_later
 from megatron.core.tensor_parallel.overlap import OverlappedProducts
-from megatron.core.tensor_parallel.products import input_gradient
 
 
 class LinearThenSum(torch.autograd.Function):

@@ -6,11 +6,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core import overrides
-from megatron.core.fusions import matmul_collectives
+from megatron.core.fusions import matmul
+from megatron.core.fusions.matmul import as_rows
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.chunked_overlap import ChunkedProducts
 from megatron.core.tensor_parallel.collectives import OnItsWay
-from megatron.core.tensor_parallel.products import as_rows
 
 
 class OverlappedProducts(Protocol):
@@ -32,7 +32,7 @@ class FusedProducts:
         self, x: Tensor, matrix: Tensor, bias: Tensor | None, group: ProcessGroup | None, keep: bool
     ) -> tuple[Tensor, Tensor | None]:
         """[s/TP, b, k], [k, n] -> [s, b, n], and [s, b, k] or None"""
-        out, whole = matmul_collectives.all_gather_matmul(as_rows(x), matrix, group, keep)
+        out, whole = matmul.all_gather_matmul(as_rows(x), matrix, group, keep)
         if bias is not None:
             out = out + bias
         inner = x.shape[1:-1]
@@ -43,7 +43,7 @@ class FusedProducts:
     ) -> OnItsWay:
         """[s, b, k], [k, n] -> [s/TP, b, n]"""
         assert scatter, "there is no fused kernel for sums that all ranks get"
-        out = matmul_collectives.matmul_reduce_scatter(as_rows(x), matrix, group)
+        out = matmul.matmul_reduce_scatter(as_rows(x), matrix, group)
         return OnItsWay(out.view(-1, *x.shape[1:-1], out.shape[1]))
 
 
@@ -53,6 +53,6 @@ def overlap_of(config: ModelParallelConfig) -> OverlappedProducts | None:
     Fused kernels exist for sequence parallelism only, and come before chunks where both are asked for.
     """
     fused = config.tp_comm_fused_matmul and config.sequence_parallel
-    if fused and overrides.is_replaced(matmul_collectives.all_gather_matmul):
+    if fused and overrides.is_replaced(matmul.all_gather_matmul):
         return FusedProducts()
     return ChunkedProducts(config.tp_comm_chunks) if config.tp_comm_chunks > 1 else None

@@ -9,10 +9,9 @@ from torch import Tensor
 from megatron.core import accelerator
 from megatron.core.context_parallel.attention import ContextParallelAttention, comm_type_of_layer
 from megatron.core.errors import ConfigError, NotBuiltYetError
-from megatron.core.fusions.dropout import dropout
-from megatron.core.fusions.fused_attention import fused_attention, hidden_keys
+from megatron.core.fusions.fused_attention import fused_attention, hidden_keys, packed_attention
+from megatron.core.fusions.fused_bias_dropout import dropout
 from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
-from megatron.core.fusions.packed_attention import packed_attention
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType

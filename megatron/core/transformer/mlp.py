@@ -9,9 +9,8 @@ from torch import Tensor
 from megatron import unbuilt
 from megatron.core.errors import ConfigError
 from megatron.core.fusions.fused_bias_geglu import gated_gelu
-from megatron.core.fusions.fused_bias_gelu import bias_gelu_impl
+from megatron.core.fusions.fused_bias_gelu import bias_gelu_impl, gelu
 from megatron.core.fusions.fused_bias_swiglu import swiglu
-from megatron.core.fusions.gelu import gelu
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module, get_module
 from megatron.core.transformer.transformer_config import TransformerConfig

@@ -1,6 +1,5 @@
 """Masks, activations and other small parts of transformer layers."""
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -9,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron import unbuilt
-from megatron.core import accelerator
-from megatron.core.fusions.softmax import HIDDEN_SCORE
+from megatron.core.fusions.attention_masks import get_default_causal_mask  # noqa: F401  (also importable from here)
+from megatron.core.fusions.fused_softmax import HIDDEN_SCORE
 
 __getattr__ = unbuilt.names_of(__name__)
 
@@ -25,12 +24,6 @@ def get_linear_layer(
     with torch.no_grad():
         layer.bias.zero_()
     return layer
-
-
-@functools.lru_cache(maxsize=32)
-def get_default_causal_mask(sq: int) -> Tensor:
-    """True above the diagonal, where keys are hidden.  [sq, sq], bool, on the current device; cached."""
-    return torch.ones(sq, sq, dtype=torch.bool, device=accelerator.current_device()).triu_(1)
 
 
 def attention_mask_func(attention_scores: Tensor, attention_mask: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ def drain_embedding_wgrad_compute(
     Raises:
         UsageError: buffers of different lengths.
     """
-    from megatron.core.fusions.weight_gradient import accumulate_weight_gradient, weight_gradient
+    from megatron.core.fusions.matmul import accumulate_weight_gradient, weight_gradient
     from megatron.core.tensor_parallel.mappings import _gather_along_first_dim
 
     if len(embedding_activation_buffer) != len(grad_output_buffer):

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.core.fusions.attention_bands import Band, hidden_by_band
-from megatron.core.fusions.block_attention_steps import NOTHING_VISIBLE
+from megatron.core.fusions.attention_masks import Band, hidden_by_band
+from megatron.core.fusions.block_attention import NOTHING_VISIBLE
 from megatron_npu import chip
-from megatron_npu.core.fusions.attention_hiding import empty_rows, hiding
+from megatron_npu.core.fusions.attention_masks import empty_rows, hiding
 from megatron_npu.core.fusions.fused_attention import WIDEST_HEAD, why_not_shape
 from megatron_npu.registry import replaces
 

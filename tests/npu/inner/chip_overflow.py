@@ -49,7 +49,7 @@ def test_the_stub_was_told_a_saturating_chip() -> None:
 
 
 def test_rotary_on_the_first_generation_takes_halves_of_128_channels_only() -> None:
-    replacement = replacements()["megatron.core.fusions.rotary.rotary"]
+    replacement = replacements()["megatron.core.fusions.embeddings.rotary"]
 
     def why_not(width: int, interleaved: bool) -> str | None:
         t, table = torch.zeros(3, 2, 4, width), torch.zeros(3, 1, 1, width)

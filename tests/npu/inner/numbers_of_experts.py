@@ -8,9 +8,8 @@ from torch import Tensor
 
 import megatron_npu
 from megatron.core import overrides
-from megatron.core.fusions.grouped_matmul import grouped_matmul
-from megatron.core.fusions.moe_gating import topk_routing
-from megatron.core.fusions.moe_permute import permute_tokens, unpermute_tokens
+from megatron.core.fusions.experts import permute_tokens, topk_routing, unpermute_tokens
+from megatron.core.fusions.matmul import grouped_matmul
 from megatron_npu.registry import replacements
 from tests.npu.kernels.registration import install_on_cpu
 

@@ -6,14 +6,14 @@ import torch
 import megatron_npu
 from megatron.core import overrides, parallel_state
 from megatron.core.fusions import fused_bias_swiglu
-from megatron.core.fusions.attention_bands import Band
+from megatron.core.fusions.attention_masks import Band
 from megatron.core.fusions.block_attention import (
     block_attention,
     block_attention_backward,
     merge_attention,
 )
 from megatron.core.fusions.fused_attention import fused_attention
-from megatron.core.fusions.softmax import scaled_masked_softmax
+from megatron.core.fusions.fused_softmax import scaled_masked_softmax
 from megatron.core.optimizer.adamw import Adam
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -174,7 +174,7 @@ def test_a_replacement_can_be_switched_off_by_name(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_call_beyond_the_limits_goes_to_the_default() -> None:
-    softmax = replacements()["megatron.core.fusions.softmax.scaled_masked_softmax"]
+    softmax = replacements()["megatron.core.fusions.fused_softmax.scaled_masked_softmax"]
     softmax.served_by_default.clear()
     scores = torch.randn(1, 2, 7, 9)
     torch.testing.assert_close(scaled_masked_softmax(scores, None, 2.0, False), (2.0 * scores).softmax(-1))

@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from megatron.core import overrides
-from megatron.core.fusions.attention_bands import hidden_by_band
+from megatron.core.fusions.attention_masks import hidden_by_band
 from megatron_npu import activation
 from megatron_npu.checking.case import Call, Case, execute
 from megatron_npu.checking.cases import CASES
-from megatron_npu.core.fusions.attention_hiding import compressed_mask
+from megatron_npu.core.fusions.attention_masks import compressed_mask
 from megatron_npu.registry import replacements
 
 activation.declare_all()

@@ -174,9 +174,8 @@ def test_a_saved_state_replays_draws() -> None:
 
 def run_experts(device: str, topk: int | None, capacity: int | None) -> list[Tensor]:
     """Result and gradients of choosing experts, going there, a product each, and coming back."""
-    from megatron.core.fusions.grouped_matmul import grouped_matmul
-    from megatron.core.fusions.moe_gating import topk_routing
-    from megatron.core.fusions.moe_permute import permute_tokens, unpermute_tokens
+    from megatron.core.fusions.experts import permute_tokens, topk_routing, unpermute_tokens
+    from megatron.core.fusions.matmul import grouped_matmul
 
     generator = torch.Generator().manual_seed(4)
     drawn = [torch.randn(shape, generator=generator) for shape in ((10, 16), (16, 6), (6, 16, 24))]

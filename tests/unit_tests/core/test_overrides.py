@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from megatron.core import overrides
-from megatron.core.fusions import rms_norm as rms_norm_module
+from megatron.core.fusions import fused_layer_norm
 from megatron.core.overrides import OverrideError, override
 
-PATH = "megatron.core.fusions.rms_norm.rms_norm"
+PATH = "megatron.core.fusions.fused_layer_norm.rms_norm"
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def replacement(x, weight, eps):
 
 def call():
     """Through the name that a module imported before the override knows."""
-    return float(rms_norm_module.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-6)[0, 0])
+    return float(fused_layer_norm.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-6)[0, 0])
 
 
 def row():
@@ -41,7 +41,7 @@ def row():
 
 
 def test_replacement_reaches_earlier_imports():
-    held = rms_norm_module.rms_norm
+    held = fused_layer_norm.rms_norm
     assert call() == pytest.approx(1.0)
     assert not row().active
     assert override(PATH)(replacement) is replacement
@@ -78,8 +78,8 @@ def test_another_signature_is_refused(function):
 
 
 def test_unknown_points():
-    with pytest.raises(OverrideError, match=r"no function is marked .*rms_norm\.rms_norm"):
-        override("megatron.core.fusions.rms_norm.rmsnorm")(replacement)
+    with pytest.raises(OverrideError, match=r"no function is marked .*fused_layer_norm\.rms_norm"):
+        override("megatron.core.fusions.fused_layer_norm.rmsnorm")(replacement)
     with pytest.raises(OverrideError, match=r"cannot import 'megatron\.core\.fusion'"):
         override("megatron.core.fusion.rms_norm")(replacement)
 
@@ -102,7 +102,7 @@ def test_points_of_modules_not_imported_yet(tmp_path, monkeypatch):
     del overrides._points["late_points.double"]
 
 
-@pytest.mark.parametrize("name", ["rms_norm", PATH, "rms_norm.rms_norm", "all", "swiglu, rms_norm"])
+@pytest.mark.parametrize("name", ["rms_norm", PATH, "fused_layer_norm.rms_norm", "all", "swiglu, rms_norm"])
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_disable(name, order):
     if order == "before":
@@ -124,7 +124,7 @@ def test_disable_by_environment(monkeypatch):
 
 def test_disable_of_unknown_name():
     with pytest.raises(
-        OverrideError, match=r"'rms_nrom'.*did you mean 'megatron.core.fusions.rms_norm.rms_norm'"
+        OverrideError, match=r"'rms_nrom'.*did you mean 'megatron.core.fusions.fused_layer_norm.rms_norm'"
     ):
         overrides.disable("rms_nrom")
 

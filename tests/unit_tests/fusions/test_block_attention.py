@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from megatron.core import accelerator
-from megatron.core.fusions import block_attention_steps
-from megatron.core.fusions.attention_bands import Band, hidden_by_band
+from megatron.core.fusions import block_attention as block_attention_module
+from megatron.core.fusions.attention_masks import Band, hidden_by_band
 from megatron.core.fusions.block_attention import (
+    NOTHING_VISIBLE,
+    BlockShape,
     block_attention,
     block_attention_backward,
     merge_attention,
+    replayable_keep_mask,
 )
-from megatron.core.fusions.block_attention_steps import NOTHING_VISIBLE, BlockShape, replayable_keep_mask
 
 B, N, D, SCALE = 2, 4, 8, 0.4
 BANDS = [Band(), Band(None, 0), Band(2, 0), Band(None, -3), Band(-2, None), Band(-4, 9), Band(3, 3)]
@@ -197,7 +199,7 @@ def test_what_is_held_at_a_time_is_bounded_where_blocks_are_large() -> None:
     query, key = (torch.empty(32768, 1, heads, 1, device="meta") for heads in (64, 16))
     largest = 0
     with mock.patch.object(accelerator, "block_elements", lambda device: 1 << 26):
-        for tile in block_attention_steps._tiles(query, key, BlockShape(Band(), None, 1.0, 0.0, 0)):
+        for tile in block_attention_module._tiles(query, key, BlockShape(Band(), None, 1.0, 0.0, 0)):
             rows, keys, groups = (
                 part.stop - part.start for part in (tile.stripe.rows, tile.stripe.keys, tile.groups)
             )

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from megatron.core import accelerator
-from megatron.core.fusions import attention_dropout
-from megatron.core.fusions.attention_dropout import AttentionShape, attention_with_dropout
+from megatron.core.fusions import fused_attention
 from megatron.core.fusions.attention_masks import band_mask
-from megatron.core.fusions.dropout import dropout, keep_mask
+from megatron.core.fusions.fused_attention import AttentionShape, attention_with_dropout
+from megatron.core.fusions.fused_bias_dropout import dropout, keep_mask
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -65,7 +65,7 @@ def test_gradient_uses_the_same_mask():
 def test_attention_against_dense(masking, groups, monkeypatch):
     """The mask of every block is recorded and laid into one dense float64 computation."""
     b, n, s, d, dv, p = 2, 4, 37, 8, 6, 0.3
-    monkeypatch.setattr(attention_dropout, "_QUERY_BLOCK", 16)
+    monkeypatch.setattr(fused_attention, "_QUERY_BLOCK", 16)
     monkeypatch.setattr(accelerator, "block_elements", lambda device: 500)
     torch.manual_seed(4)
     q, k, v = (
@@ -86,7 +86,7 @@ def test_attention_against_dense(masking, groups, monkeypatch):
 
     dropped = torch.zeros(b, n, s, s, dtype=torch.float64)
     r = n // groups
-    for block in attention_dropout._blocks(q, k, shape.causal, seed):
+    for block in fused_attention._blocks(q, k, shape.causal, seed):
         rows = block.queries.stop - block.queries.start
         held = block.groups.stop - block.groups.start
         keep, scale = keep_mask(torch.Size([held, r * rows, block.keys.stop]), p, block.seed)

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from megatron.core import accelerator
 from megatron.core.errors import ConfigError
-from megatron.core.fusions import grouped_matmul as module
-from megatron.core.fusions.grouped_matmul import grouped_matmul
-from megatron.core.fusions.moe_gating import topk_routing
-from megatron.core.fusions.moe_permute import permute_tokens, unpermute_tokens
+from megatron.core.fusions import matmul as module
+from megatron.core.fusions.experts import permute_tokens, topk_routing, unpermute_tokens
+from megatron.core.fusions.matmul import grouped_matmul
 from tests.reference_models import load_transformers
 
 COUNTS = torch.tensor([3, 0, 6, 1])

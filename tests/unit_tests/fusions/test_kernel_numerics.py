@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron.core import accelerator
-from megatron.core.fusions.cross_entropy import cross_entropy
-from megatron.core.fusions.embedding import embedding_lookup
+from megatron.core.fusions.embeddings import embedding_lookup, rotary
 from megatron.core.fusions.fused_bias_dropout import bias_dropout_add
 from megatron.core.fusions.fused_bias_geglu import (
     bias_geglu,
@@ -27,11 +26,9 @@ from megatron.core.fusions.fused_bias_swiglu import (
     swiglu_back,
     weighted_bias_swiglu_impl,
 )
-from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
-from megatron.core.fusions.layer_norm import layer_norm
-from megatron.core.fusions.rms_norm import rms_norm
-from megatron.core.fusions.rotary import rotary
-from megatron.core.fusions.softmax import scaled_masked_softmax
+from megatron.core.fusions.fused_cross_entropy import cross_entropy, fused_vocab_parallel_cross_entropy
+from megatron.core.fusions.fused_layer_norm import layer_norm, rms_norm
+from megatron.core.fusions.fused_softmax import scaled_masked_softmax
 from tests.unit_tests.test_public_names import problems_in
 
 # Largest error relative to the largest reference value.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.errors import ConfigError
-from megatron.core.fusions.moe_gating import topk_routing
+from megatron.core.fusions.experts import topk_routing
 from tests.reference_models import load_transformers
 
 TOKENS, EXPERTS = 12, 8

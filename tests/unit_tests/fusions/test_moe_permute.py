@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.errors import ConfigError
-from megatron.core.fusions.moe_permute import permute_tokens, unpermute_tokens
+from megatron.core.fusions.experts import permute_tokens, unpermute_tokens
 
 TOKENS, EXPERTS, WIDTH = 9, 5, 7
 

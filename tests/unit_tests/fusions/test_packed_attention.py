@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron.core.errors import ConfigError
-from megatron.core.fusions.packed_attention import packed_attention
+from megatron.core.fusions.fused_attention import packed_attention
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType

@@ -7,8 +7,7 @@ import torch
 
 from megatron.core.errors import ConfigError
 from megatron.core.fusions import fused_softmax
-from megatron.core.fusions.attention_bands import Band
-from megatron.core.fusions.attention_masks import covers
+from megatron.core.fusions.attention_masks import Band, covers
 from megatron.core.fusions.fused_softmax import (
     FusedScaleMaskSoftmax,
     ScaledMaskedSoftmax,

@@ -6,8 +6,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron.core.errors import DataError
-from megatron.core.fusions.cross_entropy import split_cross_entropy
-from megatron.core.fusions.matmul_collectives import all_gather_matmul, matmul_reduce_scatter
+from megatron.core.fusions.fused_cross_entropy import split_cross_entropy
+from megatron.core.fusions.matmul import all_gather_matmul, matmul_reduce_scatter
 from tests.distributed.pool import run_ranks
 
 RANKS, ROWS, K, N = 2, 4, 6, 5

@@ -88,7 +88,10 @@ def test_accepted_numbers_may_be_anything(check) -> None:
     [
         ("--seed 4294967296", "--seed 4294967296: must be at most 4294967295"),
         ("--disable-override x", "--disable-override x: no replaceable function has that name"),
-        ("--disable-override gelu,rms_nrm", "did you mean 'megatron.core.fusions.rms_norm.rms_norm'?"),
+        (
+            "--disable-override gelu,rms_nrm",
+            "did you mean 'megatron.core.fusions.fused_layer_norm.rms_norm'?",
+        ),
         ("--disable-override ,", "--disable-override: names no kernel"),
         ("--fp16 --initial-loss-scale 0.5", "--initial-loss-scale 0.5: is below --min-loss-scale 1"),
         ("--fp16 --loss-scale 1e30", "--loss-scale 1e+30: must be above 0 and at most"),

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from megatron.core import tensor_parallel
 from megatron.core.errors import DataError, UsageError
-from megatron.core.fusions.dropout import dropout
-from megatron.core.fusions.embedding import embedding_lookup
+from megatron.core.fusions.embeddings import embedding_lookup
+from megatron.core.fusions.fused_bias_dropout import dropout
 from megatron.core.tensor_parallel.initial_weights import Place, new_weight
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig

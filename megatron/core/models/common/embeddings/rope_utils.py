@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron.core.context_parallel.zigzag import chunk_length, chunks_of_rank, own_place, take_chunks
 from megatron.core.errors import UsageError
-from megatron.core.fusions.rotary import rotary
+from megatron.core.fusions.embeddings import rotary
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 

@@ -7,7 +7,7 @@ from megatron_npu.registry import replaces
 
 
 @replaces(
-    "megatron.core.fusions.rms_norm.rms_norm",
+    "megatron.core.fusions.fused_layer_norm.rms_norm",
     operators=("npu_rms_norm",),
     since="5.0.0",
     unless=lambda x, weight, eps: None if 2 <= x.dim() <= 8 else "fewer than 2 or more than 8 dimensions",

@@ -23,7 +23,7 @@ def _unsuitable(t: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str |
 
 
 @replaces(
-    "megatron.core.fusions.rotary.rotary",
+    "megatron.core.fusions.embeddings.rotary",
     operators=("npu_rotary_mul",),
     since="5.0.rc3",
     unless=_unsuitable,

@@ -16,7 +16,7 @@ def _unsuitable(scores: Tensor, mask: Tensor | None, scale: float, in_fp32: bool
 
 
 @replaces(
-    "megatron.core.fusions.softmax.scaled_masked_softmax",
+    "megatron.core.fusions.fused_softmax.scaled_masked_softmax",
     operators=("npu_scaled_masked_softmax",),
     since="5.0.rc3",
     unless=_unsuitable,

@@ -1,6 +1,7 @@
-"""One matrix product per expert, over the rows that belong to it.
+"""Matmuls: of linear layers, of one expert after the other, and with the collectives of a split layer.
 
-Letters: m rows in the order of their experts, E experts, k and n channels of input and output.
+A device may have kernels that send one part of an operand or a result while they multiply another. Letters
+of grouped matmuls: m rows in the order of their experts, E experts, k and n channels of input and output.
 """
 
 from collections.abc import Iterator
@@ -9,11 +10,51 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron.core import accelerator
 from megatron.core.errors import ConfigError
-from megatron.core.fusions.weight_gradient import accumulate_weight_gradient, weight_gradient
 from megatron.core.overrides import overridable
+from megatron.core.tensor_parallel import collectives
+from megatron.core.tensor_parallel.collectives import group_size
+from megatron.core.utils import divide
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias``.  [..., in], [out, in], [out] -> [..., out], in the dtype of ``x``"""
+    compute = accelerator.matmul_compute_dtype(x.dtype, x.device)
+    if compute == x.dtype:
+        return F.linear(x, weight, bias)
+    wide_bias = None if bias is None else bias.to(compute)
+    return F.linear(x.to(compute), weight.to(compute), wide_bias).to(x.dtype)
+
+
+def input_gradient(grad_output: Tensor, weight: Tensor) -> Tensor:
+    """``grad_output weight``.  [..., out], [out, in] -> [..., in]"""
+    compute = accelerator.matmul_compute_dtype(grad_output.dtype, grad_output.device)
+    return grad_output.to(compute).matmul(weight.to(compute)).to(grad_output.dtype)
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """[s, b, h] -> [s*b, h]"""
+    return t.reshape(-1, t.shape[-1])
+
+
+@overridable
+def accumulate_weight_gradient(main_grad: Tensor, grad_output: Tensor, x: Tensor) -> None:
+    """``main_grad += grad_output^T x``, in place.
+
+    main_grad: [out, in], usually fp32; grad_output: [tokens, out]; x: [tokens, in]. The product is rounded
+    to the dtype of ``x`` before it is added, so that accumulating here or after the backward pass gives the
+    same bits.
+    """
+    main_grad.add_(weight_gradient(grad_output, x))
+
+
+def weight_gradient(grad_output: Tensor, x: Tensor) -> Tensor:
+    """``grad_output^T x``.  [tokens, out], [tokens, in] -> [out, in], in the dtype of ``x``."""
+    compute = accelerator.matmul_compute_dtype(x.dtype, x.device)
+    return grad_output.to(compute).t().matmul(x.to(compute)).to(x.dtype)
 
 
 def grouped_matmul(
@@ -144,3 +185,30 @@ def _is_aligned(t: Tensor) -> bool:
     """Whether it has elements, and every row (or column, if transposed) starts at a multiple of 16 bytes."""
     starts = [t.data_ptr(), *(stride * t.element_size() for stride in t.stride() if stride != 1)]
     return t.numel() > 0 and all(start % 16 == 0 for start in starts)
+
+
+@overridable
+def all_gather_matmul(
+    x: Tensor, matrix: Tensor, group: ProcessGroup, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Joins the ranks' rows in the order of the ranks and multiplies them; without derivative.
+
+    x: [m, k], this rank's rows; matrix: [k, n], contiguous or a transposed view; both of one dtype.
+    -> [m * ranks, n], and what was gathered, [m * ranks, k], or None unless ``keep``.
+    """
+    whole = x.new_empty(x.shape[0] * group_size(group), x.shape[1])
+    collectives.all_gather(whole, x, group)
+    return product(whole, matrix.t()), whole if keep else None
+
+
+@overridable
+def matmul_reduce_scatter(x: Tensor, matrix: Tensor, group: ProcessGroup) -> Tensor:
+    """Sums ``x matrix`` over the ranks; rank r gets part r of the rows; without derivative.
+
+    x: [m, k], with m a multiple of the number of ranks; matrix: [k, n], contiguous or a transposed view; both
+    of one dtype. -> [m / ranks, n]
+    """
+    partial = product(x, matrix.t())
+    out = partial.new_empty(divide(x.shape[0], group_size(group)), matrix.shape[1])
+    collectives.reduce_scatter(out, partial, group)
+    return out

@@ -17,7 +17,7 @@ def _unsuitable(logits: Tensor, target: Tensor, label_smoothing: float) -> str |
 
 
 @replaces(
-    "megatron.core.fusions.cross_entropy.cross_entropy",
+    "megatron.core.fusions.fused_cross_entropy.cross_entropy",
     operators=("npu_cross_entropy_loss",),
     since="7.0.0",
     chips=chip.FROM_910B,

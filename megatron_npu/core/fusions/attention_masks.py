@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.core.fusions.attention_bands import Band, hidden_by_band
+from megatron.core.fusions.attention_masks import Band, hidden_by_band
 
 COMPRESSED = 2048
 _OPEN = 2147483647
