@@ -76,6 +76,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron", "megatron.*", "megatron_npu", "megatron_npu.*", "mindspeed"]),
+    # What virtual NPUs compile, and the description of a package that lets torch load them.
+    package_data={"megatron_npu.virtual": ["cann_sources/*.c", "autoload/*/*"]},
     cmdclass={"build_py": BuildBesideMindSpeed},
     install_requires=CORE,
     extras_require=EXTRAS,

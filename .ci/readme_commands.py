@@ -1,6 +1,8 @@
-"""Print the commands that README.md opens with, one a line; fail unless there are exactly two of them.
+"""Print commands of a page, one a line.
 
-"Opens with" means: before the second heading there are two fenced ``sh`` blocks of one line each.
+With a page alone: those that README.md opens with; fail unless there are exactly two of them. "Opens with"
+means: before the second heading there are two fenced ``sh`` blocks of one line each. With a page and a
+heading ("## Install"): those of the one block below that heading.
 """
 
 import re
@@ -23,8 +25,23 @@ def opening_commands(readme: str) -> list[str]:
     return blocks
 
 
+def commands_below(page: str, heading: str) -> list[str]:
+    """The lines of the one block between a heading and the next.
+
+    Raises:
+        ValueError: there is no such heading, or not one block below it.
+    """
+    sections = re.split(r"^(?=##+ )", page, flags=re.MULTILINE)
+    below = "".join(section for section in sections if section.startswith(f"{heading}\n"))
+    blocks = FENCED_SH.findall(below)
+    if len(blocks) != 1:
+        raise ValueError(f"one sh block is needed below {heading!r}; found {blocks}")
+    return blocks[0].splitlines()
+
+
 if __name__ == "__main__":
+    text = Path(sys.argv[1]).read_text(encoding="utf-8")
     try:
-        print(*opening_commands(Path(sys.argv[1]).read_text(encoding="utf-8")), sep="\n")
+        print(*(commands_below(text, sys.argv[2]) if sys.argv[2:] else opening_commands(text)), sep="\n")
     except ValueError as exc:
         sys.exit(f"error: {exc}")

@@ -60,7 +60,7 @@ def software_problem() -> str | None:
     version = torch_npu_version()
     if version is None:
         return "torch_npu is not installed: pip install -e '.[npu]' on a machine with Ascend cards"
-    mismatch = _torch_mismatch(version)
+    mismatch = torch_mismatch(version)
     if mismatch is not None:
         return mismatch
     try:
@@ -181,7 +181,8 @@ def driver_version() -> str | None:
     return _value(_DRIVER_INFO, "Version")
 
 
-def _torch_mismatch(torch_npu: str) -> str | None:
+def torch_mismatch(torch_npu: str) -> str | None:
+    """A sentence if the installed torch is not the one that this torch_npu needs. Imports neither."""
     for text in importlib.metadata.requires("torch_npu") or ():
         wanted = Requirement(text)
         installed = importlib.metadata.version("torch")

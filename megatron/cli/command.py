@@ -64,6 +64,10 @@ COMMANDS = {
         "compare every replacement of this device with its default",
         words=("check",),
     ),
+    "virtual": Command(
+        "megatron_npu.virtual.__main__",
+        "run a command on virtual NPUs, on a machine that has none",
+    ),
 }
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from megatron.training.default_data.corpus import corpus_texts, standard_library, write_corpus
 from megatron.training.default_data.vocabulary import train_vocabulary
+from megatron_npu.virtual import cann
+from tests.functional_tests.wheel import install_wheel
 
-ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = "--tokenizer-type GPT2BPETokenizer --vocab-file vocab.json --merge-file merges.txt"
 TRAIN = (
     "--num-layers 1 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --max-position-embeddings 32 "
@@ -24,19 +25,8 @@ TRAIN = (
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a wheel built from these sources is installed, without the libraries it needs."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
-    for name in ("megatron", "megatron_npu", "mindspeed"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    offline = ["--no-deps", "--no-index"]
-    subprocess.run(
-        [*pip, "wheel", *offline, "--no-build-isolation", "-w", str(source / "dist"), str(source)],
-        check=True, capture_output=True, cwd=source,
-    )  # fmt: skip
-    (wheel,) = (source / "dist").glob("*.whl")
-    subprocess.run([*pip, "install", *offline, "--target", str(target), str(wheel)], check=True, cwd=source)
+    target = tmp_path_factory.mktemp("installed")
+    install_wheel(tmp_path_factory.mktemp("source"), target)
     return target
 
 
@@ -108,18 +98,27 @@ def test_replacements_are_checked_where_there_is_an_npu(command) -> None:
     assert done.stderr == "error: nothing to compare, MEGATRON_DEVICE=cpu\n"
 
 
-@pytest.mark.parametrize("name", ["train", "preprocess", "merge", "generate", "compare", "draw"])
+@pytest.mark.parametrize("name", ["train", "preprocess", "merge", "generate", "compare", "draw", "virtual"])
 def test_every_command_says_what_it_takes_under_its_own_name(command, name: str) -> None:
     done = command(f"{name} --help")
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.startswith(f"usage: megatron-npu {name} ")
 
 
+def test_a_virtual_npu_is_there_or_says_what_is_missing(command) -> None:
+    """The rest of this command is tested where torch_npu is installed."""
+    done = command("virtual --devices 1 -- printenv MEGATRON_DEVICE")
+    if cann.why_not() is None:
+        assert (done.returncode, done.stdout) == (0, "npu\n"), done.stderr
+    else:
+        assert (done.returncode, done.stderr) == (1, f"error: no virtual NPU here: {cann.why_not()}\n")
+
+
 def test_the_list_of_commands(command) -> None:
     done = command("")
     assert done.returncode == 0
     names = re.findall(r"^  (\w+) +\w", done.stdout, re.MULTILINE)
-    assert names == ["train", "preprocess", "merge", "generate", "compare", "draw", "check"]
+    assert names == ["train", "preprocess", "merge", "generate", "compare", "draw", "check", "virtual"]
     done = command("trian --num-layers 2")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: megatron-npu has no command trian. Did you mean train?")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.npu.cann_stub import build as cann_stub
+from megatron_npu.virtual import cann
 
 ROOT = Path(__file__).resolve().parents[2]
 INNER = Path(__file__).resolve().parent / "inner"
@@ -22,7 +22,7 @@ def environment(soc: str = "Ascend910B2", devices: int = 1, **more: str) -> dict
     """Variables of a process that sees ``devices`` NPUs of a kind."""
     return {
         **os.environ,
-        "LD_LIBRARY_PATH": str(cann_stub.build()),
+        "LD_LIBRARY_PATH": str(cann.build()),
         "STUB_NPU_COUNT": str(devices),
         "STUB_NPU_SOC": soc,
         "ASCEND_LAUNCH_BLOCKING": "1",
@@ -36,7 +36,7 @@ def environment(soc: str = "Ascend910B2", devices: int = 1, **more: str) -> dict
 
 def run(*words: str, soc: str = "Ascend910B2", devices: int = 1, **more: str) -> subprocess.CompletedProcess:
     """``python WORDS`` over the stub; skips the calling test where that cannot be."""
-    reason = cann_stub.why_not()
+    reason = cann.why_not()
     if reason is not None:
         pytest.skip(reason)
     return subprocess.run(
@@ -57,3 +57,19 @@ def run_inner(pattern: str, **where: str) -> str:
     )
     assert done.returncode == 0, done.stdout
     return done.stdout.strip().splitlines()[-1]
+
+
+def on_virtual_npus(*words: str, **variables: str) -> subprocess.CompletedProcess:
+    """``python -m megatron_npu.virtual WORDS``; skips the calling test where that cannot be."""
+    reason = cann.why_not()
+    if reason is not None:
+        pytest.skip(f"no virtual NPU: {reason}")
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_npu.virtual", *words],
+        env=os.environ | variables,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=1200,
+    )

@@ -101,7 +101,7 @@ def test_missing_cann_is_one_sentence(installed) -> None:
 def test_a_sourced_environment_is_not_recommended_as_it_was(installed, monkeypatch, found: str) -> None:
     """Whoever has sourced env_npu.sh is told what it lacked, not to do the same again."""
     monkeypatch.setattr(versions, "torch_npu_version", lambda: "2.13.0")
-    monkeypatch.setattr(versions, "_torch_mismatch", lambda version: None)
+    monkeypatch.setattr(versions, "torch_mismatch", lambda version: None)
     monkeypatch.setenv("MEGATRON_NPU_ENVIRONMENT", found)
     said = versions._without_cann(OSError("libhccl.so: cannot open shared object file"))
     first = {"no-npu": "MEGATRON_DEVICE=npu", "no-cann": "CANN_SET_ENV", "cann": "install CANN"}[found]
@@ -122,7 +122,7 @@ def test_a_missing_driver_is_not_called_cann(monkeypatch: pytest.MonkeyPatch) ->
         raise OSError("libascend_hal.so: cannot open shared object file: No such file or directory")
 
     monkeypatch.setattr(versions, "torch_npu_version", lambda: "2.13.0")
-    monkeypatch.setattr(versions, "_torch_mismatch", lambda version: None)
+    monkeypatch.setattr(versions, "torch_mismatch", lambda version: None)
     monkeypatch.setattr(versions.ctypes, "CDLL", load)
     said = versions.software_problem.__wrapped__()
     assert said.startswith("torch_npu 2.13.0 finds no NPU driver: libascend_hal.so: cannot open")
@@ -197,11 +197,12 @@ def test_the_table_of_a_910a_and_a_disabled_name() -> None:
 def test_the_check_command_fails_beyond_a_bound() -> None:
     """The whole command, on CPU tensors with emulated kernels; then with one replacement made wrong."""
     code = (
-        "import sys, torch; from tests.npu.kernels.registration import all_kernels, install_on_cpu\n"
+        "import sys, torch; from megatron_npu.virtual.kernels import all_kernels\n"
         "if sys.argv[1] == 'wrong':\n"
         "    kernels = all_kernels(); right = kernels['npu_swiglu']\n"
         "    kernels['npu_swiglu'] = lambda *a: right(*a) * 1.01\n"
-        "install_on_cpu(); import megatron_npu; megatron_npu.activate()\n"
+        "from tests.npu.cpu_kernels import install_on_cpu; install_on_cpu()\n"
+        "import megatron_npu; megatron_npu.activate()\n"
         "from megatron_npu.checking import compare\n"
         "sys.exit(compare.main(torch.device('cpu'), ['swiglu', 'rms_norm'], ['float32', 'bfloat16']))"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.npu.cann_stub.build import why_not
+from megatron_npu.virtual.cann import why_not
 from tests.npu.ground import ROOT
 
 TRAIN = """
@@ -30,7 +30,7 @@ BROKEN = dict.fromkeys(PRESENT, f"{SAYS_SO}raise RuntimeError('built for another
 
 
 def run(path: Path, on_npu: bool) -> subprocess.CompletedProcess:
-    launcher = ["-m", "tests.npu.virtual", "--devices", "1", "--", sys.executable] if on_npu else []
+    launcher = ["-m", "megatron_npu.virtual", "--devices", "1", "--", sys.executable] if on_npu else []
     return subprocess.run(
         [sys.executable, *launcher, "pretrain_gpt.py", *TRAIN],
         env=os.environ | {"PYTHONPATH": f"{path}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"},

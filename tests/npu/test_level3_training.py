@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_npu.virtual.cann import why_not
 from tests.distributed.layouts import GLOBAL_BATCH, SEQUENCE, Layout
 from tests.functional_tests.launcher import Run, pretrain_gpt, pretrain_gpt_ranks
-from tests.npu.cann_stub.build import why_not
-from tests.npu.virtual import runs
+from tests.npu import runs
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no virtual NPU: {why_not()}")
 

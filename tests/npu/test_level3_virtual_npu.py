@@ -1,35 +1,16 @@
-"""Level 3: the virtual NPU as a device, its collectives, and what is said where there can be none."""
+"""Level 3: the virtual NPU as a device, its collectives, a launch script, and the check of replacements."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.npu.cann_stub.build import why_not
-from tests.npu.virtual.environment import CHIPS, ROOT
+from megatron_npu.virtual.environment import CHIPS
+from tests.npu.ground import on_virtual_npus
 from tests.reserved_port import ReservedPort
 
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
-
-
-def on_virtual_npus(*words: str, **variables: str) -> subprocess.CompletedProcess:
-    """``python -m tests.npu.virtual WORDS``; skips the calling test where that cannot be."""
-    reason = why_not()
-    if reason is not None:
-        pytest.skip(f"no virtual NPU: {reason}")
-    return subprocess.run(
-        [sys.executable, "-m", "tests.npu.virtual", *words],
-        env=os.environ | variables,
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=1200,
-    )
 
 
 @pytest.mark.parametrize("file", ["virtual_device.py", "virtual_ranks.py"])
@@ -147,14 +128,3 @@ def test_every_chip_starts(chip: str) -> None:
     code = "import torch; print(torch.ones(3, device='npu').sum().item(), torch.npu.get_device_name())"
     done = on_virtual_npus("--soc", chip, "--", "python", "-c", code)
     assert done.returncode == 0 and done.stdout.split()[-2:] == ["3.0", chip], done.stdout
-
-
-def test_status_of_the_command_is_ours() -> None:
-    assert on_virtual_npus("--", "python", "-c", "raise SystemExit(7)").returncode == 7
-    missing = on_virtual_npus("--", "no-such-command")
-    assert missing.returncode == 1 and "error: no-such-command: No such file" in missing.stdout
-    none = on_virtual_npus("--devices", "0", "--", "python")
-    assert none.returncode == 2 and "at least one is needed" in none.stdout
-    unknown = on_virtual_npus("--soc", "foo", "--", "python")
-    assert unknown.returncode == 2 and "--soc: invalid choice: 'foo'" in unknown.stdout
-    assert "Ascend910A" in unknown.stdout and "Traceback" not in unknown.stdout

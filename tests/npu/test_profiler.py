@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.npu.test_level3_virtual_npu import on_virtual_npus
+from tests.npu.ground import on_virtual_npus
 
 TRAIN = """
     --num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --max-position-embeddings 16

@@ -1,5 +1,6 @@
 """``docs/virtual_npu.md`` cannot rot: its options and flags exist, its small commands run."""
 
+import importlib.util
 import json
 import os
 import re
@@ -11,32 +12,44 @@ from pathlib import Path
 import pytest
 
 from megatron.training.arguments.parsing import build_parser
-from tests.npu.cann_stub.build import why_not
+from megatron_npu.virtual.__main__ import make_parser
+from megatron_npu.virtual.cann import why_not
+from megatron_npu.virtual.environment import HERE
 from tests.npu.ground import ROOT
-from tests.npu.virtual.__main__ import make_parser
-from tests.npu.virtual.environment import HERE
 from tests.reserved_port import ReservedPort
 
 PAGE = (ROOT / "docs" / "virtual_npu.md").read_text(encoding="utf-8")
 LINES = [
     line for block in re.findall(r"^```sh\n(.*?)^```$", PAGE, re.M | re.S) for line in block.splitlines()
 ]
-VIRTUAL = [line for line in LINES if "tests.npu.virtual" in line]
+VIRTUAL = [line for line in LINES if "megatron_npu.virtual" in line]
 LAUNCHES = [line for line in VIRTUAL if "tests_gpt/" in line]
 SMALL = [line for line in VIRTUAL if " -- python " in line]
+SHELLS = [line for line in VIRTUAL if line.endswith(" -- bash")]
 
 
 def split(line: str) -> tuple[list[str], list[str]]:
     """Words before and after ``--`` of a command line with virtual NPUs."""
     words = shlex.split(line)
-    start = words.index("tests.npu.virtual") + 1
+    start = words.index("megatron_npu.virtual") + 1
     end = words.index("--")
     return words[start:end], words[end + 1 :]
 
 
 def test_there_is_something_to_check() -> None:
-    assert len(LAUNCHES) == 2 and len(SMALL) == 3 and len(VIRTUAL) == 6
-    assert "pip install -e '.[npu-test]'" in LINES
+    assert len(LAUNCHES) == 2 and len(SMALL) == 3 and len(SHELLS) == 1
+    assert sorted(VIRTUAL) == sorted([*LAUNCHES, *SMALL, *SHELLS])
+
+
+def test_the_other_commands_are_run_before_every_change_lands() -> None:
+    """Those of the installation need a network: continuous integration types them, as they stand."""
+    spec = importlib.util.spec_from_file_location("readme_commands", ROOT / ".ci" / "readme_commands.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    install = module.commands_below(PAGE, "## Install")
+    assert install[-1] == "pip install -e '.[npu-test]'"
+    assert sorted(LINES) == sorted([*install, *VIRTUAL])
+    assert "readme_commands.py docs/virtual_npu.md '## Install'" in (ROOT / ".ci" / "run").read_text("utf-8")
 
 
 @pytest.mark.parametrize("line", VIRTUAL)
@@ -73,7 +86,7 @@ def test_linked_from_where_it_is_looked_for() -> None:
         assert "docs/virtual_npu.md" in (ROOT / page).read_text(encoding="utf-8"), page
 
 
-def run(line: str, directory: Path, timeout: int) -> subprocess.CompletedProcess:
+def run(line: str, directory: Path, timeout: int, typed: str = "") -> subprocess.CompletedProcess:
     if why_not() is not None:
         pytest.skip(f"no virtual NPU: {why_not()}")
     variables = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -85,6 +98,7 @@ def run(line: str, directory: Path, timeout: int) -> subprocess.CompletedProcess
         env=os.environ | variables,
         cwd=ROOT,
         text=True,
+        input=typed,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         timeout=timeout,
@@ -101,6 +115,15 @@ def test_small_commands_do_what_the_page_says(line: str, tmp_path: Path) -> None
         assert "1 of 1 comparisons within their bounds" in done.stdout
     else:
         assert "Ascend910A x 1, SoC 102, saturation mode" in done.stdout
+
+
+@pytest.mark.parametrize("line", SHELLS)
+def test_everything_in_a_shell_runs_on_virtual_npus(line: str, tmp_path: Path) -> None:
+    typed = "python -c 'import torch; print(torch.npu.device_count())'\npython -m megatron_npu | head -n 1\n"
+    done = run(line, tmp_path, 900, typed)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.splitlines()[0] == split(line)[0][1], done.stdout
+    assert "Ascend910B2 x 8" in done.stdout.splitlines()[1], done.stdout
 
 
 @pytest.mark.slow

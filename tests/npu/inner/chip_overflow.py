@@ -12,8 +12,8 @@ from megatron.core.optimizer.multi_tensor import unscale_and_check
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron_npu import activation, chip
 from megatron_npu.registry import replacements
-from tests.npu.kernels.optimizer import OverflowFlag
-from tests.npu.kernels.registration import install_on_cpu
+from megatron_npu.virtual.kernels.optimizer import OverflowFlag
+from tests.npu.cpu_kernels import install_on_cpu
 
 install_on_cpu()
 megatron_npu.activate()

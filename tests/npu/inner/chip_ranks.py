@@ -13,8 +13,8 @@ def check(rank: int, directory: str, overflowing: int) -> None:
 
     import megatron_npu
     from megatron.core.optimizer.multi_tensor import unscale_and_check, watch_overflow
-    from tests.npu.kernels.optimizer import OverflowFlag
-    from tests.npu.kernels.registration import install_on_cpu
+    from megatron_npu.virtual.kernels.optimizer import OverflowFlag
+    from tests.npu.cpu_kernels import install_on_cpu
 
     install_on_cpu()
     megatron_npu.activate()

@@ -11,7 +11,7 @@ from megatron.core import overrides
 from megatron.core.fusions.experts import permute_tokens, topk_routing, unpermute_tokens
 from megatron.core.fusions.matmul import grouped_matmul
 from megatron_npu.registry import replacements
-from tests.npu.kernels.registration import install_on_cpu
+from tests.npu.cpu_kernels import install_on_cpu
 
 install_on_cpu()
 TOKENS, WIDTH, EXPERTS, INNER = 10, 16, 6, 24

@@ -15,10 +15,9 @@ from megatron_npu.checking.case import Case
 from megatron_npu.checking.cases import CASES
 from megatron_npu.checking.compare import judge
 from megatron_npu.registry import replacements
-from tests.npu.kernels import communicators
-from tests.npu.kernels.registration import install_on_cpu
+from tests.npu import cpu_kernels
 
-install_on_cpu()
+cpu_kernels.install_on_cpu()
 activation.declare_all()
 TRIED = [(case, dtype) for case in CASES for dtype in case.dtypes or replacements()[case.path].dtypes]
 
@@ -46,7 +45,7 @@ def check(case: Case, dtype: torch.dtype) -> None:
 def check_on_rank(rank: int, case: Case, dtype: torch.dtype, world: int, directory: Path) -> None:
     store = f"file://{directory}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    communicators.register_gloo(dist.group.WORLD)
+    cpu_kernels.register_gloo(dist.group.WORLD)
     call = case.call(dtype, "cpu")
     assert replacements()[case.path].why_not_now(call.args, call.kwargs) is None
     check(case, dtype)

@@ -57,16 +57,15 @@ def rank_main(rank: int, directory: str, world: int) -> None:
 
     import megatron_npu
     from megatron_npu.registry import replacements
-    from tests.npu.kernels import communicators
-    from tests.npu.kernels.registration import install_on_cpu
+    from tests.npu import cpu_kernels
 
-    install_on_cpu()
+    cpu_kernels.install_on_cpu()
     megatron_npu.activate()
     store = f"file://{directory}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     parallel_state.initialize_model_parallel(world)
     model_parallel_cuda_manual_seed(1)
-    communicators.register_gloo(parallel_state.get_tensor_model_parallel_group())
+    cpu_kernels.register_gloo(parallel_state.get_tensor_model_parallel_group())
 
     def worst(out: int, late: bool = False) -> list[float]:
         wanted = run_layers(out, torch.float64, False)

@@ -30,7 +30,7 @@ def run(rank: int, directory: str, world: int) -> None:
 
     import megatron_npu
     from megatron_npu.registry import replacements
-    from tests.npu.kernels.registration import install_on_cpu
+    from tests.npu.cpu_kernels import install_on_cpu
 
     install_on_cpu()
     megatron_npu.activate()

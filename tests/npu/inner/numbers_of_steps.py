@@ -21,8 +21,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_npu import activation
 from megatron_npu.registry import replacements
-from tests.npu.kernels.attention import Draw
-from tests.npu.kernels.registration import KERNELS, install_on_cpu
+from megatron_npu.virtual.kernels import KERNELS
+from megatron_npu.virtual.kernels.attention import Draw
+from tests.npu.cpu_kernels import install_on_cpu
 
 install_on_cpu()
 

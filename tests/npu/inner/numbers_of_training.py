@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_npu.registry import replacements
-from tests.npu.kernels.registration import install_on_cpu
+from tests.npu.cpu_kernels import install_on_cpu
 
 install_on_cpu()
 VOCABULARY, LENGTH, STEPS = 64, 32, 10

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tests.npu.virtual.operators import CALLS
+from megatron_npu.virtual.operators import CALLS
 
 DEVICE = "npu:0"
 

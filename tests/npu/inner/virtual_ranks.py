@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron.core import accelerator, parallel_state, process_groups
 from megatron.training import agreement, dist_signal_handler
 from megatron_npu import communicators
-from tests.npu.virtual import collectives
+from megatron_npu.virtual import collectives
 
 
 def device_tensor(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,4 +1,4 @@
-"""Fused attention, its backward, and the merging of two parts."""
+"""Fused attention, its backward, and the merging of two parts; scaled masked softmax."""
 
 import inspect
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tests.npu.kernels.registration import kernel
+from megatron_npu.virtual.kernels import kernel
 
 OPEN = 2147483647
 COPIES = 8
@@ -378,3 +378,23 @@ def merge(
     old, new = (t.float().unflatten(2, (heads, -1)) for t in (prev_attn_out, cur_attn_out))
     merged = (old * share(first) + new * share(second)).flatten(2)
     return merged.to(prev_attn_out.dtype), largest, total
+
+
+# --- scaled masked softmax: hidden scores are -10000 --------------------------------------------------------
+
+
+@kernel("npu_scaled_masked_softmax")
+def scaled_masked_softmax(x: Tensor, mask: Tensor, scale: float = 1, fixed_triu_mask: bool = False) -> Tensor:
+    assert x.dim() == 4 and mask.dtype == torch.bool and not fixed_triu_mask
+    assert all(side % 32 == 0 and 32 <= side <= 4096 for side in x.shape[-2:])
+    scores = torch.where(mask, torch.tensor(-10000.0), x.float() * scale)
+    weights = (scores - scores.max(-1, keepdim=True).values).exp()
+    return (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
+
+
+@kernel("npu_scaled_masked_softmax_backward")
+def scaled_masked_softmax_backward(
+    y_grad: Tensor, y: Tensor, mask: Tensor, scale: float, fixed_triu_mask: bool
+) -> Tensor:
+    grad, p = y_grad.float(), y.float()
+    return (scale * p * (grad - (grad * p).sum(-1, keepdim=True))).to(y.dtype)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.npu.kernels.optimizer import OverflowFlag
+from megatron_npu.virtual.kernels.optimizer import OverflowFlag
 
 
 @functools.cache

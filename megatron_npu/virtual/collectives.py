@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.npu.kernels import communicators
-from tests.npu.virtual import operators
-from tests.npu.virtual.host_memory import CPU, Crossing
+from megatron_npu.virtual import operators
+from megatron_npu.virtual.host_memory import CPU, Crossing
+from megatron_npu.virtual.kernels import matmul_collectives
 
 _HOST = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 # Reductions that HCCL has no kernel for before the 950, or never.
@@ -44,7 +44,7 @@ def _connect(options: Any, settings: Any) -> dist.ProcessGroupGloo:
     beside._set_default_backend(kind)
     beside._register_backend(CPU, kind, gloo)
     _GLOO_GROUPS[options.group_id] = beside.boxed()
-    communicators.register(gloo, beside)
+    matmul_collectives.register(gloo, beside)
     return gloo
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_npu.virtual.cann import why_not
+from megatron_npu.virtual.environment import environment
 from tests.functional_tests.launcher import Run
-from tests.npu.cann_stub.build import why_not
-from tests.npu.virtual.environment import ROOT, environment
+from tests.npu.ground import ROOT
 
 
 class Machine:

@@ -1,4 +1,4 @@
-"""Operators of a virtual NPU: torch's by the CPU's kernels, Ascend's own by those of ``tests.npu.kernels``.
+"""Operators of a virtual NPU: torch's by the CPU's kernels, Ascend's own by those of ``kernels``.
 
 Only what allocates, or changes how memory is seen, stays torch_npu's: it works on host memory.
 """
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.npu.kernels.registration import all_kernels
-from tests.npu.virtual.host_memory import Crossing
-from tests.npu.virtual.random_numbers import drawing_from, host_generator
-from tests.npu.virtual.saturation import saturated
+from megatron_npu.virtual.host_memory import Crossing
+from megatron_npu.virtual.kernels import all_kernels
+from megatron_npu.virtual.random_numbers import drawing_from, host_generator
+from megatron_npu.virtual.saturation import saturated
 
 KEY = "PrivateUse1"
 # Calls of Ascend's own operators in this process, by name; written to the directory in the variable, if any.
@@ -92,7 +92,7 @@ def route_aten(library: torch.library.Library) -> None:
 
 
 def route_npu() -> None:
-    """Gives Ascend's operators the kernels of ``tests.npu.kernels``, and a clear error to the others.
+    """Gives Ascend's operators the kernels of ``kernels``, and a clear error to the others.
 
     Their calls are counted. At the end of a process they go to ``calls_RANK.json`` in the directory that
     the variable VIRTUAL_NPU_CALLS names.
@@ -173,8 +173,8 @@ def _by_kernel(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def _missing(name: str) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
-            f"the virtual NPU has no kernel for npu::{name}: add one to tests/npu/kernels, or leave out the "
-            "replacement that calls it with --disable-override"
+            f"the virtual NPU has no kernel for npu::{name}: leave out the replacement that calls it with "
+            "--disable-override, or write one in megatron_npu/virtual/kernels"
         )
 
     return kernel

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tests.npu.virtual.host_memory import host
+from megatron_npu.virtual.host_memory import host
 
 # Device offsets are multiples of four.
 _STEP = 4
@@ -38,7 +38,7 @@ def drawing_from(generator: torch.Generator) -> Iterator[None]:
 
 def install(library: torch.library.Library) -> None:
     """Lets dropout, inside attention too, draw from the device's generator."""
-    from tests.npu.kernels import attention
+    from megatron_npu.virtual.kernels import attention
 
     library.impl("native_dropout", _dropout, "PrivateUse1")
     attention.Draw.next = staticmethod(_draw_for_attention)

@@ -1,11 +1,16 @@
-"""Activations, gated and not; each is differentiated by hand, by its own backward operator."""
+"""Parts of a layer that treat each token alone: activations, RMSNorm and rotary positions."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from tests.npu.kernels.registration import kernel
+from megatron_npu.virtual.kernels import kernel
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+# --- activations, gated and not; each is differentiated by hand, by its own backward operator ------------
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -81,3 +86,50 @@ def geglu_backward(
     to_plain, to_activated = grad * _wide(gelu), grad * plain * slope
     order = (to_activated, to_plain) if activate_left else (to_plain, to_activated)
     return torch.cat(order, dim).to(input.dtype)
+
+
+# --- RMSNorm: fp32 inside, one rounding after the product with gamma -------------------------------------
+
+
+@kernel("npu_rms_norm")
+def rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
+    assert input.dtype == gamma.dtype or (input.dtype in _HALF and gamma.dtype == torch.float32)
+    assert 2 <= input.dim() <= 8
+    x = input.float()
+    rstd = 1 / ((x * x).mean(-1, keepdim=True) + epsilon).sqrt()
+    return (x * rstd * gamma.float()).to(input.dtype), rstd
+
+
+@kernel("npu_rms_norm_backward")
+def rms_norm_backward(dy: Tensor, input: Tensor, gamma: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    x, grad, width = input.float(), dy.float(), gamma.numel()
+    unit = x * rstd
+    inner = grad * gamma.float()
+    dx = rstd * (inner - unit * (inner * unit).sum(-1, keepdim=True) / width)
+    dgamma = (grad * unit).reshape(-1, width).sum(0)
+    return dx.to(input.dtype), dgamma.to(gamma.dtype)
+
+
+# --- rotation of channel pairs ---------------------------------------------------------------------------
+
+
+def rotated(x: Tensor, mode: str) -> Tensor:
+    """Halves [a | b] -> [-b | a]; interleaved pairs (x0, x1) -> (-x1, x0)."""
+    if mode == "half":
+        middle = x.shape[-1] // 2
+        return torch.cat((-x[..., middle:], x[..., :middle]), -1)
+    assert mode == "interleave"
+    out = torch.empty_like(x)
+    out[..., 0::2], out[..., 1::2] = -x[..., 1::2], x[..., 0::2]
+    return out
+
+
+@kernel("npu_rotary_mul")
+def rotary_mul(
+    input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half", rotate: Tensor | None = None
+) -> Tensor:
+    assert rotate is None and input.dim() == 4 and input.shape[-1] % 2 == 0 and input.shape[-1] < 896
+    assert r1.shape == r2.shape and r1.shape[-1] == input.shape[-1]
+    # Tables of another type are rounded to that of the input first.
+    x, cos, sin = input.float(), r1.to(input.dtype).float(), r2.to(input.dtype).float()
+    return (x * cos + rotated(x, rotary_mode) * sin).to(input.dtype)

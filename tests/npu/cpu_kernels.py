@@ -1,39 +1,14 @@
-"""CPU kernels for ``npu::`` operators: written from Ascend's documents, registered under the real schemas.
+"""The virtual NPU's kernels under torch_npu's schemas, for CPU tensors, as tests of level 2 need them."""
 
-None calls or resembles a default of ``megatron.core.fusions``: agreement of the two says something. What the
-documents leave undefined is NaN here, and what they forbid is an error, so that nothing depends on it.
-
-A kernel computes on CPU tensors and may be handed host memory of a virtual device as such.
-"""
-
-import importlib
-import pkgutil
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-import tests.npu.kernels
+from megatron_npu.virtual.kernels import all_kernels, matmul_collectives
 
-KERNELS: dict[str, Callable[..., Any]] = {}
 _KEPT: list[torch.library.Library] = []
-
-
-def kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Declares the CPU kernel of ``npu::name`` (an overload as ``name.overload``)."""
-
-    def declare(function: Callable[..., Any]) -> Callable[..., Any]:
-        KERNELS[name] = function
-        return function
-
-    return declare
-
-
-def all_kernels() -> dict[str, Callable[..., Any]]:
-    """Every kernel of this package by the operator's name; ``KERNELS`` holds what is imported already."""
-    for module in pkgutil.iter_modules(tests.npu.kernels.__path__, "tests.npu.kernels."):
-        importlib.import_module(module.name)
-    return KERNELS
 
 
 def install_on_cpu() -> None:
@@ -62,3 +37,10 @@ def _redispatch(name: str, formulas: torch._C.DispatchKeySet) -> Callable[..., A
         return operator.redispatch(formulas | keys, *args, **kwargs)
 
     return call
+
+
+def register_gloo(group: dist.ProcessGroup) -> None:
+    """Makes gloo's backend of a group the one for NPU tensors as well."""
+    gloo = group._get_backend(torch.device("cpu"))
+    group._register_backend(torch.device("npu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+    matmul_collectives.register(gloo, group)

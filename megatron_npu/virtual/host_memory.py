@@ -1,10 +1,12 @@
-"""Tensors of a virtual NPU lie in host memory: the same bytes as a CPU tensor, and back."""
+"""Tensors of a virtual NPU lie in host memory: the same bytes as a CPU tensor, and back; copies of them."""
 
 import ctypes
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
+
+from megatron_npu.virtual.saturation import saturated
 
 NPU, CPU = "npu", torch.device("cpu")
 # A buffer has to have some size: more than any tensor has, so that one type serves all.
@@ -96,3 +98,38 @@ class Crossing:
         if t.dim() > 0 and t.device.type == "cpu":
             self._foreign = t
         return t
+
+
+def install(aten: library.Library) -> None:
+    """Registers what allocates and copies, between devices too."""
+    for name, function in {
+        "copy_": _copy,
+        "_copy_from_and_resize": _copy_from_and_resize,
+        "clone": _clone,
+        "contiguous": _contiguous,
+    }.items():
+        aten.impl(name, function, "PrivateUse1")
+
+
+def _host(t: Tensor) -> Tensor:
+    return host(t) if t.device.type == NPU else t
+
+
+def _copy(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    saturated(_host(self).copy_, _host(source))
+    return self
+
+
+def _copy_from_and_resize(source: Tensor, target: Tensor) -> Tensor:
+    return _copy(target.resize_(source.shape), source)
+
+
+def _clone(self: Tensor, memory_format: torch.memory_format | None = None) -> Tensor:
+    # torch_npu's empty_like warns about a memory format of its own.
+    like = torch.empty_strided(self.size(), self.stride(), device="meta")
+    strides = torch.empty_like(like, memory_format=memory_format or torch.preserve_format).stride()
+    return _copy(torch.empty_strided(self.size(), strides, dtype=self.dtype, device=self.device), self)
+
+
+def _contiguous(self: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    return self if self.is_contiguous(memory_format=memory_format) else _clone(self, memory_format)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.npu.kernels.registration import kernel
+from megatron_npu.virtual.kernels import kernel
 
 _MOST_INDICES = 16_777_215
 

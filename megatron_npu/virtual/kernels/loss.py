@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tests.npu.kernels.registration import kernel
+from megatron_npu.virtual.kernels import kernel
 
 
 @kernel("npu_cross_entropy_loss")

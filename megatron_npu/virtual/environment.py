@@ -1,13 +1,15 @@
 """The variables under which a process, and all that it starts, sees virtual NPUs."""
 
 import os
+import site
 import sys
 from pathlib import Path
 
-from tests.npu.cann_stub import build as cann_stub
+from megatron_npu.virtual import cann
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[2]
+# Where the package lies: a checkout, or an installation's site-packages.
+ROOT = HERE.parents[1]
 # Names that torch_npu 2.13.0 knows; drivers of the 950 have many more.
 CHIPS = (
     "Ascend910A", "Ascend910ProA", "Ascend910ProB", "Ascend910PremiumA", "Ascend910B",
@@ -27,23 +29,26 @@ def environment(devices: int, soc: str, memory_gib: float = 64.0) -> dict[str, s
         devices: how many.
         soc: one of CHIPS.
         memory_gib: what each claims to have; host memory is taken only as it is used.
+
+    Raises:
+        ConfigError: the stand-in cannot be built.
     """
-    cann = cann_stub.build()
-    for part in ("runtime", "compiler", "opp"):  # torch_npu wants to see them
-        (cann / part).mkdir(exist_ok=True)
+    home = cann.build()
     return {
         **os.environ,
         "STUB_NPU_COUNT": str(devices),
         "STUB_NPU_SOC": soc,
         "STUB_NPU_MEM": str(int(memory_gib * (1 << 30))),
         # The slash makes env_npu.sh see that CANN is in the environment already.
-        "ASCEND_HOME_PATH": str(cann),
-        "ASCEND_OPP_PATH": str(cann / "opp"),
-        "LD_LIBRARY_PATH": _before(f"{cann}/", "LD_LIBRARY_PATH"),
-        "PYTHONPATH": _before(f"{HERE / 'autoload'}{os.pathsep}{ROOT}", "PYTHONPATH"),
+        "ASCEND_HOME_PATH": str(home),
+        "ASCEND_OPP_PATH": str(home / "opp"),
+        "LD_LIBRARY_PATH": _before(f"{home}/", "LD_LIBRARY_PATH"),
+        "PYTHONPATH": _before(_search_path(), "PYTHONPATH"),
         "PATH": _before(str(Path(sys.executable).parent), "PATH"),
         "PYTHONWARNINGS": ",".join(filter(None, (_QUIET, os.environ.get("PYTHONWARNINGS")))),
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "1",
+        # torch_npu logs what it does about the chip, and torch that groups of two back ends have no default.
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         "MEGATRON_DEVICE": "npu",
         # Host memory and the CPU carry the model.
         "MEGATRON_RECIPE_SIZE": os.environ.get("MEGATRON_RECIPE_SIZE", "small"),
@@ -52,6 +57,16 @@ def environment(devices: int, soc: str, memory_gib: float = 64.0) -> dict[str, s
         # Virtual memory is not emulated, and env_npu.sh asks for it unless told otherwise.
         "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:False",
     }
+
+
+def _search_path() -> str:
+    """What Python has to find besides what it finds anyway.
+
+    Site-packages do not belong here: ahead of Python's own directory they would hide its modules.
+    """
+    installed = {Path(path).resolve() for path in (*site.getsitepackages(), site.getusersitepackages())}
+    places = [HERE / "autoload", *([] if ROOT in installed else [ROOT])]
+    return os.pathsep.join(map(str, places))
 
 
 def _before(first: str, variable: str) -> str:
