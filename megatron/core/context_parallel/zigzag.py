@@ -1,5 +1,7 @@
 """Which part of a sequence a rank holds: chunks r and 2*size-1-r of 2*size."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -42,6 +44,28 @@ def take_chunks(t: Tensor, dim: int, rank: int, size: int) -> Tensor:
     # [.., s, ..] -> [.., 2*size, s/(2*size), ..]
     chunks = t.unflatten(dim, (2 * size, chunk_length(t.shape[dim], size)))
     return torch.cat([chunks.select(dim, number) for number in chunks_of_rank(rank, size)], dim)
+
+
+def get_batch_on_this_cp_rank(batch: dict[str, Any]) -> dict[str, Any]:
+    """This context-parallel rank's part of a batch: chunks r and 2*CP-1-r of 2*CP chunks of the sequence.
+
+    Args:
+        batch: tensors [b, s, ...], split along s; ``attention_mask`` [b, 1, s, s] is split along its queries
+            (dimension 2) and keeps all keys; None stays None.
+
+    Returns:
+        A new dict; the same one at size 1.
+
+    Raises:
+        ConfigError: a sequence does not divide into 2*CP chunks.
+    """
+    rank, size = own_place()
+    if size == 1:
+        return batch
+    return {
+        name: None if t is None else take_chunks(t, 2 if name == "attention_mask" else 1, rank, size)
+        for name, t in batch.items()
+    }
 
 
 def to_sequence_order(parts: Tensor) -> Tensor:

@@ -11,10 +11,9 @@ from torch.distributed import ProcessGroup
 
 from megatron.core import accelerator
 from megatron.core.errors import NotBuiltYetError, UsageError
-from megatron.core.parallel_state.state import STATE
+from megatron.core.parallel_state.state import STATE, GlobalMemoryBuffer
 from megatron.core.process_groups import GroupFactory, device_backend, load_nccl_settings
 from megatron.core.rank_grid import RankGenerator, levels_of, make_grids
-from megatron.core.utils import GlobalMemoryBuffer, log_single_rank
 
 logger = logging.getLogger(__name__)
 
@@ -183,13 +182,10 @@ def _nccl_settings(path: str | None) -> dict | None:
     if path is None:
         return None
     if device_backend() != "nccl":
-        log_single_rank(
-            logger,
-            logging.WARNING,
-            "%s holds NCCL settings: the backend is %s, so they have no effect",
-            path,
-            device_backend(),
-        )
+        if dist.get_rank() == 0:
+            logger.warning(
+                "%s holds NCCL settings: the backend is %s, so they have no effect", path, device_backend()
+            )
         return None
     return load_nccl_settings(path)
 

@@ -1,12 +1,31 @@
 """What ``initialize_model_parallel`` found out: the tables that the getters read."""
 
+import math
 from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron.core import accelerator
 from megatron.core.errors import UsageError
-from megatron.core.utils import GlobalMemoryBuffer
+
+
+class GlobalMemoryBuffer:
+    """Scratch tensors that live as long as the process, one per name and dtype, grown on demand."""
+
+    def __init__(self) -> None:
+        self.buffer: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def get_tensor(self, tensor_shape: torch.Size | list[int], dtype: torch.dtype, name: str) -> Tensor:
+        """View of the buffer ``name`` in the wanted shape, on the current device; contents are undefined."""
+        numel = math.prod(tensor_shape)
+        held = self.buffer.get((name, dtype))
+        if held is None or held.numel() < numel:
+            held = torch.empty(numel, dtype=dtype, device=accelerator.current_device(), requires_grad=False)
+            self.buffer[(name, dtype)] = held
+        return held[:numel].view(tuple(tensor_shape))
 
 
 @dataclass

@@ -13,10 +13,15 @@ run backward on a thread of its own.
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from megatron.core.errors import TrainingError
+from megatron.core.errors import TrainingError, UsageError
+from megatron.core.fusions.matmul import accumulate_weight_gradient, weight_gradient
+from megatron.core.tensor_parallel.mappings import _gather_along_first_dim
+from megatron.core.utils import prepare_input_tensors_for_wgrad_compute
 
 Compute = Callable[[], None]
 
@@ -71,3 +76,42 @@ def run(n: int | None = None) -> None:
 def discard() -> None:
     """Forgets everything put off, after a step that failed half way."""
     _QUEUE.clear()
+
+
+# For other schedules, which keep the operands of an output layer in lists of their own.
+
+
+def drain_embedding_wgrad_compute(
+    config: Any,
+    embedding_activation_buffer: list[Tensor],
+    grad_output_buffer: list[Tensor],
+    weight: Tensor,
+) -> None:
+    """Adds the weight gradients of an output layer that were left for later to ``weight.main_grad``.
+
+    Args:
+        config: ``sequence_parallel`` says that activations are this rank's part of the sequence.
+        embedding_activation_buffer: inputs of the layer, one per micro-batch, [s, b, h] or [s/TP, b, h].
+        grad_output_buffer: gradients of its outputs in the same order, [s, b, v/TP]; both are emptied.
+        weight: [v/TP, h]; without a ``main_grad`` its ``grad`` is added to.
+
+    Raises:
+        UsageError: buffers of different lengths.
+    """
+    if len(embedding_activation_buffer) != len(grad_output_buffer):
+        raise UsageError(
+            f"{len(embedding_activation_buffer)} activations of the output layer but "
+            f"{len(grad_output_buffer)} gradients: empty the first buffer with "
+            "clear_embedding_activation_buffer() before each step"
+        )
+    with torch.no_grad():
+        while grad_output_buffer:
+            x, grad_output = embedding_activation_buffer.pop(0), grad_output_buffer.pop(0)
+            whole = _gather_along_first_dim(x) if config.sequence_parallel else x
+            operands = prepare_input_tensors_for_wgrad_compute(grad_output, whole)
+            if getattr(weight, "main_grad", None) is not None:
+                accumulate_weight_gradient(weight.main_grad, *operands)
+                weight.grad_added_to_main_grad = True
+            else:
+                grad = weight_gradient(*operands)
+                weight.grad = grad if weight.grad is None else weight.grad + grad

@@ -1,6 +1,7 @@
-"""Scratch buffers, tensors without a base, and other handling of single tensors."""
+"""Weight initialisers, tensors without a base, and other handling of single tensors."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,23 +10,45 @@ from torch.distributed import ProcessGroup
 
 from megatron.core.errors import UsageError
 
+InitMethod = Callable[[Tensor], Tensor]
 
-class GlobalMemoryBuffer:
-    """Scratch tensors that live as long as the process, one per name and dtype, grown on demand."""
 
-    def __init__(self) -> None:
-        self.buffer: dict[tuple[str, torch.dtype], Tensor] = {}
+class _Normal:
+    """Fills with N(0, std).  A class, not a closure, so that configs can be pickled and compared."""
 
-    def get_tensor(self, tensor_shape: torch.Size | list[int], dtype: torch.dtype, name: str) -> Tensor:
-        """View of the buffer ``name`` in the wanted shape, on the current device; contents are undefined."""
-        from megatron.core import accelerator
+    def __init__(self, std: float):
+        self.std = std
 
-        numel = math.prod(tensor_shape)
-        held = self.buffer.get((name, dtype))
-        if held is None or held.numel() < numel:
-            held = torch.empty(numel, dtype=dtype, device=accelerator.current_device(), requires_grad=False)
-            self.buffer[(name, dtype)] = held
-        return held[:numel].view(tuple(tensor_shape))
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return torch.nn.init.normal_(tensor, mean=0.0, std=self.std)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Normal) and other.std == self.std
+
+    def __hash__(self) -> int:
+        return hash(self.std)
+
+    def __repr__(self) -> str:
+        return f"normal(std={self.std:g})"
+
+
+def init_method_normal(sigma: float) -> InitMethod:
+    """Initialiser drawing from N(0, sigma)."""
+    return _Normal(sigma)
+
+
+def scaled_init_method_normal(sigma: float, num_layers: int, multiplier: float = 2.0) -> InitMethod:
+    """Initialiser drawing from N(0, sigma / sqrt(multiplier * num_layers)).
+
+    For the layers that write into the residual stream, of which there are ``multiplier`` per layer, so that
+    the stream's variance does not grow with depth (GPT-2 report, section 2.3).
+    """
+    return _Normal(sigma / math.sqrt(multiplier * num_layers))
+
+
+def xavier_uniform_init_method(tensor: Tensor) -> Tensor:
+    """Fills with U(-a, a), a = sqrt(6 / (fan in + fan out))."""
+    return torch.nn.init.xavier_uniform_(tensor)
 
 
 class WrappedTensor:
@@ -140,42 +163,3 @@ def prepare_input_tensors_for_wgrad_compute(
         grad_output.contiguous().view(-1, grad_output.shape[-1]),
         all_gathered_input.contiguous().view(-1, all_gathered_input.shape[-1]),
     )
-
-
-def drain_embedding_wgrad_compute(
-    config: Any,
-    embedding_activation_buffer: list[Tensor],
-    grad_output_buffer: list[Tensor],
-    weight: Tensor,
-) -> None:
-    """Adds the weight gradients of an output layer that were left for later to ``weight.main_grad``.
-
-    Args:
-        config: ``sequence_parallel`` says that activations are this rank's part of the sequence.
-        embedding_activation_buffer: inputs of the layer, one per micro-batch, [s, b, h] or [s/TP, b, h].
-        grad_output_buffer: gradients of its outputs in the same order, [s, b, v/TP]; both are emptied.
-        weight: [v/TP, h]; without a ``main_grad`` its ``grad`` is added to.
-
-    Raises:
-        UsageError: buffers of different lengths.
-    """
-    from megatron.core.fusions.matmul import accumulate_weight_gradient, weight_gradient
-    from megatron.core.tensor_parallel.mappings import _gather_along_first_dim
-
-    if len(embedding_activation_buffer) != len(grad_output_buffer):
-        raise UsageError(
-            f"{len(embedding_activation_buffer)} activations of the output layer but "
-            f"{len(grad_output_buffer)} gradients: empty the first buffer with "
-            "clear_embedding_activation_buffer() before each step"
-        )
-    with torch.no_grad():
-        while grad_output_buffer:
-            x, grad_output = embedding_activation_buffer.pop(0), grad_output_buffer.pop(0)
-            whole = _gather_along_first_dim(x) if config.sequence_parallel else x
-            operands = prepare_input_tensors_for_wgrad_compute(grad_output, whole)
-            if getattr(weight, "main_grad", None) is not None:
-                accumulate_weight_gradient(weight.main_grad, *operands)
-                weight.grad_added_to_main_grad = True
-            else:
-                grad = weight_gradient(*operands)
-                weight.grad = grad if weight.grad is None else weight.grad + grad

@@ -14,11 +14,12 @@ from megatron.core.errors import ConfigError, NotBuiltYetError, UsageError
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import RerunDataIterator, RerunDiagnostic, RerunErrorInjector
-from megatron.core.utils.logging_helpers import log_on_each_pipeline_stage, log_single_rank
-from megatron.core.utils.tensors import (
+from megatron.core.utils import (
     drain_embedding_wgrad_compute,
     get_data_parallel_group_if_dtensor,
     get_full_tensor_if_necessary,
+    log_on_each_pipeline_stage,
+    log_single_rank,
     prepare_input_tensors_for_wgrad_compute,
     to_local_if_dtensor,
 )

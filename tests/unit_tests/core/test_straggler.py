@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron.core.utils import StragglerDetector
-from megatron.core.utils.remote_switch import RemoteSwitch
+from megatron.core.utils.straggler import RemoteSwitch
 from tests.distributed.pool import run_ranks
 
 # Far more than a loaded machine's delay between two statements
