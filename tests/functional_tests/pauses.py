@@ -41,7 +41,7 @@ MOMENTS: dict[str, tuple[str, str, Callable[[], bool]]] = {
     "index": ("megatron.core.datasets.gpt_dataset", "build_gpt_index", lambda: True),
     "training": ("pretrain_gpt", "forward_step", lambda: _in_forward(grad=True)),
     "evaluation": ("pretrain_gpt", "forward_step", lambda: _in_forward(grad=False)),
-    "gathering": (f"{_SAVE}.sharded_optimizer", "gathered_state", _in_save),
+    "gathering": (f"{_SAVE}.optimizer_state", "gathered_state", _in_save),
     "writing": (f"{_SAVE}.durable", "write_file", _in_save),
     "publishing": (f"{_SAVE}.durable", "sync_directory", _in_save),
     "tracker": (f"{_SAVE}.durable", "replace_file", _in_save),

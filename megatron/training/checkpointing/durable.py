@@ -1,6 +1,6 @@
-"""Writing so that a crash, a full disk or a power cut leaves either the old state or the new one.
+"""Writing files so that a crash, a full disk or a power cut leaves either the old content or the new one.
 
-Files are written under a temporary name in the directory they are meant for, synced, and renamed; a rename
+Files are written under a temporary name in their final directory, synced, and renamed; a rename
 is atomic inside one file system, and durable once the directory is synced as well.
 """
 
@@ -39,13 +39,13 @@ def check_save_directory(path: str) -> None:
 
 
 def staging_directory(directory: str) -> str:
-    """Where the content of ``directory`` is put together: a hidden neighbour, the same on every rank."""
+    """Hidden directory beside ``directory``, in which its content is written; the same on every rank."""
     parent, name = os.path.split(directory)
     return os.path.join(parent, f".{name}{_STAGING_SUFFIX}")
 
 
 def remove_leftovers(parent: str) -> None:
-    """Delete what saves that were interrupted left behind."""
+    """Delete the staging directories that interrupted saves left behind."""
     for entry in os.listdir(parent) if os.path.isdir(parent) else []:
         if entry.startswith(".") and entry.endswith(_STAGING_SUFFIX):
             shutil.rmtree(os.path.join(parent, entry), ignore_errors=True)
@@ -60,7 +60,7 @@ def write_file(path: str, write: Callable[[BinaryIO], Any]) -> None:
     with _os_errors_explained(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "wb") as raw:
-            file = _RememberingFile(raw)
+            file = _ErrorKeepingFile(raw)
             try:
                 write(file)
             except Exception:
@@ -101,7 +101,7 @@ def _move_files_over(staging: str, final: str) -> None:
 
 
 def replace_file(path: str, content: bytes) -> None:
-    """Write a small file in place of the one there, in one step."""
+    """Replace a small file atomically."""
     temporary = f"{path}.{os.getpid()}.tmp"
     with _os_errors_explained(path):
         try:
@@ -115,7 +115,7 @@ def replace_file(path: str, content: bytes) -> None:
 
 
 def sync_directory(path: str) -> None:
-    """Make the names in a directory durable, where the file system knows how."""
+    """Sync the names in a directory, where the file system supports it."""
     descriptor = os.open(path or ".", os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -126,8 +126,8 @@ def sync_directory(path: str) -> None:
         os.close(descriptor)
 
 
-class _RememberingFile:
-    """A binary file that keeps the first error of the system, for whoever finds it translated."""
+class _ErrorKeepingFile:
+    """A binary file that keeps the first error of the system, which torch replaces by one of its own."""
 
     def __init__(self, file: BinaryIO):
         self._file = file

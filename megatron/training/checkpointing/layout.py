@@ -1,15 +1,15 @@
-"""Where the parts of a checkpoint lie: directory and file names, and what is found on disk.
+"""Directories and files of a checkpoint: their names, what is found on disk, and the tracker file.
 
 ::
 
-    SAVE/latest_checkpointed_iteration.txt     iteration, or the word "release"
+    SAVE/latest_checkpointed_iteration.txt     iteration of the latest checkpoint, or the word "release"
     SAVE/iter_0000004/mp_rank_00/model_optim_rng.pt
 
-A name depends on the place of a rank in the model-parallel grid alone, so these functions are pure once the
-place is given; what is left out is asked from ``parallel_state``.
+A name depends on the model-parallel ranks alone; those that a caller leaves out come from ``parallel_state``.
 """
 
 import os
+import socket
 import zipfile
 from collections.abc import Callable, Iterator
 
@@ -17,6 +17,8 @@ import torch
 
 from megatron.core import parallel_state
 from megatron.core.errors import CheckpointError
+from megatron.training.agreement import extremes, failing_together
+from megatron.training.checkpointing import durable
 
 MODEL_FILE = "model_optim_rng.pt"
 DISTRIBUTED_OPTIMIZER_FILE = "distrib_optim.pt"
@@ -24,14 +26,14 @@ RELEASE = "release"
 _NON_PERSISTENT_CKPT_SUBDIR = "non_persistent"
 
 
-def own_place(getter: Callable[[], int], alone: int) -> int:
-    """A size or rank of ``parallel_state``, or ``alone`` in a process that belongs to no group."""
+def rank_or_size(getter: Callable[[], int], default: int) -> int:
+    """A rank or size of ``parallel_state``, or ``default`` in a process without process groups."""
     try:
         return getter()
     except AssertionError:
         if torch.distributed.is_initialized():
             raise
-        return alone
+        return default
 
 
 def iteration_directory(checkpoints_path: str, iteration: int, release: bool = False) -> str:
@@ -81,19 +83,19 @@ def get_checkpoint_name(
     if return_base_dir:
         return base
     if pipeline_parallel is None:
-        pipeline_parallel = own_place(parallel_state.get_pipeline_model_parallel_world_size, 1) > 1
+        pipeline_parallel = rank_or_size(parallel_state.get_pipeline_model_parallel_world_size, 1) > 1
     if tensor_rank is None:
-        tensor_rank = own_place(parallel_state.get_tensor_model_parallel_rank, 0)
+        tensor_rank = rank_or_size(parallel_state.get_tensor_model_parallel_rank, 0)
     if pipeline_rank is None:
-        pipeline_rank = own_place(parallel_state.get_pipeline_model_parallel_rank, 0)
+        pipeline_rank = rank_or_size(parallel_state.get_pipeline_model_parallel_rank, 0)
     if expert_parallel is None:
-        expert_parallel = own_place(parallel_state.get_expert_model_parallel_world_size, 1) > 1
+        expert_parallel = rank_or_size(parallel_state.get_expert_model_parallel_world_size, 1) > 1
     if expert_rank is None:
-        expert_rank = own_place(parallel_state.get_expert_model_parallel_rank, 0)
-    place = rank_directory(
+        expert_rank = rank_or_size(parallel_state.get_expert_model_parallel_rank, 0)
+    directory = rank_directory(
         tensor_rank, pipeline_rank if pipeline_parallel else None, expert_rank if expert_parallel else None
     )
-    return os.path.join(base, place, basename)
+    return os.path.join(base, directory, basename)
 
 
 def get_distributed_optimizer_checkpoint_name(model_checkpoint_name: str) -> str:
@@ -161,7 +163,7 @@ def saved_iterations(checkpoints_path: str) -> list[int]:
 
 
 def complete_iterations(checkpoints_path: str) -> list[int]:
-    """Iterations whose every file has its end: a zip archive cut short has lost its table of contents."""
+    """Iterations all of whose files are whole: a zip archive cut short has lost its table of contents."""
 
     def complete(iteration: int) -> bool:
         base = iteration_directory(checkpoints_path, iteration)
@@ -190,3 +192,72 @@ def advice_on_other_iterations(checkpoints_path: str, unusable: int | None = Non
     shown = ", ".join(map(str, others[-8:]))
     more = f" (and {len(others) - 8} older)" if len(others) > 8 else ""
     return f"Complete checkpoints found: {shown}{more}; load one with --ckpt-step {others[-1]}."
+
+
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+
+
+def get_checkpoint_tracker_filename(checkpoints_path: str) -> str:
+    """Path of the tracker file of a save directory."""
+    return os.path.join(checkpoints_path, TRACKER_FILE)
+
+
+def checkpoint_exists(checkpoints_path: str | None) -> bool:
+    """True if the directory has a tracker file."""
+    return checkpoints_path is not None and os.path.isfile(get_checkpoint_tracker_filename(checkpoints_path))
+
+
+def write_tracker(checkpoints_path: str, iteration: int) -> None:
+    """Make ``iteration`` the latest; a crash leaves the old tracker or the new one, never a mixture."""
+    durable.replace_file(get_checkpoint_tracker_filename(checkpoints_path), str(iteration).encode())
+
+
+def read_metadata(tracker_filename: str) -> tuple[int, bool]:
+    """Iteration and release flag from a tracker file; the highest iteration where ranks disagree.
+
+    Returns:
+        ``(iteration, release)``; the iteration of a release is 0.
+
+    Raises:
+        CheckpointError: the file holds neither a positive integer nor ``release``, or is missing everywhere.
+    """
+    agreed = read_together(tracker_filename)
+    if agreed is None:
+        raise CheckpointError(f"cannot read {tracker_filename}: it does not exist")
+    return agreed
+
+
+def read_together(tracker_filename: str) -> tuple[int, bool] | None:
+    """Read the tracker as :func:`read_metadata` does; None where no rank finds the file. Takes all ranks.
+
+    A rank may see an older tracker, or none, over a file system that lags, or on a disk of its own; the
+    highest iteration is used, and a rank that sees another prints a warning.
+    """
+    with failing_together():
+        own = read_tracker(tracker_filename) if os.path.isfile(tracker_filename) else None
+    number = -1 if own is None else own[0]
+    _, highest = extremes(number)
+    if number != highest:
+        seen = "is missing" if number < 0 else f"says iteration {number}"
+        print(
+            f"WARNING: on rank {torch.distributed.get_rank()} ({socket.gethostname()}) {tracker_filename} "
+            f"{seen}, another rank's says {highest or RELEASE}, which is used",
+            flush=True,
+        )
+    return None if highest < 0 else (highest, highest == 0)
+
+
+def read_tracker(tracker_filename: str) -> tuple[int, bool]:
+    """Iteration and release flag in this rank's tracker file; the iteration of a release is 0."""
+    try:
+        with open(tracker_filename, encoding="utf-8", errors="replace") as file:
+            text = file.read().strip()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {tracker_filename}: {error.strerror}") from error
+    release = text == RELEASE
+    if not release and not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise CheckpointError(
+            f"{tracker_filename} must hold a positive iteration number or the word release, found "
+            f"{text[:40]!r}. " + advice_on_other_iterations(os.path.dirname(tracker_filename))
+        )
+    return (0 if release else int(text)), release

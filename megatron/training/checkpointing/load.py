@@ -8,20 +8,12 @@ import torch
 from megatron.core.errors import CheckpointError
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training.agreement import any_rank, extremes, failing_together
-from megatron.training.checkpointing import (
-    names,
-    optimizer_order,
-    parallel_layout,
-    replaceable,
-    sharded_optimizer,
-    tracker,
-)
+from megatron.training.checkpointing import layout, locate, optimizer_state, parameter_names, run_context
 from megatron.training.checkpointing.locate import _load_base_checkpoint
 from megatron.training.checkpointing.model_args import flags_to_change
-from megatron.training.checkpointing.rng import set_rng_state
-from megatron.training.checkpointing.save import describe_place
-from megatron.training.checkpointing.state import model_keys
-from megatron.training.checkpointing.version import get_checkpoint_version, set_checkpoint_version
+from megatron.training.checkpointing.run_context import get_checkpoint_version, set_checkpoint_version
+from megatron.training.checkpointing.save import describe_rank
+from megatron.training.checkpointing.state import model_keys, set_rng_state
 from megatron.training.utils import print_rank_0, unwrap_model
 
 
@@ -51,7 +43,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: the checkpoint cannot be read or does not fit; the message says why.
     """
-    args = replaceable.get_args()
+    args = run_context.get_args()
     load_dir = _directory_to_load(args, load_arg)
     model = unwrap_model(ddp_model, None)
     state_dict, name, release, _ = _load_base_checkpoint(
@@ -70,15 +62,15 @@ def load_checkpoint(
         if not skip_load_to_model_and_opt:
             own_optimizer = optimizer if with_optimizer else None
             _check_optimizer_kind(args, own_optimizer, state_dict, name)
-            shards = sharded_optimizer.read_state(own_optimizer, name) if own_optimizer is not None else None
+            shards = optimizer_state.read_state(own_optimizer, name) if own_optimizer is not None else None
             _load_model_and_optimizer(args, model, own_optimizer, state_dict, strict, name)
     _check_same_iteration(iteration, name)
     print_rank_0(f" checkpoint version {get_checkpoint_version()}")
     if not skip_load_to_model_and_opt:
         if with_optimizer and optimizer is not None:
             with failing_together():  # a file that does not fit is refused by all ranks of its group
-                sharded_optimizer.distribute_state(optimizer, shards)
-        elif optimizer is not None and (args.fp16 or args.bf16 or sharded_optimizer.is_sharded(optimizer)):
+                optimizer_state.distribute_state(optimizer, shards)
+        elif optimizer is not None and (args.fp16 or args.bf16 or optimizer_state.is_sharded(optimizer)):
             optimizer.reload_model_params()
     with failing_together():
         if not skip_load_to_model_and_opt and with_optimizer:
@@ -88,13 +80,13 @@ def load_checkpoint(
         if not starts_anew and not args.no_load_rng:
             set_rng_state(state_dict, args.data_parallel_random_init)
     print_rank_0(
-        f"  successfully loaded checkpoint from {load_dir} {describe_place()} at iteration {iteration}"
+        f"  successfully loaded checkpoint from {load_dir} {describe_rank()} at iteration {iteration}"
     )
     return iteration, state_dict.get("num_floating_point_operations_so_far", 0)
 
 
 def _check_same_iteration(iteration: int, name: str) -> None:
-    """Files of different saves in one directory would train on as a model that never was."""
+    """Refuse a directory that mixes the files of different saves, whose weights do not belong together."""
     lowest, highest = extremes(iteration)
     if lowest != highest:
         raise CheckpointError(
@@ -106,11 +98,11 @@ def _check_same_iteration(iteration: int, name: str) -> None:
 def _check_optimizer_kind(
     args: argparse.Namespace, optimizer: Any, state_dict: dict[str, Any], name: str
 ) -> None:
-    """Refuse optimizer state that was kept in another way, by flags instead of by missing keys."""
+    """Refuse optimizer state of another kind by naming the flags, before missing keys would."""
     stored = state_dict.get("args")
     if optimizer is None or stored is None:
         return
-    problems = parallel_layout.optimizer_differences(stored, args)
+    problems = locate.optimizer_differences(stored, args)
     if problems:
         raise CheckpointError(
             f"the optimizer state of {name} does not fit: {'; '.join(problems)}. Start with the saved "
@@ -122,11 +114,11 @@ def _directory_to_load(args: argparse.Namespace, load_arg: str) -> str:
     """The load directory, or that of ``--pretrained-checkpoint`` while the former is still empty."""
     load_dir = getattr(args, load_arg)
     pretrained = getattr(args, "pretrained_checkpoint", None)
-    if pretrained is None or any_rank(tracker.checkpoint_exists(load_dir)):
+    if pretrained is None or any_rank(layout.checkpoint_exists(load_dir)):
         return load_dir
-    if not any_rank(tracker.checkpoint_exists(pretrained)):
+    if not any_rank(layout.checkpoint_exists(pretrained)):
         raise CheckpointError(
-            f"--pretrained-checkpoint {pretrained}: the directory has no {tracker.TRACKER_FILE}; give the "
+            f"--pretrained-checkpoint {pretrained}: the directory has no {layout.TRACKER_FILE}; give the "
             "directory that holds it"
         )
     print_rank_0(
@@ -151,10 +143,10 @@ def _restore_counters(args: argparse.Namespace, state_dict: dict[str, Any]) -> N
     if args.finetune:
         return
     stored = state_dict["args"]
-    replaceable.check_checkpoint_args(stored)
+    run_context.check_checkpoint_args(stored)
     for counter in ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"):
         setattr(args, counter, getattr(stored, counter, 0))
-    replaceable.update_num_microbatches(consumed_samples=args.consumed_train_samples, verbose=True)
+    run_context.update_num_microbatches(consumed_samples=args.consumed_train_samples, verbose=True)
 
 
 def _load_model_and_optimizer(
@@ -183,7 +175,7 @@ def _load_model_and_optimizer(
         optimizer_state = _fitted_optimizer_state(args, model, state_dict, renamed)
     for chunk, state in zip(model, fitted, strict=True):
         chunk.load_state_dict(state, strict=strict)
-    names.fix_query_key_value_ordering(model, version)
+    parameter_names.fix_query_key_value_ordering(model, version)
     if optimizer is not None:
         optimizer.load_state_dict(optimizer_state)
 
@@ -200,8 +192,8 @@ def _fitted_chunks(
                 "pipeline size that the checkpoint was saved with"
             )
         wanted = chunk.state_dict()
-        state, table = names.fit_model_state(state_dict[key], wanted)
-        problems += names.differences(state, wanted, strict)
+        state, table = parameter_names.fit_model_state(state_dict[key], wanted)
+        problems += parameter_names.differences(state, wanted, strict)
         fitted.append(state)
         renamed.append(table)
     if problems:
@@ -215,14 +207,14 @@ def _fitted_chunks(
 
 
 def _remedy_for_other_weights(state_dict: dict[str, Any]) -> str:
-    """What to type for the model of a checkpoint, as far as its arguments tell."""
+    """The flags that give the model of a checkpoint, as far as its arguments show."""
     vocabulary = (
         "A first dimension of another size in embedding.word_embeddings or output_layer means another "
         "vocabulary or another --make-vocab-size-divisible-by."
     )
     if "args" not in state_dict:
         return f"Start with the flags of the run that saved it. {vocabulary}"
-    words = flags_to_change(state_dict["args"], replaceable.get_args())
+    words = flags_to_change(state_dict["args"], run_context.get_args())
     if words:
         return f"The run that saved it had: {', '.join(words)}. Start with these. {vocabulary}"
     return f"The run that saved it had the same flags, so the code or the layer spec differs. {vocabulary}"
@@ -252,10 +244,10 @@ def _fitted_optimizer_state(
         in_file = [renamed[index].get(name, name) for name in state_dict[key]]
         stored += [(prefix + name, own[name]) for name in in_file if name in own]
         wanted += [(prefix + name, dimensions) for name, dimensions in own.items()]
-    return optimizer_order.renumber(
+    return optimizer_state.renumber(
         state,
-        optimizer_order.group_names(stored, decoupled),
-        optimizer_order.group_names(wanted, decoupled),
+        optimizer_state.group_names(stored, decoupled),
+        optimizer_state.group_names(wanted, decoupled),
     )
 
 

@@ -9,9 +9,9 @@ import torch
 from megatron.core.errors import CheckpointError, ConfigError
 from megatron.training.agreement import failing_together, world_size
 from megatron.training.arguments.validation import ALL_FLAGS
-from megatron.training.checkpointing import replaceable
+from megatron.training.checkpointing import run_context
 from megatron.training.checkpointing.locate import _load_base_checkpoint
-from megatron.training.checkpointing.version import get_checkpoint_version
+from megatron.training.checkpointing.run_context import get_checkpoint_version
 from megatron.training.utils import print_rank_0
 
 # fmt: off
@@ -120,7 +120,7 @@ def _stored_args(
 
 
 def _from_rank_0(read: Callable[[], Any]) -> Any:
-    """What ``read`` returns on rank 0, on all ranks: another host may lack the file, or have an older one."""
+    """Result of ``read`` on rank 0, for all ranks: another host may lack the file, or have an older one."""
     if world_size() == 1:
         return read()
     answer: list[Any] = [None]
@@ -170,7 +170,7 @@ def check_checkpoint_args(checkpoint_args: argparse.Namespace) -> None:
     Raises:
         CheckpointError: naming every argument that differs, with both values.
     """
-    args = replaceable.get_args()
+    args = run_context.get_args()
     pairs = [(field, field) for field in _fields_to_compare(args)]
     if args.ckpt_format == "torch":
         old = (get_checkpoint_version() or 0) < 3.0
@@ -207,9 +207,9 @@ def _difference(field: str, stored: Any, here: Any) -> str:
 
 
 def flags_to_change(stored: argparse.Namespace, args: argparse.Namespace) -> list[str]:
-    """What to type, flag by flag, for the model and the layout that a checkpoint was saved with.
+    """The flags, with values, of the model and parallel sizes that a checkpoint was saved with.
 
-    ``--use-checkpoint-args`` is no such advice: it leaves the sizes alone that the command line gives.
+    The advice is not ``--use-checkpoint-args``, which leaves sizes given on the command line as they are.
     """
     flags = {flag.dest: flag for flag in ALL_FLAGS}
     fields = (*FILL, *FORCE, *FORCE_EXTENSION, "make_vocab_size_divisible_by", *PARALLEL_FORCE)

@@ -1,4 +1,4 @@
-"""Reading checkpoint files without running what is in them.
+"""Reading checkpoint files without running code from them.
 
 A pickle can name any function and have it called. Files are therefore read by torch's restricted unpickler,
 which knows tensors and containers, plus the few names below. Everything that belongs to Megatron becomes
@@ -48,7 +48,7 @@ _FOREIGN_PACKAGES = ("megatron.", "mindspeed.", "mindspeed_llm.", "modellink.")
 
 
 class Unknown:
-    """What is left of an object whose class is not part of this package: its name, arguments and state."""
+    """Stand-in for an object whose class is not part of this package, with its name, arguments and state."""
 
     class_name = ""
     args: tuple[Any, ...] = ()
@@ -83,7 +83,7 @@ class _EnumReader:
 
 
 def _member_of(owner: Any, name: Any, *default: Any) -> Any:
-    """What a file gets for ``getattr``: a member of an enumeration, and nothing else."""
+    """Replacement of ``getattr`` in a file: returns members of enumerations, and refuses anything else."""
     if isinstance(name, str) and not default:
         if isinstance(owner, _EnumReader):
             return owner.member(name)
@@ -97,7 +97,7 @@ def _stand_in(path: str) -> type[Unknown]:
 
 
 def _numpy_names() -> list[tuple[Any, str]]:
-    """What NumPy's numbers and arrays of them are made of, under the module names of NumPy 1 and 2."""
+    """Names in the pickles of NumPy's numbers and arrays, under the module names of NumPy 1 and 2."""
     import numpy as np
 
     reconstruct = np.ndarray(0).__reduce__()[0]

@@ -1,4 +1,4 @@
-"""Saving a checkpoint: put together, write aside, publish, and only then move the tracker."""
+"""Saving a checkpoint: collect its content, write it aside, rename it, and only then update the tracker."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +9,9 @@ from megatron.core import parallel_state
 from megatron.core.errors import CheckpointError, NotBuiltYetError
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training.agreement import failing_together
-from megatron.training.checkpointing import durable, layout, replaceable, sharded_optimizer
+from megatron.training.checkpointing import durable, layout, optimizer_state, run_context
 from megatron.training.checkpointing.publishing import write_together
-from megatron.training.checkpointing.rng import get_rng_state
-from megatron.training.checkpointing.state import generate_state_dict
+from megatron.training.checkpointing.state import generate_state_dict, get_rng_state
 from megatron.training.utils import print_rank_0, unwrap_model
 
 
@@ -32,9 +31,9 @@ def save_checkpoint(
     train_data_iterator: Any = None,
     preprocess_common_state_dict_fn: Callable[[dict], dict] | None = None,
 ) -> None:
-    """Save everything that is needed to go on, under ``--save``.
+    """Save everything that is needed to continue the run, under ``--save``.
 
-    Whatever happens on the way, the directory holds the checkpoint from before or the new one, complete.
+    Whatever happens meanwhile, the directory holds the previous checkpoint or the new one, complete.
 
     Args:
         iteration: number of finished iterations.
@@ -43,8 +42,8 @@ def save_checkpoint(
         opt_param_scheduler: schedule or None.
         num_floating_point_operations_so_far: stored as it is.
         checkpointing_context: caches of sharded formats; not used by format torch.
-        pipeline_rank: place of this rank in the name of its file, as are the next four; None asks
-            ``parallel_state``.
+        pipeline_rank: pipeline stage in the name of this rank's file; None asks ``parallel_state``, as for
+            the next four.
         expert_rank: expert-parallel rank.
         tensor_rank: tensor-parallel rank.
         pipeline_parallel: whether there are several stages.
@@ -57,7 +56,7 @@ def save_checkpoint(
         CheckpointError: the directory cannot be written, or the disk is full.
         NotBuiltYetError: another format than torch, or a rolling checkpoint.
     """
-    args = replaceable.get_args()
+    args = run_context.get_args()
     _refuse_what_is_not_built(args, non_persistent_ckpt)
     save_dir = args.save
     print_rank_0(f"saving checkpoint at iteration {iteration:7d} to {save_dir} in {args.ckpt_format} format")
@@ -83,20 +82,20 @@ def save_checkpoint(
         expert_parallel=expert_parallel,
         expert_rank=expert_rank,
     )
-    # Gathering the shards takes all ranks; only the first of each data-parallel group has the whole then.
-    shards = None if args.no_save_optim else sharded_optimizer.gathered_state(optimizer)
+    # Gathering the shards takes all ranks; only the first of each data-parallel group gets the whole.
+    shards = None if args.no_save_optim else optimizer_state.gathered_state(optimizer)
     write_together(state, shards, save_dir, iteration, name)
     print_rank_0(
-        f"  successfully saved checkpoint from iteration {iteration:7d} to {save_dir} {describe_place()}"
+        f"  successfully saved checkpoint from iteration {iteration:7d} to {save_dir} {describe_rank()}"
     )
 
 
-def describe_place() -> str:
-    """This rank's place in the model, one-based, as the log lines show it: ``[ t 1/2, p 1/4 ]``."""
-    tensor_rank = layout.own_place(parallel_state.get_tensor_model_parallel_rank, 0)
-    tensor_size = layout.own_place(parallel_state.get_tensor_model_parallel_world_size, 1)
-    stage = layout.own_place(parallel_state.get_pipeline_model_parallel_rank, 0)
-    stages = layout.own_place(parallel_state.get_pipeline_model_parallel_world_size, 1)
+def describe_rank() -> str:
+    """Tensor and pipeline rank of this process, one-based, for log lines: ``[ t 1/2, p 1/4 ]``."""
+    tensor_rank = layout.rank_or_size(parallel_state.get_tensor_model_parallel_rank, 0)
+    tensor_size = layout.rank_or_size(parallel_state.get_tensor_model_parallel_world_size, 1)
+    stage = layout.rank_or_size(parallel_state.get_pipeline_model_parallel_rank, 0)
+    stages = layout.rank_or_size(parallel_state.get_pipeline_model_parallel_world_size, 1)
     return f"[ t {tensor_rank + 1}/{tensor_size}, p {stage + 1}/{stages} ]"
 
 

@@ -1,13 +1,28 @@
-"""What a checkpoint contains, put together from the parts of a run."""
+"""Content of a checkpoint: the parts of a run as plain values, and random states and how they come back.
+
+How an object is pickled depends on its class, and changes between versions: the member of an enumeration is a
+call of its class on most Pythons, and a call of ``getattr`` on Python 3.11.0 to 3.11.3, which no careful
+reader carries out. A checkpoint therefore holds tensors, arrays of numbers, built-in containers and built-in
+values only, which every version of Python and NumPy can unpickle without importing anything for them.
+"""
 
 import argparse
+import enum
+import os
+import random
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
+from megatron.core import accelerator, parallel_state
 from megatron.core.errors import CheckpointError, NotBuiltYetError
-from megatron.training.checkpointing.plain_values import NotPlainError, to_plain
-from megatron.training.checkpointing.version import CURRENT_VERSION
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.training.checkpointing import run_context
+from megatron.training.checkpointing.run_context import CURRENT_VERSION
+from megatron.training.utils import print_rank_0
 
 
 def generate_state_dict(
@@ -21,7 +36,7 @@ def generate_state_dict(
     optim_sd_kwargs: dict[str, Any] | None = None,
     rerun_state: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that influences the next training step.
+    """Put together everything that influences the next training step.
 
     Args:
         args: arguments of the run, with the number of samples consumed so far.
@@ -72,9 +87,9 @@ def storable_args(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def to_host(content: Any) -> Any:
-    """The same structure in plain values, with every tensor on the CPU, holding no more memory than it shows.
+    """The same structure in plain values, with every tensor on the CPU, in storage of its own size.
 
-    A tensor that is a window into a large buffer would take the whole buffer to disk; it is copied. Tensors
+    A view of a large buffer would take the whole buffer to disk, so it is copied. Tensors
     that share their memory go on sharing it.
 
     Raises:
@@ -108,9 +123,9 @@ def _host_tensor(tensor: torch.Tensor, seen: dict[tuple, torch.Tensor]) -> torch
 
 
 def preprocess_common_state_dict(common_state_dict: dict[str, Any]) -> dict[str, Any]:
-    """What of a state is the same on all ranks, for comparing it between them.
+    """The part of a state that is the same on all ranks, for a comparison between them.
 
-    Arguments become a dict without the rank's own numbers; the input stays as it is.
+    Arguments become a dict without rank numbers; the input is not changed.
     """
     common = dict(common_state_dict)
     if "args" in common:
@@ -119,3 +134,156 @@ def preprocess_common_state_dict(common_state_dict: dict[str, Any]) -> dict[str,
         fields = args if isinstance(args, dict) else vars(args)
         common["args"] = {name: value for name, value in fields.items() if name not in own}
     return common
+
+
+_PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+# Conversion of instances of subclasses, which may define another conversion than the built-in base.
+_BASES: tuple[tuple[type, Callable[[Any], Any]], ...] = (
+    (int, int.__int__),
+    (float, float.__float__),
+    (complex, lambda value: complex(value.real, value.imag)),
+    (str, str.__str__),
+    ((bytes, bytearray), lambda value: bytes(memoryview(value))),
+)
+_SEQUENCES: tuple[tuple[Any, type], ...] = (
+    ((list, deque, range), list),
+    (tuple, tuple),
+    ((set, frozenset), set),
+)
+
+
+class NotPlainError(TypeError):
+    """An object that has no plain form; the message names its class and its path in the whole."""
+
+
+def to_plain(value: Any, keep: Callable[[Any], Any] | None = None, path: str = "") -> Any:
+    """A copy of ``value`` in built-in types alone.
+
+    Members of enumerations become their values, NumPy's scalars Python's, paths text, and subclasses of
+    built-in types (named tuples, default dictionaries ...) those types.
+
+    Args:
+        value: any structure.
+        keep: makes the copy of a tensor, or of a numeric array; without it they are not plain.
+        path: of ``value`` in the whole, for the message.
+
+    Raises:
+        NotPlainError: there is an object of another class in it.
+    """
+    if type(value) in _PLAIN_TYPES:
+        return value
+    if isinstance(value, torch.Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufc"):
+        if keep is None:
+            raise NotPlainError(f"{path or 'it'} is a {type(value).__name__}")
+        return keep(value)
+    if isinstance(value, enum.Enum):
+        return to_plain(value.value, keep, path)
+    if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):
+        return to_plain(value.item(), keep, path)
+    if isinstance(value, os.PathLike):
+        return to_plain(os.fspath(value), keep, path)
+    if isinstance(value, argparse.Namespace):
+        return argparse.Namespace(**to_plain(vars(value), keep, path))
+    if isinstance(value, Mapping):
+        return _plain_mapping(value, keep, path)
+    for kinds, plain_kind in _SEQUENCES:
+        if isinstance(value, kinds):
+            return plain_kind(to_plain(item, keep, f"{path}[{i}]") for i, item in enumerate(value))
+    for kind, convert in _BASES:
+        if isinstance(value, kind):
+            return convert(value)
+    raise NotPlainError(f"{path or 'it'} is a {type(value).__module__}.{type(value).__qualname__}")
+
+
+def _plain_mapping(value: Mapping, keep: Callable[[Any], Any] | None, path: str) -> dict[Any, Any]:
+    items = (
+        (to_plain(key, None, f"a key of {path or 'it'}"), to_plain(item, keep, f"{path}[{key!r}]"))
+        for key, item in value.items()
+    )
+    if not isinstance(value, OrderedDict):
+        return dict(items)
+    copy = OrderedDict(items)
+    # torch keeps the versions of modules in an attribute
+    copy.__dict__.update(to_plain(vars(value), keep, path))
+    return copy
+
+
+def get_rng_state(ckpt_format: str) -> list[dict[str, Any]]:
+    """Random states of this process, as a list with one entry.
+
+    Data-parallel ranks share their states, unless each initialised its weights differently
+    (``data_parallel_random_init``): then the list has an entry per data-parallel rank, and all of them must
+    call this together.
+
+    Raises:
+        NotBuiltYetError: for a sharded checkpoint format.
+    """
+    if ckpt_format != "torch":
+        raise NotBuiltYetError(
+            "random states in a sharded checkpoint",
+            f"--ckpt-format {ckpt_format}",
+            "Use --ckpt-format torch.",
+        )
+    own = {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": accelerator.get_rng_state(),
+        "rng_tracker_states": get_cuda_rng_tracker().get_states(),
+    }
+    if not run_context.get_args().data_parallel_random_init:
+        return [own]
+    group = parallel_state.get_data_parallel_group()
+    entries: list[dict[str, Any]] = [{}] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(entries, own, group=group)
+    return entries
+
+
+def set_rng_state(state_dict: dict[str, Any], data_parallel_random_init: bool) -> None:
+    """Put back the random states of a checkpoint.
+
+    A device state that another kind of device wrote cannot be read here; it is left out with a warning.
+
+    Raises:
+        CheckpointError: the checkpoint has no random states.
+    """
+    state = _entry_of_this_rank(state_dict, data_parallel_random_init)
+    random.setstate(state["random_rng_state"])
+    np.random.set_state(state["np_rng_state"])
+    torch.set_rng_state(state["torch_rng_state"])
+    tracker_states = state["rng_tracker_states"]
+    if not tracker_states:
+        raise CheckpointError(
+            "the checkpoint's random states lack the named streams of dropout (rng_tracker_states is empty); "
+            "go on without them with --no-load-rng"
+        )
+    try:
+        for stream_state in (state["cuda_rng_state"], *tracker_states.values()):
+            torch.Generator(device=accelerator.current_device()).set_state(stream_state)
+    except (RuntimeError, TypeError) as error:
+        print_rank_0(
+            "WARNING: the checkpoint's device random states do not fit this device "
+            f"({accelerator.device_type()}: {str(error).splitlines()[0]}); "
+            "dropout goes on from the seed instead"
+        )
+        return
+    accelerator.set_rng_state(state["cuda_rng_state"])
+    get_cuda_rng_tracker().set_states(tracker_states)
+
+
+def _entry_of_this_rank(state_dict: dict[str, Any], data_parallel_random_init: bool) -> dict[str, Any]:
+    if "rng_state" in state_dict:
+        entries = state_dict["rng_state"]
+        rank = parallel_state.get_data_parallel_rank() if data_parallel_random_init else 0
+        if rank >= len(entries):
+            raise CheckpointError(
+                f"the checkpoint has random states of {len(entries)} data-parallel rank(s), this is rank "
+                f"{rank}; leave out --data-parallel-random-init or add --no-load-rng"
+            )
+        return entries[rank]
+    if "random_rng_state" in state_dict:  # checkpoints of 2021 and before
+        return state_dict
+    raise CheckpointError(
+        "the checkpoint holds no random states (it was saved with --no-save-rng); add --no-load-rng to load "
+        "the rest of it"
+    )

@@ -7,7 +7,7 @@ from argparse import Namespace
 import torch
 
 from megatron.core.errors import CheckpointError
-from megatron.training.checkpointing.storage import lowest_rank_that_shares
+from megatron.training.checkpointing.publishing import lowest_rank_that_shares
 
 
 def storage_domain(args: Namespace, prefixes: list[str]) -> int:

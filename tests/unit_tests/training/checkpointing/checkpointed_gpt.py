@@ -43,7 +43,7 @@ class GPTRun:
         biases: bool = False,
     ):
         torch.manual_seed(seed)
-        checkpointing.rng.get_cuda_rng_tracker().reset()
+        checkpointing.state.get_cuda_rng_tracker().reset()
         model_parallel_cuda_manual_seed(seed)
         half = {"fp32": {}, "bf16": {"bf16": True}, "fp16": {"fp16": True}}[precision]
         self.args = args

@@ -29,7 +29,7 @@ def golden_file(golden: Path) -> dict[str, Any]:
     return checkpointing.safe_load.load_file(str(golden / FILE))
 
 
-def test_the_original_model_gives_the_original_logits(golden_run: GPTRun, golden: Path):
+def test_original_checkpoint_gives_the_original_logits(golden_run: GPTRun, golden: Path):
     spec = json.loads((golden / "ckpt" / "torch_tp1pp1.spec.json").read_text())
     assert spec["kind"] == "llama"
     assert golden_run.load() == (4, 9437184.0)
@@ -43,7 +43,7 @@ def test_the_original_model_gives_the_original_logits(golden_run: GPTRun, golden
     torch.testing.assert_close(losses, expected["loss_per_token"], rtol=0, atol=1e-5)
 
 
-def test_the_original_optimizer_state_lands_where_it_belongs(golden_run: GPTRun, golden_file: dict):
+def test_original_optimizer_state_is_loaded_by_parameter(golden_run: GPTRun, golden_file: dict):
     golden_run.load()
     names = golden_run.names_by_number()
     by_name = dict(golden_run.gpt.named_parameters())
@@ -58,7 +58,7 @@ def test_the_original_optimizer_state_lands_where_it_belongs(golden_run: GPTRun,
     assert golden_run.args.consumed_train_samples == 16
 
 
-def test_the_original_random_states(golden_run: GPTRun, golden_file: dict):
+def test_original_random_states_are_restored(golden_run: GPTRun, golden_file: dict):
     golden_run.load()
     stored, now = golden_file["rng_state"][0], checkpointing.get_rng_state("torch")[0]
     assert now["random_rng_state"] == stored["random_rng_state"]
@@ -105,7 +105,7 @@ def golden_listing(file: Path) -> set[tuple]:
     return entries
 
 
-def test_our_file_has_the_structure_of_the_original(run_args, golden: Path):
+def test_saved_file_has_the_structure_of_the_original(run_args, golden: Path):
     """The same model, steps and settings in bf16: every key, type, shape and scalar, read by plain torch."""
     run = GPTRun(run_args, "bf16")
     for _ in range(4):

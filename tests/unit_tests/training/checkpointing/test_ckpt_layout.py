@@ -19,7 +19,7 @@ from megatron.training.checkpointing import layout
         (True, True, "iter_0000012/mp_rank_03_005_007/model_optim_rng.pt"),
     ],
 )
-def test_file_name_of_a_rank(stages: bool, experts: bool, expected: str):
+def test_file_name_follows_from_model_parallel_ranks(stages: bool, experts: bool, expected: str):
     name = checkpointing.get_checkpoint_name(
         "dir", 12, False, stages, tensor_rank=3, pipeline_rank=5, expert_parallel=experts, expert_rank=7
     )
@@ -28,7 +28,7 @@ def test_file_name_of_a_rank(stages: bool, experts: bool, expected: str):
     assert beside == f"dir/{expected}".replace("model_optim_rng", "distrib_optim")
 
 
-def test_names_of_a_lone_process_and_of_a_release():
+def test_file_names_of_a_single_process_and_of_a_release():
     assert checkpointing.get_checkpoint_name("d", 4) == "d/iter_0000004/mp_rank_00/model_optim_rng.pt"
     assert checkpointing.get_checkpoint_name("d", 0, release=True, return_base_dir=True) == "d/release"
     assert checkpointing.get_checkpoint_name("d", 12345678, return_base_dir=True) == "d/iter_12345678"
@@ -36,7 +36,7 @@ def test_names_of_a_lone_process_and_of_a_release():
 
 
 @pytest.mark.parametrize("entry", ["mp_rank_00", "mp_rank_00_000", "mp_rank_00_000_000"])
-def test_rank_0_is_found_under_every_layout(tmp_path: Path, entry: str):
+def test_file_of_rank_0_is_found_under_every_layout(tmp_path: Path, entry: str):
     file = tmp_path / "iter_0000003" / entry / "model_optim_rng.pt"
     file.parent.mkdir(parents=True)
     file.touch()
@@ -54,14 +54,14 @@ def test_rank_0_is_found_under_every_layout(tmp_path: Path, entry: str):
         ([], None),
     ],
 )
-def test_format_on_disk(tmp_path: Path, files: list[str], expected: str | None):
+def test_disk_format_follows_from_directory_entries(tmp_path: Path, files: list[str], expected: str | None):
     for file in files:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
     assert layout.disk_format(str(tmp_path)) == expected
 
 
-def test_only_whole_checkpoints_are_recommended(tmp_path: Path):
+def test_only_complete_checkpoints_are_recommended(tmp_path: Path):
     for iteration in (2, 4, 6):
         file = tmp_path / f"iter_{iteration:07d}" / "mp_rank_00" / "model_optim_rng.pt"
         file.parent.mkdir(parents=True)
@@ -76,7 +76,7 @@ def test_only_whole_checkpoints_are_recommended(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "expected"), [("4", (4, False)), (" 120\n", (120, False)), ("release", (0, True))]
 )
-def test_tracker_is_read(tmp_path: Path, text: str, expected: tuple[int, bool]):
+def test_tracker_gives_iteration_and_release_flag(tmp_path: Path, text: str, expected: tuple[int, bool]):
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     assert not checkpointing.checkpoint_exists(str(tmp_path))
     tracker.write_text(text)
@@ -85,7 +85,7 @@ def test_tracker_is_read(tmp_path: Path, text: str, expected: tuple[int, bool]):
 
 
 @pytest.mark.parametrize("content", [b"", b"0", b"-3", b"four", b"4.0", b"\xff\xfe", "²".encode()])
-def test_senseless_tracker_is_an_error(tmp_path: Path, content: bytes):
+def test_invalid_tracker_is_an_error(tmp_path: Path, content: bytes):
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     tracker.write_bytes(content)
     with pytest.raises(CheckpointError, match="positive iteration number or the word release"):

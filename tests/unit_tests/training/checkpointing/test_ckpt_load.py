@@ -1,4 +1,4 @@
-"""What is restored when, and what a checkpoint that does not fit is told."""
+"""What a load restores, and the errors for checkpoints that do not fit."""
 
 import os
 import random
@@ -31,7 +31,7 @@ def same_weights(one, other) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_everything_comes_back(run, capsys: pytest.CaptureFixture):
+def test_load_restores_everything_that_save_wrote(run, capsys: pytest.CaptureFixture):
     run.step()
     run.args.skipped_train_samples, run.args.consumed_valid_samples = 3, 5
     run.save(4)
@@ -59,7 +59,7 @@ def test_everything_comes_back(run, capsys: pytest.CaptureFixture):
     assert run.told == [{"consumed_samples": 8, "verbose": True}]
 
 
-def test_nothing_there(run, capsys: pytest.CaptureFixture):
+def test_load_without_a_checkpoint_returns_zero_or_fails_on_request(run, capsys: pytest.CaptureFixture):
     before = run.weights()
     assert run.load() == (0, 0)
     assert same_weights(run.weights(), before)
@@ -72,7 +72,7 @@ def test_nothing_there(run, capsys: pytest.CaptureFixture):
         run.load()
 
 
-def test_ckpt_step_wins_and_needs_no_tracker(run):
+def test_ckpt_step_overrides_the_tracker(run):
     run.save(2)
     run.step()
     run.save(4)
@@ -85,7 +85,7 @@ def test_ckpt_step_wins_and_needs_no_tracker(run):
         run.load()
 
 
-def test_finetune_takes_the_weights_only(run):
+def test_finetune_loads_weights_only(run):
     run.step()
     run.save(4)
     fresh = run.again()
@@ -99,7 +99,7 @@ def test_finetune_takes_the_weights_only(run):
     assert run.args.consumed_train_samples == 0 and run.told == []
 
 
-def test_release_weights(run):
+def test_release_checkpoint_starts_at_iteration_0(run):
     run.save(4)
     os.rename(os.path.join(run.args.save, "iter_0000004"), os.path.join(run.args.save, "release"))
     Path(run.args.save, "latest_checkpointed_iteration.txt").write_text("release")
@@ -108,7 +108,7 @@ def test_release_weights(run):
     assert same_weights(fresh.weights(), run.weights()) and fresh.scheduler.num_steps == 0
 
 
-def test_pretrained_checkpoint_until_there_is_one_of_this_run(run, tmp_path: Path):
+def test_pretrained_checkpoint_is_used_until_the_run_has_one(run, tmp_path: Path):
     run.step()
     run.save(4)
     run.args.pretrained_checkpoint, run.args.load = run.args.save, str(tmp_path / "new")
@@ -122,7 +122,7 @@ def test_pretrained_checkpoint_until_there_is_one_of_this_run(run, tmp_path: Pat
 
 
 @pytest.mark.parametrize("half", ["fp16", "bf16", None])
-def test_no_load_optim(run, half: str | None):
+def test_no_load_optim_leaves_the_optimizer_as_made(run, half: str | None):
     run.step()
     run.save(4)
     run.args.no_load_optim = True
@@ -134,7 +134,7 @@ def test_no_load_optim(run, half: str | None):
     assert fresh.optimizer.reloaded == (1 if half else 0)
 
 
-def test_no_load_rng(run):
+def test_no_load_rng_keeps_the_random_states(run):
     run.save(4)
     run.args.no_load_rng = True
     torch.manual_seed(11)
@@ -146,7 +146,7 @@ def test_no_load_rng(run):
 @pytest.mark.parametrize(
     ("saved_without", "advice"), [("no_save_optim", "--no-load-optim"), ("no_save_rng", "--no-load-rng")]
 )
-def test_part_that_was_not_saved(run, saved_without: str, advice: str):
+def test_missing_part_is_an_error_that_names_the_flag(run, saved_without: str, advice: str):
     setattr(run.args, saved_without, True)
     run.step()
     run.save(4)
@@ -160,7 +160,7 @@ def test_part_that_was_not_saved(run, saved_without: str, advice: str):
     assert run.again().load()[0] == 4
 
 
-def test_arguments_that_differ_are_all_named(run):
+def test_all_differing_arguments_are_named(run):
     run.save(4)
     run.args.num_layers, run.args.hidden_size, run.args.tensor_model_parallel_size = 3, 8, 2
     with pytest.raises(CheckpointError) as caught:
@@ -181,7 +181,7 @@ def test_vocabulary_size_is_compared_when_the_vocabulary_is_given(run):
         run.load()
 
 
-def test_weights_of_another_shape_or_name(run):
+def test_weights_of_another_shape_or_name_are_refused(run):
     run.save(4)
     other = run.again(vocabulary=16)
     with pytest.raises(CheckpointError) as caught:
@@ -197,13 +197,13 @@ def test_weights_of_another_shape_or_name(run):
     assert "not in this model (1):\n    decoder.layers.0.input_layernorm.weight" in message
 
 
-def test_wrong_number_of_model_chunks(run):
+def test_wrong_number_of_model_chunks_is_refused(run):
     run.save(4)
     with pytest.raises(CheckpointError, match=r"holds model, this run has 2 model chunk"):
         checkpointing.load_checkpoint([run.model, run.model], None, None)
 
 
-def test_parallel_sizes_of_the_file_names(run, golden: Path):
+def test_missing_rank_file_names_the_saved_parallel_sizes(run, golden: Path):
     """Two tensor ranks on two stages, read by a single process."""
     run.args.load = str(golden / "ckpt" / "torch_tp2pp2")
     with pytest.raises(CheckpointError) as caught:
@@ -213,7 +213,7 @@ def test_parallel_sizes_of_the_file_names(run, golden: Path):
     assert "--pipeline-model-parallel-size 2 in the checkpoint, 1 in this run" in message
 
 
-def test_distributed_formats_are_recognised(run, tmp_path: Path):
+def test_sharded_formats_are_refused_as_not_built(run, tmp_path: Path):
     (tmp_path / "ckpt" / "iter_0000004").mkdir(parents=True)
     (tmp_path / "ckpt" / "iter_0000004" / "metadata.json").write_text("{}")
     (tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").write_text("4")
@@ -222,7 +222,7 @@ def test_distributed_formats_are_recognised(run, tmp_path: Path):
 
 
 @pytest.mark.parametrize("what", ["cut short", "file missing", "directory empty", "directory missing"])
-def test_damaged_latest_checkpoint_names_the_others(run, what: str):
+def test_damaged_checkpoint_names_complete_ones(run, what: str):
     run.save(2)
     run.save(4)
     file = run.file(4)
@@ -238,7 +238,7 @@ def test_damaged_latest_checkpoint_names_the_others(run, what: str):
         run.load()
 
 
-def test_old_layouts(run):
+def test_old_key_spellings_load(run):
     """Schedule, random states and iteration under the names they had before version 3."""
     run.step()
     run.save(4)
@@ -258,7 +258,7 @@ def test_old_layouts(run):
 
 
 @pytest.mark.parametrize("stored", [torch.zeros(16, dtype=torch.uint8), torch.zeros(5056), None])
-def test_random_states_of_another_device_are_left_out(run, stored, capsys):
+def test_random_states_of_another_device_are_skipped_with_a_warning(run, stored, capsys):
     run.save(4)
     rewrite(run.file(4), lambda state: state["rng_state"][0].update(cuda_rng_state=stored))
     before = get_cuda_rng_tracker().get_states()["model-parallel-rng"]
@@ -271,7 +271,7 @@ def test_random_states_of_another_device_are_left_out(run, stored, capsys):
     assert not torch.equal(advanced, before)
 
 
-def test_largest_values_seen_go_on_counting(run):
+def test_largest_losses_seen_survive_a_load(run):
     """The fault detection compares a loss with the largest of the first ones; they survive a restart."""
     machine = rerun_state_machine.get_rerun_state_machine()
     for value in (1.0, 3.0, 2.0):
@@ -285,14 +285,14 @@ def test_largest_values_seen_go_on_counting(run):
     rerun_state_machine.destroy_rerun_state_machine()
 
 
-def test_random_states_without_streams(run):
+def test_random_states_without_named_streams_are_refused(run):
     run.save(4)
     rewrite(run.file(4), lambda state: state["rng_state"][0].update(rng_tracker_states={}))
     with pytest.raises(CheckpointError, match="--no-load-rng"):
         run.load()
 
 
-def test_iteration_must_be_known(run):
+def test_checkpoint_without_iteration_is_refused(run):
     run.save(4)
     rewrite(run.file(4), lambda state: state.pop("iteration"))
     with pytest.raises(CheckpointError, match="--finetune"):
@@ -301,7 +301,7 @@ def test_iteration_must_be_known(run):
     assert run.load()[0] == 0
 
 
-def test_names_of_the_fused_layer_in_both_directions(run):
+def test_checkpoints_load_between_plain_and_fused_layers(run):
     """The norm stored inside the projection is found by a layer that keeps it outside, and back.
 
     The fused layer registers it after the projection's bias. Both are vectors of one size, so a loader that
@@ -333,7 +333,7 @@ def test_names_of_the_fused_layer_in_both_directions(run):
     assert not torch.equal(plain_moments[plain], plain_moments[proj])
 
 
-def test_version_that_orders_attention_differently_needs_no_load_optim(run):
+def test_optimizer_of_an_old_version_is_refused_without_no_load_optim(run):
     run.step()
     run.save(4)
 
@@ -346,7 +346,7 @@ def test_version_that_orders_attention_differently_needs_no_load_optim(run):
         run.load()
 
 
-def test_device_state_is_taken_from_the_accelerator(run, monkeypatch: pytest.MonkeyPatch):
+def test_device_random_state_comes_from_the_accelerator(run, monkeypatch: pytest.MonkeyPatch):
     marked = torch.Generator().manual_seed(123).get_state()
     monkeypatch.setattr(accelerator, "get_rng_state", lambda: marked)
     assert checkpointing.get_rng_state("torch")[0]["cuda_rng_state"] is marked

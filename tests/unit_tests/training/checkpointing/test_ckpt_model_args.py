@@ -22,7 +22,7 @@ def command_line(load: Path | str | None, **given) -> Namespace:
     return Namespace(**{**defaults, **settings, **given})
 
 
-def test_genuine_arguments(golden: Path, capsys: pytest.CaptureFixture):
+def test_arguments_of_an_original_checkpoint_are_taken_over(golden: Path, capsys: pytest.CaptureFixture):
     args = command_line(golden / "ckpt" / "torch_tp1pp1", hidden_size=32, swiglu=False)
     result, stored = checkpointing.load_args_from_checkpoint(args)
     assert result is args and stored.seq_length == 16
@@ -42,7 +42,7 @@ def test_genuine_arguments(golden: Path, capsys: pytest.CaptureFixture):
     assert not any("hidden_size to 16" in line and "ffn" not in line for line in lines)
 
 
-def test_any_layout_of_ranks_serves(golden: Path):
+def test_arguments_are_found_under_any_parallel_layout(golden: Path):
     args = command_line(golden / "ckpt" / "torch_tp2pp2", use_mp_args_from_checkpoint_args=True)
     checkpointing.load_args_from_checkpoint(args)
     assert (args.tensor_model_parallel_size, args.pipeline_model_parallel_size) == (2, 2)
@@ -61,21 +61,21 @@ def write(directory: Path, version: float = 3.0, **stored) -> Path:
 
 
 @pytest.mark.parametrize(("use", "expected"), [(True, "stored.model"), (False, "mine.model")])
-def test_tokenizer_model_may_stay_the_command_lines(tmp_path: Path, use: bool, expected: str):
+def test_tokenizer_model_of_the_command_line_is_kept_on_request(tmp_path: Path, use: bool, expected: str):
     write(tmp_path, tokenizer_model="stored.model", tokenizer_type="Llama2Tokenizer")
     args = command_line(tmp_path, tokenizer_model="mine.model", use_tokenizer_model_from_checkpoint_args=use)
     checkpointing.load_args_from_checkpoint(args)
     assert (args.tokenizer_model, args.tokenizer_type) == (expected, "Llama2Tokenizer")
 
 
-def test_arguments_of_features_that_are_used(tmp_path: Path):
+def test_arguments_of_unused_features_are_not_taken_over(tmp_path: Path):
     write(tmp_path, num_experts=8, moe_router_topk=3, multi_latent_attention=True, kv_lora_rank=64)
     args = command_line(tmp_path)
     checkpointing.load_args_from_checkpoint(args)
     assert (args.num_experts, args.moe_router_topk, args.kv_lora_rank) == (8, 3, 64)
 
 
-def test_old_spellings(tmp_path: Path):
+def test_old_argument_spellings_are_understood(tmp_path: Path):
     write(tmp_path, version=2.0, disable_bias_linear=True, model_parallel_size=4)
     args = command_line(tmp_path, use_mp_args_from_checkpoint_args=True)
     checkpointing.load_args_from_checkpoint(args)
@@ -83,7 +83,7 @@ def test_old_spellings(tmp_path: Path):
 
 
 @pytest.mark.parametrize("load", [None, "empty"])
-def test_without_a_checkpoint_the_arguments_stay(
+def test_arguments_are_unchanged_without_a_checkpoint(
     tmp_path: Path, load: str | None, capsys: pytest.CaptureFixture
 ):
     args = command_line(load and tmp_path / load, num_layers=3)
@@ -93,7 +93,7 @@ def test_without_a_checkpoint_the_arguments_stay(
     assert "using provided arguments" in capsys.readouterr().out
 
 
-def test_bad_combinations(tmp_path: Path):
+def test_local_checkpoints_and_missing_arguments_are_refused(tmp_path: Path):
     file = write(tmp_path) / "iter_0000001" / "mp_rank_00" / "model_optim_rng.pt"
     with pytest.raises(ConfigError, match="--non-persistent-ckpt-type local"):
         checkpointing.load_args_from_checkpoint(command_line(tmp_path, non_persistent_ckpt_type="local"))

@@ -1,4 +1,4 @@
-"""Names and orders that differ between checkpoints of the same weights."""
+"""Parameter names, row orders and optimizer numbering that differ between checkpoints of equal weights."""
 
 from argparse import Namespace
 from collections import OrderedDict
@@ -8,7 +8,7 @@ import torch
 
 from megatron.core.errors import CheckpointError
 from megatron.training import checkpointing
-from megatron.training.checkpointing import names, optimizer_order
+from megatron.training.checkpointing import optimizer_state, parameter_names
 
 LAYER = "decoder.layers.1."
 PLAIN = [LAYER + "input_layernorm.weight", LAYER + "pre_mlp_layernorm.bias", "decoder.final_layernorm.weight"]
@@ -22,17 +22,17 @@ FUSED = [
 @pytest.mark.parametrize(
     ("stored", "wanted"), [(PLAIN, FUSED), (FUSED, PLAIN), (PLAIN, PLAIN), (FUSED, FUSED)]
 )
-def test_norms_of_both_kinds_of_layer(stored: list[str], wanted: list[str]):
-    assert list(names.rename_to(stored, wanted).values()) == wanted
+def test_norm_names_are_translated_between_plain_and_fused_layers(stored: list[str], wanted: list[str]):
+    assert list(parameter_names.rename_to(stored, wanted).values()) == wanted
 
 
-def test_a_name_that_no_model_has_is_left_alone():
-    assert names.rename_to(["decoder.layers.0.input_layernorm.weight"], ["other"]) == {
+def test_unknown_parameter_names_are_not_changed():
+    assert parameter_names.rename_to(["decoder.layers.0.input_layernorm.weight"], ["other"]) == {
         "decoder.layers.0.input_layernorm.weight": "decoder.layers.0.input_layernorm.weight"
     }
 
 
-def test_extra_state_and_rotary_frequencies():
+def test_extra_state_is_fitted_and_rotary_frequencies_are_dropped():
     """8-bit scaling bytes go only to a model that has them; computed tables are dropped."""
     stored = {
         "w": torch.ones(1),
@@ -42,7 +42,7 @@ def test_extra_state_and_rotary_frequencies():
         "rotary_pos_emb.inv_freq": torch.ones(4),
     }
     wanted = {"w": torch.zeros(1), "fc._extra_state": None, "fp8._extra_state": b"", "new._extra_state": None}
-    fitted, renamed = names.fit_model_state(stored, wanted)
+    fitted, renamed = parameter_names.fit_model_state(stored, wanted)
     assert renamed == {}
     assert fitted == OrderedDict(
         [
@@ -52,18 +52,18 @@ def test_extra_state_and_rotary_frequencies():
             ("new._extra_state", None),
         ]
     )
-    assert names.differences(fitted, wanted) == []
+    assert parameter_names.differences(fitted, wanted) == []
 
 
-def test_long_differences_are_cut():
-    problems = names.differences({f"w{i}": None for i in range(20)}, {})
+def test_long_lists_of_differences_are_shortened():
+    problems = parameter_names.differences({f"w{i}": None for i in range(20)}, {})
     assert len(problems) == 1 and "(20)" in problems[0] and "... and 14 more" in problems[0]
-    assert names.differences({"w": None}, {}, strict=False) == []
+    assert parameter_names.differences({"w": None}, {}, strict=False) == []
 
 
 @pytest.mark.parametrize("version", [0, 1.0])
 @pytest.mark.parametrize(("module", "parts"), [("linear_qkv", 3), ("linear_kv", 2)])
-def test_attention_rows_of_old_versions(version: float, module: str, parts: int):
+def test_attention_rows_of_old_versions_are_reordered(version: float, module: str, parts: int):
     """Each row is labelled (part, head, element); today's order is head, part, element."""
     heads, dim = 3, 4
     order = {
@@ -87,13 +87,13 @@ def test_attention_rows_of_old_versions(version: float, module: str, parts: int)
     assert torch.equal(model.attention.other.weight, untouched)
 
 
-def test_versions_that_need_no_change_or_are_unknown():
+def test_current_versions_are_unchanged_and_unknown_ones_refused():
     checkpointing.fix_query_key_value_ordering(torch.nn.Module(), 2.0)
     with pytest.raises(CheckpointError, match=r"version 1\.5"):
         checkpointing.fix_query_key_value_ordering(torch.nn.Module(), 1.5)
 
 
-def test_the_version_is_remembered_and_must_not_change():
+def test_checkpoint_version_is_kept_and_must_not_change():
     checkpointing.set_checkpoint_version(None)
     assert checkpointing.get_checkpoint_version() is None
     checkpointing.set_checkpoint_version(2.0)
@@ -113,10 +113,10 @@ FUSED_ORDER = [("proj.weight", 2), ("proj.bias", 1), ("ln.weight", 1), ("qkv.wei
     ("stored_order", "wanted_order"), [(PLAIN_ORDER, FUSED_ORDER), (FUSED_ORDER, PLAIN_ORDER)]
 )
 @pytest.mark.parametrize("half", [False, True])
-def test_optimizer_numbers_follow_the_names(stored_order: list, wanted_order: list, half: bool):
+def test_optimizer_state_is_renumbered_by_parameter_name(stored_order: list, wanted_order: list, half: bool):
     """A later stage: the plain layer starts with a group of vectors, the fused one with matrices."""
-    stored = optimizer_order.group_names(stored_order, decoupled_lr=False)
-    wanted = optimizer_order.group_names(wanted_order, decoupled_lr=False)
+    stored = optimizer_state.group_names(stored_order, decoupled_lr=False)
+    wanted = optimizer_state.group_names(wanted_order, decoupled_lr=False)
     flat = [name for group in stored.values() for name in group]
     groups, start = [], 0
     for (decay, _), members in stored.items():
@@ -124,7 +124,7 @@ def test_optimizer_numbers_follow_the_names(stored_order: list, wanted_order: li
         start += len(members)
     inner = {"state": {i: {"exp_avg": name} for i, name in enumerate(flat)}, "param_groups": groups}
     state = {"optimizer": inner, "grad_scaler": "kept", "fp32_from_fp16_params": list(stored.values())}
-    result = optimizer_order.renumber(state if half else inner, stored, wanted)
+    result = optimizer_state.renumber(state if half else inner, stored, wanted)
     new_inner = result["optimizer"] if half else result
     new_flat = [name for group in wanted.values() for name in group]
     assert [new_inner["state"][i]["exp_avg"] for i in range(5)] == new_flat
@@ -136,16 +136,16 @@ def test_optimizer_numbers_follow_the_names(stored_order: list, wanted_order: li
 
 def test_decoupled_parameters_have_a_group_of_their_own():
     parameters = [("embedding.word_embeddings.weight", 2), ("fc.weight", 2), ("output_layer.weight", 2)]
-    assert list(optimizer_order.group_names(parameters, decoupled_lr=True).values()) == [
+    assert list(optimizer_state.group_names(parameters, decoupled_lr=True).values()) == [
         ["embedding.word_embeddings.weight", "output_layer.weight"],
         ["fc.weight"],
     ]
-    assert len(optimizer_order.group_names(parameters, decoupled_lr=False)) == 1
+    assert len(optimizer_state.group_names(parameters, decoupled_lr=False)) == 1
 
 
-def test_optimizer_of_other_groups_is_refused():
-    stored = optimizer_order.group_names(PLAIN_ORDER, decoupled_lr=False)
-    wanted = optimizer_order.group_names(FUSED_ORDER, decoupled_lr=False)
+def test_optimizer_state_with_other_groups_is_refused():
+    stored = optimizer_state.group_names(PLAIN_ORDER, decoupled_lr=False)
+    wanted = optimizer_state.group_names(FUSED_ORDER, decoupled_lr=False)
     state = {"state": {}, "param_groups": [{"params": [0]}]}
     with pytest.raises(CheckpointError, match="--no-load-optim"):
-        optimizer_order.renumber(state, stored, wanted)
+        optimizer_state.renumber(state, stored, wanted)

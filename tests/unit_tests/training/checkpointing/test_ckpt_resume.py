@@ -17,7 +17,7 @@ STEPS = 6
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("stop", [1, 3, 5])
-def test_resumed_run_is_the_same_run(run_args, precision: str, stop: int):
+def test_resumed_run_gives_equal_bits(run_args, precision: str, stop: int):
     whole = GPTRun(run_args, precision, dropout=0.2)
     results = []
     for step in range(STEPS):
@@ -36,7 +36,7 @@ def test_resumed_run_is_the_same_run(run_args, precision: str, stop: int):
     assert_same_bits(resumed.state(), end)
 
 
-def test_dropout_is_part_of_what_must_come_back(run_args):
+def test_resume_restores_dropout_streams(run_args):
     """Without the random states the same resume gives other losses, so the test above sees them."""
     whole = GPTRun(run_args, dropout=0.2)
     whole.step()
@@ -54,7 +54,7 @@ def test_dropout_is_part_of_what_must_come_back(run_args):
     ("saved", "loaded"), [("local", "transformer_engine"), ("transformer_engine", "local")]
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_both_kinds_of_layer_go_on_from_each_other(
+def test_plain_and_fused_layers_resume_from_each_other(
     run_args, precision: str, saved: str, loaded: str, biases: bool
 ):
     """Parameters have other names and other numbers in the two; weights and moments follow the weight."""
@@ -72,7 +72,7 @@ def test_both_kinds_of_layer_go_on_from_each_other(
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_weights_alone_reach_the_fp32_copies(run_args, precision: str):
+def test_loading_weights_alone_updates_the_fp32_copies(run_args, precision: str):
     first = GPTRun(run_args, precision)
     first.save(1)
     run_args.finetune = True

@@ -1,4 +1,4 @@
-"""No function named in a file is ever called, and every kind of damage is told in words."""
+"""No function named in a file is ever called, and every kind of damage has an error message."""
 
 import builtins
 import os
@@ -19,7 +19,7 @@ from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.training.checkpointing import safe_load
 
 
-def test_genuine_file_with_foreign_classes(golden: Path):
+def test_original_file_with_foreign_classes_loads(golden: Path):
     """Written by the original, with its own enumerations in it."""
     state = safe_load.load_file(str(golden / "ckpt/torch_tp1pp1/iter_0000004/mp_rank_00/model_optim_rng.pt"))
     args = state["args"]
@@ -33,7 +33,7 @@ def test_genuine_file_with_foreign_classes(golden: Path):
     assert state["rerun_state_machine"]["sharded"]["state"] is RerunState.NOT_RUNNING_YET
 
 
-def test_file_of_a_python_that_pickles_members_as_getattr(golden: Path):
+def test_file_from_python_3_11_2_loads(golden: Path):
     """Written on Debian 12's Python 3.11.2, by the version before arguments were stored as plain values."""
     file = golden / "ckpt/python_3_11_2/iter_0000002/mp_rank_00/model_optim_rng.pt"
     assert b"c__builtin__\ngetattr\n" in file.read_bytes()
@@ -101,7 +101,7 @@ def test_malicious_plain_pickle_never_runs(tmp_path: Path, protocol: int):
     assert not mark.exists()
 
 
-def test_unknown_member_of_a_known_enumeration(tmp_path: Path):
+def test_unknown_enum_values_become_stand_ins(tmp_path: Path):
     file = tmp_path / "model_optim_rng.pt"
     torch.save({"model": {}, "x": AttnBackend.auto}, file)
     # The pickle holds the value as one byte after the opcode K.
@@ -110,7 +110,7 @@ def test_unknown_member_of_a_known_enumeration(tmp_path: Path):
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
-def test_members_as_every_python_pickles_them(tmp_path: Path, zipped: bool):
+def test_enum_members_load_as_every_python_pickles_them(tmp_path: Path, zipped: bool):
     """As a call of the class with the value, and as a call of getattr with the name."""
     content = {
         "call": Payload(AttnBackend, 2),
@@ -145,7 +145,7 @@ def test_members_as_every_python_pickles_them(tmp_path: Path, zipped: bool):
     [(Namespace, "__init__"), (OrderedDict, "fromkeys"), (AttnBackend, "x", 1), (AttnBackend.auto, "value")],
     ids=str,
 )
-def test_getattr_of_anything_but_a_member_is_refused(tmp_path: Path, arguments: tuple, protocol: int):
+def test_getattr_of_anything_but_an_enum_member_is_refused(tmp_path: Path, arguments: tuple, protocol: int):
     file = tmp_path / "model_optim_rng.pt"
     torch.save({"x": Payload(getattr, *arguments)}, file, pickle_protocol=protocol)
     with pytest.raises(CheckpointError) as caught:
@@ -155,7 +155,7 @@ def test_getattr_of_anything_but_a_member_is_refused(tmp_path: Path, arguments: 
 
 
 @pytest.mark.parametrize("core", ["core", "_core"])
-def test_numbers_of_numpy_1_and_2(tmp_path: Path, core: str):
+def test_numbers_of_numpy_1_and_2_load(tmp_path: Path, core: str):
     file = tmp_path / "model_optim_rng.pt"
     values = [np.float64(0.5), np.int32(3), np.bool_(True), np.arange(3, dtype=np.float16), np.arange(2) > 0]
     torch.save({"x": values}, file)
@@ -171,7 +171,7 @@ def _numpy_core() -> str:
     return np.float64(0).__reduce__()[0].__module__.split(".")[1]
 
 
-def test_a_name_of_this_package_is_not_imported(tmp_path: Path):
+def test_classes_of_this_package_are_not_imported(tmp_path: Path):
     """A class that calls itself ours becomes a stand-in; the module it names is not touched."""
     file = tmp_path / "model_optim_rng.pt"
     torch.save({"model": {}, "x": Payload(touch, "argument")}, file)
@@ -204,7 +204,7 @@ def good_file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.9, 0.99, -1])
-def test_file_cut_short(good_file: Path, keep: float):
+def test_truncated_file_is_refused_with_its_size(good_file: Path, keep: float):
     whole = good_file.read_bytes()
     size = len(whole) - 1 if keep < 0 else int(len(whole) * keep)
     good_file.write_bytes(whole[:size])
@@ -215,14 +215,14 @@ def test_file_cut_short(good_file: Path, keep: float):
 
 
 @pytest.mark.parametrize("content", [b"hello", b"PK\x03\x04" + b"\0" * 100, b"\x80\x02."])
-def test_file_of_something_else(good_file: Path, content: bytes):
+def test_file_that_is_no_checkpoint_is_refused(good_file: Path, content: bytes):
     good_file.write_bytes(content)
     with pytest.raises(CheckpointError, match="cut short or damaged"):
         safe_load.load_file(str(good_file))
 
 
 @pytest.mark.parametrize("place", [0.3, 0.5, 0.7])
-def test_flipped_bytes_in_a_tensor_are_noticed(good_file: Path, place: float):
+def test_flipped_bytes_in_a_tensor_are_detected(good_file: Path, place: float):
     data = bytearray(good_file.read_bytes())
     data[int(len(data) * place)] ^= 0xFF
     good_file.write_bytes(bytes(data))
@@ -237,6 +237,6 @@ def test_content_must_be_a_dict(good_file: Path, content):
         safe_load.load_file(str(good_file))
 
 
-def test_missing_file(tmp_path: Path):
+def test_missing_file_is_refused(tmp_path: Path):
     with pytest.raises(CheckpointError, match="cannot open checkpoint file"):
         safe_load.load_file(str(tmp_path / "nothing.pt"))

@@ -1,4 +1,4 @@
-"""A save that dies, at whatever point, leaves a directory that loads."""
+"""A save that is interrupted at any point leaves a directory that loads."""
 
 import errno
 import io
@@ -56,7 +56,7 @@ def _equal(one: dict, other: dict) -> bool:
 
 
 @pytest.mark.parametrize("new_iteration", [4, 2], ids=["new directory", "same directory again"])
-def test_killed_at_every_step(run, new_iteration: int):
+def test_a_save_killed_at_any_system_call_leaves_a_loadable_directory(run, new_iteration: int):
     run.step()
     run.save(2)
     old = run.weights()
@@ -84,7 +84,7 @@ def test_killed_at_every_step(run, new_iteration: int):
     assert [entry for entry in os.listdir(run.args.save) if entry.startswith(".")] == []
 
 
-def test_killed_in_the_middle_of_the_file(run, monkeypatch: pytest.MonkeyPatch):
+def test_a_save_killed_inside_a_file_leaves_the_old_checkpoint(run, monkeypatch: pytest.MonkeyPatch):
     run.save(2)
     old = run.weights()
     run.step()
@@ -115,9 +115,7 @@ def test_killed_in_the_middle_of_the_file(run, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("saved_before", [False, True])
-def test_nothing_gets_its_name_before_its_bytes_are_on_disk(
-    run, monkeypatch: pytest.MonkeyPatch, saved_before: bool
-):
+def test_files_are_synced_before_they_are_renamed(run, monkeypatch: pytest.MonkeyPatch, saved_before: bool):
     """What is renamed was synced before, its directory is synced after, and the tracker comes last."""
     if saved_before:
         run.save(4)
@@ -172,7 +170,7 @@ class _FullDisk:
 
 
 @pytest.mark.parametrize("room", [0, 100, 3000])
-def test_disk_full(run, monkeypatch: pytest.MonkeyPatch, room: int):
+def test_full_disk_leaves_the_old_checkpoint(run, monkeypatch: pytest.MonkeyPatch, room: int):
     run.save(2)
     before = run.file(2).read_bytes()
     run.step()
@@ -192,7 +190,7 @@ def test_disk_full(run, monkeypatch: pytest.MonkeyPatch, room: int):
     assert Path(run.args.save, "latest_checkpointed_iteration.txt").read_text() == "2"
 
 
-def test_limit_of_the_system_itself(run):
+def test_file_size_limit_leaves_the_old_checkpoint(run):
     """The same with a limit that the kernel enforces, on a file larger than torch's write buffer."""
     run.save(2)
 
@@ -208,7 +206,7 @@ def test_limit_of_the_system_itself(run):
 
 
 @pytest.mark.parametrize("check", [checkpointing.check_save_directory, None], ids=["early check", "save"])
-def test_directory_that_cannot_be_written(run, tmp_path: Path, check):
+def test_unwritable_directory_is_refused(run, tmp_path: Path, check):
     blocked = tmp_path / "file"
     blocked.write_text("not a directory")
     for path in (blocked / "ckpt", blocked, Path("/proc/ckpt")):
@@ -219,12 +217,12 @@ def test_directory_that_cannot_be_written(run, tmp_path: Path, check):
     assert blocked.read_text() == "not a directory"
 
 
-def test_early_check_makes_the_directory_and_leaves_nothing_in_it(tmp_path: Path):
+def test_check_save_directory_creates_an_empty_directory(tmp_path: Path):
     checkpointing.check_save_directory(str(tmp_path / "a" / "b"))
     assert os.listdir(tmp_path / "a" / "b") == []
 
 
-def test_what_is_not_built_is_refused_before_anything_is_written(run):
+def test_unbuilt_formats_are_refused_before_anything_is_written(run):
     run.args.ckpt_format = "torch_dist"
     with pytest.raises(NotBuiltYetError, match="--ckpt-format torch_dist"):
         run.save(2)
@@ -234,7 +232,7 @@ def test_what_is_not_built_is_refused_before_anything_is_written(run):
     assert not os.path.exists(run.args.save)
 
 
-def test_messages_tracker_and_file(run, capsys: pytest.CaptureFixture):
+def test_save_prints_messages_and_writes_tracker_and_file(run, capsys: pytest.CaptureFixture):
     run.save(4)
     assert capsys.readouterr().out == (
         f"saving checkpoint at iteration       4 to {run.args.save} in torch format\n"
@@ -244,7 +242,7 @@ def test_messages_tracker_and_file(run, capsys: pytest.CaptureFixture):
     assert zipfile.is_zipfile(run.file(4))
 
 
-def test_a_window_into_a_buffer_takes_only_itself_to_disk(run):
+def test_a_view_of_a_buffer_is_saved_without_the_buffer(run):
     buffer = torch.zeros(1_000_000)
     run.model._parameters["p0"].data = buffer[8:40].view(8, 4)
     run.save(2)

@@ -121,7 +121,7 @@ def test_arguments_are_stored_as_plain_values(tmp_path: Path):
     assert vars(read) == expected | members
 
 
-def test_plain_values_everywhere_else_too():
+def test_to_host_returns_plain_values():
     content = state.to_host(
         {
             "iteration": np.int64(4),
@@ -143,12 +143,12 @@ def test_plain_values_everywhere_else_too():
         ({"model": {"x": np.array([object()])}}, r"\['model'\]\['x'\] is a numpy.ndarray"),
     ],
 )
-def test_what_no_reader_would_take_is_not_saved(content: dict, place: str):
+def test_objects_of_other_classes_are_refused_on_save(content: dict, place: str):
     with pytest.raises(CheckpointError, match=place):
         state.to_host(content)
 
 
-def test_tensors_on_their_way_to_disk():
+def test_to_host_copies_views_and_keeps_shared_tensors():
     buffer = torch.arange(100.0)
     window, whole = buffer[10:14].view(2, 2), torch.ones(3)
     model = OrderedDict(a=window, tied=window.view(2, 2), b=whole, extra=None)
@@ -163,11 +163,11 @@ def test_tensors_on_their_way_to_disk():
 
 
 @pytest.mark.parametrize(("chunks", "expected"), [(1, ["model"]), (3, ["model0", "model1", "model2"])])
-def test_names_of_chunks(chunks: int, expected: list[str]):
+def test_model_chunks_are_stored_under_numbered_keys(chunks: int, expected: list[str]):
     assert state.model_keys(chunks) == expected
 
 
-def test_order_and_conditions_of_the_parts(run):
+def test_state_dict_has_the_parts_that_flags_ask_for(run):
     run.step()
 
     def keys(**settings) -> list[str]:

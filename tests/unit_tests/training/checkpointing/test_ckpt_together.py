@@ -1,4 +1,4 @@
-"""All or nothing over ranks: what a failure on one rank leaves behind, and who writes what on which disk."""
+"""Saving from all ranks: what a failure on one rank leaves behind, and which rank writes which file."""
 
 import argparse
 import errno
@@ -13,7 +13,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.errors import CheckpointError
 from megatron.training import checkpointing
-from megatron.training.checkpointing import durable, layout, model_args, publishing, storage, tracker
+from megatron.training.checkpointing import durable, layout, model_args, publishing
 from tests.distributed.pool import run_ranks
 
 
@@ -45,7 +45,7 @@ def fill_disk_of_one_rank(directory: str) -> list[str]:
     return [write(directory, 1, 10, tensor_model_parallel_size=2), write(directory, 2, 20, failing="disk")]
 
 
-def test_a_full_disk_on_one_rank_stops_all_and_harms_nothing(tmp_path: Path):
+def test_a_full_disk_on_one_rank_stops_all_and_keeps_the_old_checkpoint(tmp_path: Path):
     results = run_ranks(4, fill_disk_of_one_rank, str(tmp_path))
     # Ranks 0 and 1 write, 2 and 3 are their replicas: the failing rank 3 has nothing to write.
     assert results == [["", ""]] * 4
@@ -61,7 +61,7 @@ def test_a_full_disk_on_one_rank_stops_all_and_harms_nothing(tmp_path: Path):
         "iter_0000001/mp_rank_01/model_optim_rng.pt",
         "latest_checkpointed_iteration.txt",
     ]
-    assert (tmp_path / tracker.TRACKER_FILE).read_text() == "1"
+    assert (tmp_path / layout.TRACKER_FILE).read_text() == "1"
     for rank in (0, 1):
         saved = torch.load(tmp_path / f"iter_0000001/mp_rank_{rank:02d}/model_optim_rng.pt")
         assert saved == {"model": 10, "rank": rank}
@@ -75,7 +75,7 @@ def save_with_a_late_failure(directory: str) -> str:
         return write(directory, 2, 20)
 
 
-def test_the_tracker_moves_last(tmp_path: Path):
+def test_tracker_is_updated_last(tmp_path: Path):
     first, second = run_ranks(2, save_with_a_late_failure, str(tmp_path))
     assert first == "cannot rename"
     assert second.endswith("] cannot rename")
@@ -84,7 +84,7 @@ def test_the_tracker_moves_last(tmp_path: Path):
         "iter_0000001/mp_rank_00_001/model_optim_rng.pt",
         "latest_checkpointed_iteration.txt",
     ]
-    assert (tmp_path / tracker.TRACKER_FILE).read_text() == "1"
+    assert (tmp_path / layout.TRACKER_FILE).read_text() == "1"
 
 
 def save_on_own_disks(directory: str, hosts: int) -> list[int]:
@@ -94,7 +94,7 @@ def save_on_own_disks(directory: str, hosts: int) -> list[int]:
     os.environ["LOCAL_RANK"] = str(local)
     own = os.path.join(directory, f"host{host}")
     assert write(own, 3, 30, tensor_model_parallel_size=2) == ""
-    return [storage.lowest_rank_that_shares(own), storage.lowest_rank_that_shares(directory)]
+    return [publishing.lowest_rank_that_shares(own), publishing.lowest_rank_that_shares(directory)]
 
 
 def test_every_disk_gets_the_files_of_its_ranks_and_a_tracker(tmp_path: Path):
@@ -114,11 +114,11 @@ def read_own_tracker(directory: str) -> tuple[int, bool] | None:
     own = os.path.join(directory, str(rank))
     os.makedirs(own)
     if rank < 3:
-        tracker.write_tracker(own, 7 if rank < 2 else 5)
-    return tracker.read_together(tracker.get_checkpoint_tracker_filename(own))
+        layout.write_tracker(own, 7 if rank < 2 else 5)
+    return layout.read_together(layout.get_checkpoint_tracker_filename(own))
 
 
-def test_the_highest_tracker_holds(tmp_path: Path):
+def test_the_highest_tracker_of_all_ranks_is_used(tmp_path: Path):
     assert run_ranks(4, read_own_tracker, str(tmp_path)) == [(7, False)] * 4
 
 
@@ -126,13 +126,13 @@ def read_broken_tracker(directory: str) -> str:
     own = os.path.join(directory, str(torch.distributed.get_rank()))
     os.makedirs(own)
     text = "7" if torch.distributed.get_rank() == 0 else "seven"
-    Path(own, tracker.TRACKER_FILE).write_text(text)
+    Path(own, layout.TRACKER_FILE).write_text(text)
     with pytest.raises(CheckpointError) as caught:
-        tracker.read_together(os.path.join(own, tracker.TRACKER_FILE))
+        layout.read_together(os.path.join(own, layout.TRACKER_FILE))
     return str(caught.value)
 
 
-def test_a_broken_tracker_on_one_rank_stops_all(tmp_path: Path):
+def test_an_invalid_tracker_on_one_rank_stops_all(tmp_path: Path):
     first, second = run_ranks(2, read_broken_tracker, str(tmp_path))
     assert "'seven'" in first and "'seven'" in second
 
@@ -145,12 +145,12 @@ def take_args(directory: str) -> tuple[int, int]:
     return args.num_layers, args.glu_gate_last
 
 
-def test_the_arguments_are_those_that_rank_0_finds(tmp_path: Path):
+def test_all_ranks_take_the_arguments_that_rank_0_finds(tmp_path: Path):
     file = Path(layout.get_checkpoint_name(str(tmp_path / "there"), 4))
     file.parent.mkdir(parents=True)
     stored = argparse.Namespace(num_layers=6, is_x_model=True, glu_gate_last=True)
     torch.save({"args": stored, "checkpoint_version": 3.0, "iteration": 4, "model": {}}, file)
-    tracker.write_tracker(str(tmp_path / "there"), 4)
+    layout.write_tracker(str(tmp_path / "there"), 4)
     assert run_ranks(2, take_args, str(tmp_path)) == [(6, True)] * 2
 
 
@@ -158,7 +158,7 @@ def random_states(per_rank: bool) -> list[float]:
     """The first number of each stored state's generator, and the one that this rank goes on with."""
     parallel_state.initialize_model_parallel()
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.training.checkpointing import rng
+    from megatron.training.checkpointing import state
 
     rank = torch.distributed.get_rank()
     random.seed(100 + rank)
@@ -167,11 +167,11 @@ def random_states(per_rank: bool) -> list[float]:
     with mock.patch.object(checkpointing, "get_args", lambda: args):
         entries = checkpointing.get_rng_state("torch")
     random.seed(0)
-    rng.set_rng_state({"rng_state": entries}, per_rank)
+    state.set_rng_state({"rng_state": entries}, per_rank)
     return [len(entries), random.random()]
 
 
-def test_random_states_are_one_per_data_parallel_rank_where_ranks_differ():
+def test_random_states_are_saved_per_data_parallel_rank_where_ranks_differ():
     own = [random.Random(100 + rank).random() for rank in range(2)]
     assert run_ranks(2, random_states, True) == [[2, own[0]], [2, own[1]]]
     assert run_ranks(2, random_states, False) == [[1, own[0]], [1, own[1]]]

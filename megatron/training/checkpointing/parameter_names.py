@@ -1,7 +1,7 @@
-"""Parameter names of the two implementations of a layer, and what else differs between checkpoints.
+"""Parameter names of the two implementations of a layer, and the row order of old attention weights.
 
 The plain layer keeps its norms beside attention and MLP; the fused one keeps each inside the projection that
-follows it. Both hold the same weights.
+follows it. Both have the same weights.
 """
 
 from collections import OrderedDict
@@ -44,7 +44,7 @@ def _other_spellings(name: str) -> list[str]:
 def fit_model_state(
     stored: dict[str, Any], wanted: dict[str, Any]
 ) -> tuple[OrderedDict[str, Any], dict[str, str]]:
-    """A checkpoint's model state under the names of the model at hand.
+    """Rename a checkpoint's model state to the names of the model at hand.
 
     ``_extra_state`` entries hold the scaling factors of 8-bit layers. A model without them gets None,
     whatever the checkpoint has.
@@ -93,7 +93,7 @@ def _listed(title: str, items: list[str], most: int = 6) -> list[str]:
 def fix_query_key_value_ordering(
     model: torch.nn.Module | list[torch.nn.Module], checkpoint_version: float
 ) -> None:
-    """Bring the rows of fused projections loaded from a checkpoint older than version 2 into today's order.
+    """Reorder the rows of fused projections that were loaded from a checkpoint older than version 2.
 
     Version 0 stored [parts, heads, d], version 1 [heads, d, parts], today it is [heads, parts, d], with
     parts = 3 for query-key-value and 2 for key-value projections. Such checkpoints know no query groups.
