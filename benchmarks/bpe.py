@@ -80,7 +80,7 @@ def _tokenizers(tokenizer_json: str) -> Encode:
 def _tiktoken(tokenizer_json: str) -> Encode:
     import tiktoken
 
-    from megatron.training.tokenizer.byte_level import character_to_byte
+    from megatron.training.tokenizer.gpt2_tokenization import character_to_byte
 
     to_byte = character_to_byte()
     model = json.loads(tokenizer_json)["model"]
@@ -249,7 +249,7 @@ def _documents(result: Mapping[str, np.ndarray]) -> list[np.ndarray]:
 
 
 def _gpt2_json(vocab_file: str, merge_file: str) -> str:
-    from megatron.training.tokenizer.byte_level import build_byte_level_bpe, read_byte_level_files
+    from megatron.training.tokenizer.gpt2_tokenization import build_byte_level_bpe, read_byte_level_files
 
     return build_byte_level_bpe(read_byte_level_files(vocab_file, merge_file)).to_str()
 

@@ -1,4 +1,4 @@
-"""Tokenizers: text to ids, from the files that other programs made."""
+"""Tokenizers, built from the files of other programs."""
 
 from megatron.training.tokenizer.build import _vocab_size_with_padding, build_tokenizer, num_token_ids
 

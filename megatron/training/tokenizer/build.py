@@ -1,4 +1,4 @@
-"""From arguments to a tokenizer: one row per ``--tokenizer-type``."""
+"""Building the tokenizer that the arguments name: one row per ``--tokenizer-type``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.errors import ConfigError, NotBuiltYetError
-from megatron.training.tokenizer.files import lone_sentence_piece_model, required
+from megatron.training.tokenizer.base import lone_sentence_piece_model, required
 
 if TYPE_CHECKING:
     from megatron.core.datasets.megatron_tokenizer import MegatronTokenizer
@@ -36,11 +36,11 @@ def build_tokenizer(args: Namespace, **kwargs: Any) -> MegatronTokenizer:
         raise ConfigError(
             f"{name} takes no options for a loader, but was given {', '.join(kwargs)}; leave them out"
         )
-    speaks = getattr(args, "rank", 0) == 0
-    if speaks:
+    is_rank_0 = getattr(args, "rank", 0) == 0
+    if is_rank_0:
         print(f"> building {name} tokenizer ...", flush=True)
     tokenizer = builder(args, **kwargs)
-    for line in _notices(tokenizer, args) if speaks else ():
+    for line in _notices(tokenizer, args) if is_rank_0 else ():
         print(f" > {line}", flush=True)
     if getattr(args, "padded_vocab_size", None) is None:
         args.padded_vocab_size = _vocab_size_with_padding(_size_to_pad(tokenizer, args), args)
@@ -48,7 +48,7 @@ def build_tokenizer(args: Namespace, **kwargs: Any) -> MegatronTokenizer:
 
 
 def _notices(tokenizer: MegatronTokenizer, args: Namespace) -> list[str]:
-    """What the user should know about the tokenizer just built, a line each."""
+    """Lines to print about the tokenizer just built."""
     lines = [tokenizer.notice] if getattr(tokenizer, "notice", None) else []
     if _extra_ids(args) and args.tokenizer_type not in TAKES_SENTINELS:
         lines.append(f"--vocab-extra-ids {_extra_ids(args)} has no effect on {args.tokenizer_type}")
@@ -83,8 +83,7 @@ def _size_to_pad(tokenizer: MegatronTokenizer, args: Namespace) -> int:
     if asked < tokenizer.vocab_size:
         raise ConfigError(
             f"--vocab-size {asked} is smaller than the {tokenizer.vocab_size} tokens of "
-            f"{args.tokenizer_type}; give "
-            f"--vocab-size {tokenizer.vocab_size} or more, or leave it out"
+            f"{args.tokenizer_type}; give --vocab-size {tokenizer.vocab_size} or more, or leave it out"
         )
     return asked
 
@@ -101,11 +100,11 @@ def num_token_ids(tokenizer: MegatronTokenizer, args: Namespace) -> int:
     return min(size, args.padded_vocab_size)
 
 
-# Each builder imports its module itself: one tokenizer's libraries are no price for another.
+# Each builder imports its module itself, so that no tokenizer loads the libraries of another.
 
 
 def _gpt2_bpe(args: Namespace) -> MegatronTokenizer:
-    from megatron.training.tokenizer.gpt2_bpe import _GPT2BPETokenizer
+    from megatron.training.tokenizer.gpt2_tokenization import _GPT2BPETokenizer
 
     name = args.tokenizer_type
     return _GPT2BPETokenizer(
@@ -114,7 +113,7 @@ def _gpt2_bpe(args: Namespace) -> MegatronTokenizer:
 
 
 def _bert_word_piece(args: Namespace) -> MegatronTokenizer:
-    from megatron.training.tokenizer.word_piece import _BertWordPieceTokenizer
+    from megatron.training.tokenizer.bert_tokenization import _BertWordPieceTokenizer
 
     return _BertWordPieceTokenizer(
         required(args.vocab_file, "--vocab-file", args.tokenizer_type),

@@ -1,8 +1,7 @@
-"""The fast way to byte-level BPE ids: the library ``fastokens``, held to ``tokenizers`` before it is used.
+"""Fast byte-level BPE by the library ``fastokens``, which is compared with ``tokenizers`` before it is used.
 
-``benchmarks/bpe.py`` measures the libraries there are. Whatever the fast one cannot take, or gives other
-ids for on a set of hard cases, goes to ``tokenizers`` with one line that says so; a wrong id is never the
-price of speed.
+``benchmarks/bpe.py`` measures the libraries there are. A tokenizer that ``fastokens`` cannot load, or for
+which it gives other ids on a set of hard cases, is run by ``tokenizers``, with a notice.
 """
 
 from __future__ import annotations
@@ -44,13 +43,14 @@ PROBES = (
 
 
 class FastBpe:
-    """A verified fast encoder, one thread wide. Build it with ``fast_bpe``, in the process that uses it.
+    """A verified fast encoder that uses one thread. Build it with ``fast_bpe``, in the process that uses it.
 
     Args:
         tokenizer: ``fastokens.Tokenizer``.
         reference: text to ids by ``tokenizers``; takes the texts on which the fast library stops with an
-        error. add_special_tokens: as in ``tokenizers``: put in what the file's post-processor adds around a
-        text.
+            error.
+        add_special_tokens: as in ``tokenizers``: whether to add what the file's post-processor puts around a
+            text.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class FastBpe:
             refuse_lone_surrogates(texts)
             raise
         except (RuntimeError, ValueError):
-            # The splitter's step limit, on a text far from any language. Only that text pays.
+            # The splitter's step limit, on a text far from any language: only that text is encoded slowly.
             if len(texts) > 1:
                 parts = [self.encode_flat([text]) for text in texts]
                 return np.concatenate([ids for ids, _ in parts]), np.concatenate([size for _, size in parts])
@@ -97,8 +97,8 @@ def fast_bpe(
 
     Args:
         tokenizer_json: the file's text, as ``tokenizers.Tokenizer.to_str()`` gives it.
-        reference: text to ids by the original; the fast encoder must agree with it on every probe.
-        add_special_tokens: what ``reference`` does about them.
+        reference: text to ids by ``tokenizers``; the fast encoder must agree with it on every probe.
+        add_special_tokens: whether ``reference`` adds them.
     """
     slow = "; tokenizing with `tokenizers` instead, which is slower and gives the same ids"
     config = json.loads(tokenizer_json)
@@ -113,7 +113,7 @@ def fast_bpe(
         with _one_thread():
             fast = FastBpe(library.Tokenizer.from_json_str(json.dumps(config)), reference, add_special_tokens)
             wrong = _first_difference(fast, reference, _probes(config))
-    except Exception as error:  # whatever a young library raises, the slow way still works
+    except Exception as error:  # whatever this library raises, the slow one still works
         return None, f"{LIBRARY} cannot take this tokenizer ({_short(error)}){slow}"
     if wrong is not None:
         return None, f"{LIBRARY} gives other ids for {_short(repr(wrong))}{slow}"

@@ -1,23 +1,32 @@
-"""GPT-2's tokenizer by its files, with the vocabulary maps in reach."""
+"""GPT-2's byte-level BPE: its two files, ``GPT2Tokenizer``, and the tokenizer type GPT2BPETokenizer."""
+
+from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron.core.errors import DataError
-from megatron.training.tokenizer.base import flatten, refuse_lone_surrogates
-from megatron.training.tokenizer.byte_level import (
-    build_byte_level_bpe,
-    byte_to_character,
-    character_to_byte,
-    read_byte_level_files,
+from megatron.training.tokenizer.base import (
+    BatchTokenizer,
+    existing_file,
+    flatten,
+    need,
+    read_json,
+    read_text,
+    refuse_lone_surrogates,
 )
 from megatron.training.tokenizer.fast_bpe import fast_bpe
+
+if TYPE_CHECKING:
+    import tokenizers
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +46,7 @@ def bytes_to_unicode() -> dict[int, str]:
 
 
 def get_pairs(word: Sequence[str]) -> set[tuple[str, str]]:
-    """The pairs of neighbours in ``word``."""
+    """The pairs of adjacent symbols in ``word``."""
     return set(pairwise(word))
 
 
@@ -53,8 +62,8 @@ class GPT2Tokenizer:
         vocab_file: JSON object of token to id.
         merges_file: one merge a line, most frequent first.
         errors: what ``decode`` does with bytes that are not UTF-8 (as for ``bytes.decode``).
-        special_tokens: tokens that get ids after the vocabulary. ``encode`` does not look for them in the
-        text. max_len: longest sequence a model takes, in tokens; longer ones are encoded all the same, with a
+        special_tokens: tokens that get ids after the vocabulary. ``encode`` does not look for them in texts.
+        max_len: longest sequence a model takes, in tokens; longer ones are encoded all the same, with a
             warning from ``convert_tokens_to_ids``.
     """
 
@@ -81,7 +90,7 @@ class GPT2Tokenizer:
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, cache_dir: str | None = None, *inputs: Any, **kwargs: Any
-    ) -> "GPT2Tokenizer":
+    ) -> GPT2Tokenizer:
         """Build from a directory that holds the vocabulary and the merges. Nothing is ever downloaded.
 
         Raises:
@@ -95,9 +104,8 @@ class GPT2Tokenizer:
         if None in found:
             raise DataError(
                 f"{pretrained_model_name_or_path}: no directory with {VOCAB_NAMES[0]} and {MERGES_NAMES[0]} "
-                f"(or {VOCAB_NAMES[1]} and {MERGES_NAMES[1]}), and nothing is downloaded; give a "
-                f"directory that "
-                "holds both files"
+                f"(or {VOCAB_NAMES[1]} and {MERGES_NAMES[1]}), and nothing is downloaded; give a directory "
+                "that holds both files"
             )
         specials = directory / SPECIAL_TOKENS_NAME
         if specials.is_file() and "special_tokens" not in kwargs:
@@ -115,11 +123,11 @@ class GPT2Tokenizer:
         self.special_tokens_decoder = {index: token for token, index in self.special_tokens.items()}
 
     def bpe(self, token: str) -> str:
-        """The pieces of one pre-split word, given in stand-in characters, with blanks between them."""
+        """The pieces of one pre-split word, given in printable characters, with blanks between them."""
         return " ".join(piece.value for piece in self._bpe.model.tokenize(token))
 
     def tokenize(self, text: str) -> list[str]:
-        """The tokens of ``text``, in stand-in characters."""
+        """The tokens of ``text``, in printable characters."""
         return self._encode(text).tokens
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> int | list[int]:
@@ -183,3 +191,156 @@ class GPT2Tokenizer:
         if token is None:
             raise DataError(f"token id {index} is outside the vocabulary of {len(self.encoder)} tokens")
         return token
+
+
+VOCABULARY = "the JSON object of tokens and ids that belongs to the merges (GPT-2's is gpt2-vocab.json)"
+MERGES = "the list of merges that belongs to the vocabulary (GPT-2's is gpt2-merges.txt)"
+
+
+@dataclass(frozen=True)
+class ByteLevelFiles:
+    """Content of a vocabulary file and a merges file of one tokenizer."""
+
+    vocabulary: dict[str, int]
+    merges: list[tuple[str, str]]
+
+
+@cache
+def byte_to_character() -> dict[int, str]:
+    """GPT-2's printable character for each byte.
+
+    Bytes that are visible characters of Latin-1 stand for themselves; the others, in order, are U+0100 and
+    up.
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in sorted(visible)} | {
+        byte: chr(0x100 + index) for index, byte in enumerate(hidden)
+    }
+
+
+@cache
+def character_to_byte() -> dict[str, int]:
+    """The inverse of ``byte_to_character``."""
+    return {character: byte for byte, character in byte_to_character().items()}
+
+
+def read_byte_level_files(vocab_file: str, merge_file: str) -> ByteLevelFiles:
+    """Read and check both files.
+
+    Raises:
+        DataError: a file is missing, empty, malformed, or they do not belong together.
+    """
+    vocabulary = _read_vocabulary(vocab_file)
+    merges = _read_merges(merge_file)
+    for rank, (left, right) in enumerate(merges):
+        missing = next((piece for piece in (left, right, left + right) if piece not in vocabulary), None)
+        if missing is not None:
+            raise DataError(
+                f"--merge-file {merge_file} does not belong to --vocab-file {vocab_file}: merge {rank + 1}, "
+                f"{left!r} + {right!r}, needs the token {missing!r}, which the vocabulary lacks; "
+                "give a pair of files from one tokenizer"
+            )
+    return ByteLevelFiles(vocabulary, merges)
+
+
+def build_byte_level_bpe(files: ByteLevelFiles) -> tokenizers.Tokenizer:
+    """GPT-2's pipeline on ``tokenizers``: no normalisation, its split expression, bytes, BPE.
+
+    No token is special: the text ``<|endoftext|>`` is split like any other text.
+    """
+    library = need("tokenizers", "byte-level BPE")
+    tokenizer = library.Tokenizer(library.models.BPE(vocab=files.vocabulary, merges=files.merges))
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    return tokenizer
+
+
+def _read_vocabulary(vocab_file: str) -> dict[str, int]:
+    file = existing_file(vocab_file, "--vocab-file", VOCABULARY)
+    vocabulary = read_json(file, "--vocab-file", VOCABULARY)
+    if not isinstance(vocabulary, dict) or not all(type(value) is int for value in vocabulary.values()):
+        raise DataError(
+            f"--vocab-file {vocab_file}: not one JSON object of token to id, as GPT-2 BPE needs; "
+            f"give {VOCABULARY}, or use --tokenizer-type HuggingFaceTokenizer --tokenizer-model for a "
+            "tokenizer.json"
+        )
+    lacking = [byte for byte, character in byte_to_character().items() if character not in vocabulary]
+    # Bytes that UTF-8 never uses may be missing: no text can ask for them.
+    lacking = [byte for byte in lacking if byte not in (0xC0, 0xC1) and byte < 0xF5]
+    if lacking:
+        raise DataError(
+            f"--vocab-file {vocab_file}: not a byte-level vocabulary, {len(lacking)} of the 256 bytes have "
+            f"no token (the first is 0x{lacking[0]:02X}), so some texts would lose characters; "
+            f"give {VOCABULARY}"
+        )
+    return vocabulary
+
+
+def _read_merges(merge_file: str) -> list[tuple[str, str]]:
+    file = existing_file(merge_file, "--merge-file", MERGES)
+    # Not splitlines(): tokens may hold characters such as U+0085 that it takes for line ends.
+    lines = read_text(file, "--merge-file", MERGES).split("\n")
+    merges = []
+    for number, line in enumerate(lines, start=1):
+        line = line.removesuffix("\r")
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        pieces = line.split(" ")
+        if len(pieces) != 2 or not all(pieces):
+            raise DataError(
+                f"--merge-file {merge_file}: line {number} is {line[:40]!r}, not two tokens with a blank "
+                f"between them; give {MERGES}"
+            )
+        merges.append((pieces[0], pieces[1]))
+    return merges
+
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class _GPT2BPETokenizer(BatchTokenizer):
+    """GPT-2's byte-level BPE; ``eod`` is the token ``<|endoftext|>``.
+
+    Args:
+        vocab_file: JSON object of token to id.
+        merge_file: one merge a line.
+    Raises:
+        DataError: a file cannot be used, or the vocabulary has no ``<|endoftext|>``.
+    """
+
+    def __init__(self, vocab_file: str, merge_file: str) -> None:
+        super().__init__(vocab_file, merge_file)
+        self.tokenizer = GPT2Tokenizer(vocab_file, merge_file, errors="replace", special_tokens=[])
+        self.notice = self.tokenizer.notice
+        if END_OF_TEXT not in self.tokenizer.encoder:
+            raise DataError(
+                f"--vocab-file {vocab_file}: no token {END_OF_TEXT}, which ends documents; add it to the "
+                "vocabulary with the next free id"
+            )
+        self.eod_id = self.tokenizer.encoder[END_OF_TEXT]
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokenizer.encoder)
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        return self.tokenizer.encoder
+
+    @property
+    def inv_vocab(self) -> dict[int, str]:
+        return self.tokenizer.decoder
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)
+
+    def tokenize_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return self.tokenizer.encode_flat(texts)
+
+    def detokenize(self, token_ids: Iterable[int]) -> str:
+        return self.tokenizer.decode(token_ids)
+
+    @property
+    def eod(self) -> int:
+        return self.eod_id

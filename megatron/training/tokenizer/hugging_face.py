@@ -1,5 +1,4 @@
-"""The tokenizer types HuggingFaceTokenizer and PretrainedFromHF: what ``transformers`` loads. "
-"Never downloads."""
+"""The tokenizer types HuggingFaceTokenizer and PretrainedFromHF, from local files of ``transformers``."""
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -9,20 +8,23 @@ from typing import Any
 import numpy as np
 
 from megatron.core.errors import DataError
-from megatron.training.tokenizer.base import BatchTokenizer, refuse_lone_surrogates
+from megatron.training.tokenizer.base import (
+    BatchTokenizer,
+    existing_file,
+    need,
+    read_json,
+    refuse_lone_surrogates,
+)
 from megatron.training.tokenizer.fast_bpe import PROBES, FastBpe, fast_bpe
-from megatron.training.tokenizer.files import existing_file, read_json
-from megatron.training.tokenizer.libraries import need
 from megatron.training.tokenizer.sentence_piece import load_sentence_piece
 
 FLAG = "--tokenizer-model (or --tokenizer-name-or-path)"
 WANTED = (
-    "a directory with the tokenizer's files (tokenizer.json, or tokenizer_config.json and what it "
-    "names) or a "
-    "tokenizer.json"
+    "a directory with the tokenizer's files (tokenizer.json, or tokenizer_config.json and what it names) or "
+    "a tokenizer.json"
 )
 
-# Any of these makes a directory one that a tokenizer was saved to.
+# A directory with any of these holds a tokenizer.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,7 +34,7 @@ TOKENIZER_FILES = (
     "spiece.model",
 )
 
-# What ends a document, for a tokenizer.json without the tokenizer_config.json that says so.
+# End-of-document tokens to try, for a tokenizer.json without the tokenizer_config.json that names one.
 END_TOKENS = (
     "<|endoftext|>",
     "</s>",
@@ -140,7 +142,7 @@ class _HuggingFaceTokenizer(BatchTokenizer):
 
 
 def _load(source: str, options: dict[str, Any]) -> tuple[Any, str | None]:
-    """The ``transformers`` tokenizer of a directory, file or cached name, and a line about it or None."""
+    """The ``transformers`` tokenizer of a directory, file or cached name, and a notice or None."""
     path = Path(source)
     if path.is_dir():
         return _load_directory(source, options)
@@ -155,9 +157,8 @@ def _load(source: str, options: dict[str, Any]) -> tuple[Any, str | None]:
         ), None
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{FLAG} {source}: neither a file or directory here nor a name in the local Hugging "
-            f"Face cache, and "
-            f"nothing is downloaded; give {WANTED}"
+            f"{FLAG} {source}: neither a file or directory here nor a name in the local Hugging Face cache, "
+            f"and nothing is downloaded; give {WANTED}"
         ) from error
 
 
@@ -172,7 +173,7 @@ def _load_directory(directory: str, options: dict[str, Any]) -> tuple[Any, str |
         if name in present:
             read_json(existing_file(str(Path(directory, name)), FLAG, WANTED), FLAG, WANTED)
     if "tokenizer.json" not in present and _is_sentence_piece(Path(directory, "tokenizer.model")):
-        # transformers would name neither of them, and take the file for something else.
+        # Without them transformers misreads the file, and its error names neither.
         need("sentencepiece", f"the tokenizer {directory}")
         need("google.protobuf", f"the tokenizer {directory}", "protobuf")
     transformers = need("transformers", f"the tokenizer {directory}")
@@ -187,7 +188,7 @@ def _load_directory(directory: str, options: dict[str, Any]) -> tuple[Any, str |
 
 
 def _load_file(file: Path) -> tuple[Any, str | None]:
-    """A bare ``tokenizer.json``: it has every token, but does not say which one ends a document."""
+    """Load a ``tokenizer.json`` alone, which does not say which token ends a document."""
     if file.suffix == ".model":
         raise DataError(
             f"{FLAG} {file}: a model file alone is not for transformers; use --tokenizer-type "
@@ -213,7 +214,7 @@ def _load_file(file: Path) -> tuple[Any, str | None]:
 
 
 def _sentence_piece_notice(tokenizer: Any, directory: Path) -> str | None:
-    """A line if ``transformers`` had only a SentencePiece model to go by and reads it differently."""
+    """A notice if ``transformers`` read a lone SentencePiece model and gives other ids than sentencepiece."""
     model = directory / "tokenizer.model"
     if not _is_sentence_piece(model) or (directory / "tokenizer.json").is_file():
         return None

@@ -1,4 +1,4 @@
-"""Tokenizers without a vocabulary file: the text is the ids."""
+"""Tokenizers without a vocabulary file: their texts are decimal ids."""
 
 from collections.abc import Iterable, Mapping
 from typing import NoReturn
@@ -25,16 +25,14 @@ class _NullTokenizer(BatchTokenizer):
         except ValueError:
             word = next(word for word in text.split() if not _is_integer(word))
             raise DataError(
-                f"NullTokenizer: {word[:40]!r} is not an id; its text is decimal ids with blanks "
-                f"between them. "
-                "Use another --tokenizer-type for ordinary text"
+                f"NullTokenizer: {word[:40]!r} is not an id; its text is decimal ids with blanks between "
+                "them. Use another --tokenizer-type for ordinary text"
             ) from None
         if ids and not (min(ids) >= 0 and max(ids) <= self._eod_id):
             wrong = next(index for index in ids if not 0 <= index <= self._eod_id)
             raise DataError(
-                f"NullTokenizer: id {wrong} is not between 0 and {self._eod_id}; give --vocab-size "
-                f"of at least "
-                f"{max(ids)} or mend the text"
+                f"NullTokenizer: id {wrong} is not between 0 and {self._eod_id}; give --vocab-size of at "
+                f"least {max(ids)} or mend the text"
             )
         return ids
 

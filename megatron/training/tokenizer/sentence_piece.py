@@ -5,9 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron.core.errors import DataError
-from megatron.training.tokenizer.base import BatchTokenizer, refuse_lone_surrogates
-from megatron.training.tokenizer.files import existing_file
-from megatron.training.tokenizer.libraries import need
+from megatron.training.tokenizer.base import BatchTokenizer, existing_file, need, refuse_lone_surrogates
 
 FLAG = "--tokenizer-model"
 MODEL = "a SentencePiece model (tokenizer.model)"
@@ -82,9 +80,9 @@ class _SentencePieceTokenizer(BatchTokenizer):
 
     def tokenize(self, text: str) -> list[int]:
         ids: list[int] = []
-        # Splitting by a group puts the text between special tokens at even places, the tokens at odd ones.
-        for place, part in enumerate(self._special_pattern.split(text)):
-            if place % 2:
+        # Splitting by a group gives ordinary text at even indices and special tokens at odd ones.
+        for index, part in enumerate(self._special_pattern.split(text)):
+            if index % 2:
                 ids.append(self._special_tokens[part])
             else:
                 ids += self._encode(part)

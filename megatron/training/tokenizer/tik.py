@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.errors import ConfigError, DataError
-from megatron.training.tokenizer.base import BatchTokenizer, refuse_lone_surrogates
-from megatron.training.tokenizer.files import existing_file, read_json
-from megatron.training.tokenizer.libraries import need
+from megatron.training.tokenizer.base import (
+    BatchTokenizer,
+    existing_file,
+    need,
+    read_json,
+    refuse_lone_surrogates,
+)
 
 PATTERN_TIKTOKEN = r"[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 PATTERN_TIKTOKEN_V2 = (
@@ -112,9 +116,8 @@ class CustomTikTokenizer(BatchTokenizer):
         ranks = reload_mergeable_ranks(path, max_vocab=size - num_special_tokens)
         if len(ranks) + num_special_tokens < size:
             raise DataError(
-                f"{FLAG} {path}: {len(ranks)} tokens and {num_special_tokens} special ones are "
-                f"fewer than the "
-                f"vocabulary of {size}; give --vocab-size {len(ranks) + num_special_tokens}"
+                f"{FLAG} {path}: {len(ranks)} tokens and {num_special_tokens} special ones are fewer than "
+                f"the vocabulary of {size}; give --vocab-size {len(ranks) + num_special_tokens}"
             )
         library = need("tiktoken", "TikTokenizer")
         # Special tokens stay unknown to tiktoken: text that spells one is ordinary text.
@@ -126,7 +129,7 @@ class CustomTikTokenizer(BatchTokenizer):
         self._id_to_token = dict(enumerate(names))
         for token, rank in ranks.items():
             self._id_to_token[rank + self._offset] = token.decode("utf-8", errors="replace")
-        # Pieces of characters look alike as text: the first of them keeps the name.
+        # Parts of characters all decode to U+FFFD: the first one keeps the entry.
         self._token_to_id = {token: index for index, token in reversed(self._id_to_token.items())}
         self._bos, self._eos, self._unk = (names.index(name) for name in ("<s>", "</s>", "<unk>"))
 
@@ -189,8 +192,7 @@ class CustomTikTokenizer(BatchTokenizer):
                 characters += len(self._id_to_token[index])
                 continue
             token = self._model.decode_single_token_bytes(index - self._offset)
-            # Bytes 0b10xxxxxx continue a character: an id that starts with one belongs to the character
-            # before.
+            # Bytes 0b10xxxxxx continue a character: an id that starts with one belongs to the previous one.
             begun = sum((byte & 0xC0) != 0x80 for byte in token)
             starts.append(characters - ((token[0] & 0xC0) == 0x80 and characters > 0))
             characters += begun
@@ -213,20 +215,18 @@ def _check_special_tokens(names: Sequence[str], count: int, size: int) -> None:
     missing = [name for name in DEFAULT_SPECIAL_TOKENS if name not in names]
     if missing:
         raise ConfigError(
-            f"--tiktoken-special-tokens {' '.join(names)}: lacks {' '.join(missing)}, which "
-            f"TikTokenizer needs; "
-            f"give --tiktoken-special-tokens {' '.join([*names, *missing])}"
+            f"--tiktoken-special-tokens {' '.join(names)}: lacks {' '.join(missing)}, which TikTokenizer "
+            f"needs; give --tiktoken-special-tokens {' '.join([*names, *missing])}"
         )
     if len(set(names)) < len(names):
         raise ConfigError(f"--tiktoken-special-tokens {' '.join(names)}: every name may be there once")
     if len(names) > count:
         raise ConfigError(
-            f"--tiktoken-num-special-tokens {count}: {len(names)} special tokens are named; give at "
-            f"least that many"
+            f"--tiktoken-num-special-tokens {count}: {len(names)} special tokens are named; give at least "
+            "that many"
         )
     if size - count < 256:
         raise ConfigError(
-            f"--vocab-size {size}: {count} special tokens leave {size - count} ids, too few for the "
-            f"256 bytes; give "
-            f"--vocab-size {count + 256} or more, or fewer --tiktoken-num-special-tokens"
+            f"--vocab-size {size}: {count} special tokens leave {size - count} ids, too few for the 256 "
+            f"bytes; give --vocab-size {count + 256} or more, or fewer --tiktoken-num-special-tokens"
         )

@@ -1,10 +1,10 @@
-"""The tokenizers by the names that scripts import."""
+"""The public names of the tokenizers."""
 
 from megatron.core.datasets.megatron_tokenizer import MegatronTokenizer
 from megatron.training.tokenizer.bert_tokenization import FullTokenizer as FullBertTokenizer
+from megatron.training.tokenizer.bert_tokenization import _BertWordPieceTokenizer
 from megatron.training.tokenizer.build import _vocab_size_with_padding, build_tokenizer
-from megatron.training.tokenizer.gpt2_bpe import _GPT2BPETokenizer
-from megatron.training.tokenizer.gpt2_tokenization import GPT2Tokenizer
+from megatron.training.tokenizer.gpt2_tokenization import GPT2Tokenizer, _GPT2BPETokenizer
 from megatron.training.tokenizer.hugging_face import _HuggingFaceTokenizer
 from megatron.training.tokenizer.null import _NullMultimodalTokenizer, _NullTokenizer
 from megatron.training.tokenizer.sentence_piece import (
@@ -18,7 +18,6 @@ from megatron.training.tokenizer.tik import (
     CustomTikTokenizer,
     reload_mergeable_ranks,
 )
-from megatron.training.tokenizer.word_piece import _BertWordPieceTokenizer
 
 __all__ = [
     "PATTERN_TIKTOKEN",

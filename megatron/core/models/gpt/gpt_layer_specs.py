@@ -64,8 +64,7 @@ def get_gpt_layer_local_spec(
     normalization: str | None = None,
     qk_l2_norm: bool | None = False,
 ) -> ModuleSpec:
-    """A layer with separate norms.  Which norm is ``config.normalization``'s choice, whatever is "
-    "passed here."""
+    """A layer with separate norms; ``config.normalization`` chooses their kind, not the argument."""
     _check(multi_latent_attention, fp8)
     return _layer(
         attention=SelfAttentionSubmodules(

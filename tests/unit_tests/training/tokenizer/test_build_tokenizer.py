@@ -11,7 +11,7 @@ import pytest
 
 from megatron.core.errors import ConfigError, DataError, NotBuiltYetError
 from megatron.training.tokenizer import _vocab_size_with_padding, build_tokenizer
-from megatron.training.tokenizer.files import lone_sentence_piece_model
+from megatron.training.tokenizer.base import lone_sentence_piece_model
 
 
 @pytest.fixture
@@ -68,13 +68,13 @@ def test_class_log_lines_and_padded_size(name, files, arguments, capsys) -> None
     )
 
 
-def test_casing(files, arguments) -> None:
+def test_bert_type_decides_on_lower_case(files, arguments) -> None:
     for name, expected in (("BertWordPieceLowerCase", "True"), ("BertWordPieceCase", "False")):
         tokenizer = build_tokenizer(arguments(name, **files[name]))
         assert tokenizer.unique_identifiers["lower_case"] == expected
 
 
-def test_other_ranks_are_silent_and_a_size_from_a_checkpoint_stays(files, arguments, capsys) -> None:
+def test_only_rank_0_prints_and_a_given_padded_size_is_kept(files, arguments, capsys) -> None:
     args = arguments("NullTokenizer", rank=3, **files["NullTokenizer"])
     build_tokenizer(args)
     assert args.padded_vocab_size == 512 and capsys.readouterr().out == ""
@@ -83,7 +83,7 @@ def test_other_ranks_are_silent_and_a_size_from_a_checkpoint_stays(files, argume
     assert args.padded_vocab_size == 7777 and "padded vocab" not in capsys.readouterr().out
 
 
-def test_arguments_of_older_scripts_may_lack_the_optional_ones(files) -> None:
+def test_optional_arguments_may_be_missing(files) -> None:
     args = Namespace(
         tokenizer_type="GPT2BPETokenizer",
         make_vocab_size_divisible_by=128,
@@ -98,13 +98,13 @@ def test_arguments_of_older_scripts_may_lack_the_optional_ones(files) -> None:
     ("size", "multiple", "tp", "padded"),
     [(50257, 128, 1, 50304), (50257, 128, 8, 51200), (256, 128, 2, 256), (257, 128, 2, 512), (1, 1, 1, 1)],
 )
-def test_padding_by_hand(size, multiple, tp, padded, capsys) -> None:
+def test_padded_size_is_the_next_multiple(size, multiple, tp, padded, capsys) -> None:
     args = Namespace(rank=0, make_vocab_size_divisible_by=multiple, tensor_model_parallel_size=tp)
     assert _vocab_size_with_padding(size, args, logging_enabled=False) == padded
     assert capsys.readouterr().out == ""
 
 
-def test_vocab_size_is_a_floor(files, arguments, capsys) -> None:
+def test_vocab_size_raises_the_padded_size(files, arguments, capsys) -> None:
     flags = files["GPT2BPETokenizer"]
     args = arguments("GPT2BPETokenizer", vocab_size=1000, **flags)
     build_tokenizer(args)
@@ -184,7 +184,7 @@ MISSING = [
 
 @pytest.mark.parametrize(("name", "flag"), MISSING)
 @pytest.mark.parametrize("kind", ["missing", "directory", "empty"])
-def test_files_that_are_not_there_are_named(files, arguments, tmp_path, name, flag, kind) -> None:
+def test_missing_files_are_named(files, arguments, tmp_path, name, flag, kind) -> None:
     path = tmp_path / "what"
     if kind == "directory":
         path.mkdir()
@@ -212,7 +212,7 @@ def test_files_that_are_not_there_are_named(files, arguments, tmp_path, name, fl
         ("merge_file", b"#version: 0.2\na b\nx \xd0\x96\n", "merge 2, 'x' \\+ 'Ж', needs the token 'Ж'"),
     ],
 )
-def test_gpt2_files_that_do_not_fit_are_named(files, arguments, tmp_path, flag, content, message) -> None:
+def test_mismatched_gpt2_files_are_named(files, arguments, tmp_path, flag, content, message) -> None:
     flags = files["GPT2BPETokenizer"]
     path = tmp_path / "bad"
     path.write_bytes(content)
@@ -242,7 +242,7 @@ def test_a_vocabulary_without_the_end_token_is_named(files, arguments, tmp_path)
         (b"\xff", "not UTF-8"),
     ],
 )
-def test_bert_vocabularies_that_are_none_are_named(arguments, tmp_path, content, message) -> None:
+def test_invalid_bert_vocabularies_are_named(arguments, tmp_path, content, message) -> None:
     path = tmp_path / "vocab.txt"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
@@ -258,13 +258,15 @@ def test_bert_vocabularies_that_are_none_are_named(arguments, tmp_path, content,
         ("TikTokenizer", "tiktoken"),
     ],
 )
-def test_a_missing_library_is_named_with_what_to_type(files, arguments, monkeypatch, name, library) -> None:
+def test_a_missing_library_is_named_with_the_install_command(
+    files, arguments, monkeypatch, name, library
+) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ConfigError, match=f"pip install {library}"):
         build_tokenizer(arguments(name, **files[name]))
 
 
-def test_importing_is_cheap(repo_root) -> None:
+def test_import_loads_no_tokenizer_library(repo_root) -> None:
     heavy = ("tokenizers", "transformers", "sentencepiece", "tiktoken", "fastokens")
     code = (
         "import sys, megatron.training.tokenizer, megatron.training.tokenizer.tokenizer; "

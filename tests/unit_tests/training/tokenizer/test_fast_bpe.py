@@ -11,8 +11,8 @@ import pytest
 from texts_to_tokenize import HARD_TEXTS, TEXTS
 
 from megatron.training.tokenizer import fast_bpe as module
-from megatron.training.tokenizer.byte_level import build_byte_level_bpe, read_byte_level_files
 from megatron.training.tokenizer.fast_bpe import fast_bpe, is_byte_level_bpe
+from megatron.training.tokenizer.gpt2_tokenization import build_byte_level_bpe, read_byte_level_files
 from megatron.training.tokenizer.tokenizer import _GPT2BPETokenizer
 
 LLAMA3_SPLIT = (
@@ -86,7 +86,7 @@ def test_special_tokens_another_split_and_a_prefix_agree(byte_level_files) -> No
         assert fast.encode(text) == tokenizer.encode(text).ids, repr(text[:60])
 
 
-def test_a_missing_library_is_one_line_and_the_same_ids(byte_level_files, monkeypatch) -> None:
+def test_without_fastokens_ids_are_equal_and_a_notice_is_given(byte_level_files, monkeypatch) -> None:
     fast = _GPT2BPETokenizer(*byte_level_files)
     monkeypatch.setitem(sys.modules, module.LIBRARY, None)
     slow = _GPT2BPETokenizer(*byte_level_files)
@@ -96,7 +96,7 @@ def test_a_missing_library_is_one_line_and_the_same_ids(byte_level_files, monkey
         assert a.dtype == b.dtype and a.tolist() == b.tolist()
 
 
-def test_other_ids_or_a_refusal_send_it_back(reference) -> None:
+def test_fastokens_is_not_used_after_other_ids_or_an_error(reference) -> None:
     pytest.importorskip(module.LIBRARY)
     fast, notice = fast_bpe(reference.to_str(), lambda text: [*reference.encode(text).ids, 1])
     assert fast is None and "gives other ids for ''" in notice and "`tokenizers`" in notice
@@ -106,7 +106,7 @@ def test_other_ids_or_a_refusal_send_it_back(reference) -> None:
     assert fast is None and "cannot take this tokenizer" in notice
 
 
-def test_a_text_the_library_stops_at_goes_to_the_reference(reference, monkeypatch) -> None:
+def test_texts_that_fastokens_cannot_encode_go_to_the_reference(reference, monkeypatch) -> None:
     """PCRE2 gives up after a number of steps; the limit is lowered here to see it happen."""
     library = pytest.importorskip(module.LIBRARY)
     fast, _ = fast_bpe(reference.to_str(), lambda text: reference.encode(text).ids)
@@ -130,7 +130,7 @@ def test_a_text_the_library_stops_at_goes_to_the_reference(reference, monkeypatc
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
-def test_one_thread_and_no_trace_in_the_environment(reference, monkeypatch) -> None:
+def test_one_thread_is_used_and_the_environment_is_restored(reference, monkeypatch) -> None:
     pytest.importorskip(module.LIBRARY)
     monkeypatch.delenv("RAYON_NUM_THREADS", raising=False)
     fast, _ = fast_bpe(reference.to_str(), lambda text: reference.encode(text).ids)
@@ -141,7 +141,7 @@ def test_one_thread_and_no_trace_in_the_environment(reference, monkeypatch) -> N
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_process_can_go_on_with_it(byte_level_files) -> None:
+def test_a_forked_process_can_use_the_encoder(byte_level_files) -> None:
     """A pool of threads does not survive a fork; waiting for it would take for ever."""
     tokenizer = _GPT2BPETokenizer(*byte_level_files)
     tokenizer.tokenize_flat(TEXTS)
@@ -173,5 +173,5 @@ def test_a_forked_process_can_go_on_with_it(byte_level_files) -> None:
         ),
     ],
 )
-def test_what_counts_as_byte_level(reference, change, expected) -> None:
+def test_byte_level_bpe_is_recognised(reference, change, expected) -> None:
     assert is_byte_level_bpe(json.loads(reference.to_str()) | change) is expected

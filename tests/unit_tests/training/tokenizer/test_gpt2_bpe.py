@@ -29,7 +29,7 @@ def tiktoken_ids(byte_level_ranks):
     ).encode_ordinary
 
 
-def test_ids_are_transformers_ids(tokenizer, byte_level_files) -> None:
+def test_ids_equal_those_of_transformers(tokenizer, byte_level_files) -> None:
     from transformers import GPT2Tokenizer as Oracle
 
     vocab, merges = (Path(file).read_text(encoding="utf-8") for file in byte_level_files)
@@ -52,7 +52,7 @@ def test_text_of_the_end_token_is_ordinary_text(tokenizer) -> None:
 
 
 @pytest.mark.parametrize("text", ALL_TEXTS, ids=range(len(ALL_TEXTS)))
-def test_round_trip(tokenizer, text) -> None:
+def test_round_trip_gives_the_text(tokenizer, text) -> None:
     assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
     assert tokenizer.detokenize(np.array(tokenizer.tokenize(text), dtype=np.int64)) == text
 

@@ -36,7 +36,7 @@ def oracle(gpt2_directory):
 
 
 @pytest.mark.parametrize("given", ["directory", "file with a configuration", "bare file"])
-def test_ids_are_transformers_ids(gpt2_directory, oracle, tmp_path, given) -> None:
+def test_ids_equal_those_of_transformers(gpt2_directory, oracle, tmp_path, given) -> None:
     source = gpt2_directory
     if given == "file with a configuration":
         source = gpt2_directory / "tokenizer.json"
@@ -75,7 +75,7 @@ def test_round_trip_and_offsets(gpt2_directory) -> None:
         tokenizer.offsets(ids[1:], text)
 
 
-def test_word_piece_goes_the_ordinary_way(tmp_path) -> None:
+def test_word_piece_is_encoded_by_transformers(tmp_path) -> None:
     from transformers import BertTokenizer
 
     vocab = tmp_path / "in.txt"
@@ -92,7 +92,7 @@ def test_word_piece_goes_the_ordinary_way(tmp_path) -> None:
         tokenizer.eod  # noqa: B018
 
 
-def test_long_documents_are_no_reason_to_warn(gpt2_directory, tmp_path, caplog, capfd) -> None:
+def test_long_documents_give_no_warning(gpt2_directory, tmp_path, caplog, capfd) -> None:
     directory = Path(shutil.copytree(gpt2_directory, tmp_path / "short"))
     config = json.loads((directory / "tokenizer_config.json").read_text())
     (directory / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 4}))
@@ -136,13 +136,13 @@ def write(directory: Path, **files: str) -> str:
         (lambda d: write(d, **{"x.model": "junk"}) + "/x.model", "use --tokenizer-type GPTSentencePiece"),
     ],
 )
-def test_what_cannot_be_used_is_named(tmp_path, monkeypatch, make, message) -> None:
+def test_unusable_sources_are_named(tmp_path, monkeypatch, make, message) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     with pytest.raises(DataError, match=message):
         _HuggingFaceTokenizer(make(tmp_path))
 
 
-def test_differences_from_the_sentencepiece_model_are_told(
+def test_differences_from_the_sentencepiece_model_give_a_notice(
     tmp_path, sentence_piece_file, monkeypatch
 ) -> None:
     """transformers builds Llama's tokenizer from tokenizer.model without the model's normalisation."""

@@ -6,7 +6,7 @@ from megatron.core.errors import DataError, NotBuiltYetError
 from megatron.training.tokenizer.tokenizer import _NullMultimodalTokenizer, _NullTokenizer
 
 
-def test_text_is_ids() -> None:
+def test_text_is_decimal_ids() -> None:
     tokenizer = _NullTokenizer(500)
     assert tokenizer.tokenize("1 0 500  17\n") == [1, 0, 500, 17]
     assert tokenizer.tokenize("") == []
@@ -32,11 +32,11 @@ def test_text_is_ids() -> None:
         ("-1", "id -1 is not between 0 and 500"),
     ],
 )
-def test_what_is_not_an_id_is_named(text, message) -> None:
+def test_words_that_are_no_id_are_named(text, message) -> None:
     with pytest.raises(DataError, match=message):
         _NullTokenizer(500).tokenize(text)
 
 
-def test_the_multimodal_one_is_not_built() -> None:
+def test_the_multimodal_tokenizer_is_refused_as_not_built() -> None:
     with pytest.raises(NotBuiltYetError, match="NullMultimodalTokenizer"):
         _NullMultimodalTokenizer(5)

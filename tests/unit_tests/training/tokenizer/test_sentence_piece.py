@@ -50,7 +50,7 @@ def test_llama2_puts_bos_in_front(sentence_piece_file, oracle) -> None:
     assert tokenizer.eod == 2
 
 
-def test_llama2_ids_are_transformers_ids(sentence_piece_file, tmp_path) -> None:
+def test_llama2_ids_equal_those_of_transformers(sentence_piece_file, tmp_path) -> None:
     """transformers reads the same model as Llama's, with bos."""
     pytest.importorskip("google.protobuf")
     from transformers import AutoTokenizer

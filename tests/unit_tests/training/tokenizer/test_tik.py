@@ -28,7 +28,7 @@ def tokenizer(vocab_file) -> CustomTikTokenizer:
     return CustomTikTokenizer(vocab_file, PATTERN_TIKTOKEN_V2, 290, 10, SPECIALS)
 
 
-def test_layout_of_ids(tokenizer, vocab_file) -> None:
+def test_special_ids_come_before_ranks(tokenizer, vocab_file) -> None:
     assert tokenizer.vocab_size == 290 == len(tokenizer.inv_vocab)
     assert [tokenizer.inv_vocab[n] for n in range(10)] == [
         *SPECIALS,
@@ -44,7 +44,7 @@ def test_layout_of_ids(tokenizer, vocab_file) -> None:
     assert (identifiers["pattern"], identifiers["special_tokens"]) == (PATTERN_TIKTOKEN_V2, str(SPECIALS))
 
 
-def test_ids_by_hand(tokenizer) -> None:
+def test_ids_equal_hand_written_ones(tokenizer) -> None:
     # Ranks: 256 he, 257 ll, 258 hell, 259 hello, 260 " w", 261 or, 262 ld, 263 " wor", 264 " world".
     assert tokenizer.tokenize("hello world") == [269, 274]
     assert tokenizer.tokenize("hello", bos=True, eos=True) == [1, 269, 2]
@@ -70,7 +70,7 @@ def test_round_trip_and_tiktoken(vocab_file, pattern, text) -> None:
     assert tokenizer.offsets(ids, text) == oracle.decode_with_offsets(raw)[1]
 
 
-def test_specials_in_decoding(tokenizer) -> None:
+def test_special_ids_decode_to_their_names(tokenizer) -> None:
     ids = [1, *tokenizer.tokenize("hello"), 3, 2]
     assert tokenizer.detokenize(ids) == "<s>hello<tool></s>"
     assert tokenizer.offsets(ids, "<s>hello<tool></s>") == [0, 3, 8, 14]
@@ -80,7 +80,7 @@ def test_specials_in_decoding(tokenizer) -> None:
         tokenizer.tokenize("\ud800")
 
 
-def test_ranks_are_cut(vocab_file, tik_entries) -> None:
+def test_ranks_beyond_the_vocabulary_size_are_dropped(vocab_file, tik_entries) -> None:
     ranks = reload_mergeable_ranks(vocab_file, max_vocab=260)
     assert len(ranks) == 260 and ranks[b"hello"] == 259 and b" w" not in ranks
     assert len(reload_mergeable_ranks(vocab_file)) == len(tik_entries)
@@ -118,6 +118,6 @@ def test_malformed_vocabulary_is_named(vocab_file, tik_entries, damage, message)
         (None, 10, None, DataError, "fewer than the vocabulary of 131072"),
     ],
 )
-def test_numbers_that_do_not_fit_are_named(vocab_file, size, count, specials, error, message) -> None:
+def test_inconsistent_sizes_are_named(vocab_file, size, count, specials, error, message) -> None:
     with pytest.raises(error, match=message):
         CustomTikTokenizer(vocab_file, PATTERN_TIKTOKEN, size, count, specials)

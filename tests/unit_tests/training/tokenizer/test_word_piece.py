@@ -28,7 +28,7 @@ def golden_vocab(golden) -> str:
     return str(golden / "tokenizer" / "bert_vocab.txt")
 
 
-def test_ids_are_megatrons(golden, golden_vocab) -> None:
+def test_ids_equal_those_of_megatron(golden, golden_vocab) -> None:
     """sent_text_document.bin holds the sentences of corpus_sent.jsonl, one after the other."""
     lines = (golden / "tokenizer" / "corpus_sent.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
@@ -40,7 +40,7 @@ def test_ids_are_megatrons(golden, golden_vocab) -> None:
 
 
 @pytest.mark.parametrize(("key", "sentinels"), [("bert", 0), ("t5", 40)])
-def test_special_ids_are_megatrons(golden, golden_vocab, key, sentinels) -> None:
+def test_special_ids_equal_those_of_megatron(golden, golden_vocab, key, sentinels) -> None:
     info = json.loads((golden / "tokenizer" / "tokenizer_info.json").read_text())[key]
     tokenizer = _BertWordPieceTokenizer(golden_vocab, vocab_extra_ids=sentinels)
     for name in ("cls", "sep", "pad", "mask", "bos", "eos", "vocab_size"):
@@ -69,7 +69,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("lower_case", [True, False])
 @pytest.mark.parametrize("text", TEXTS)
-def test_ids_are_transformers_ids(vocab_file, lower_case, text) -> None:
+def test_ids_equal_those_of_transformers(vocab_file, lower_case, text) -> None:
     from transformers import BertTokenizer
 
     oracle = BertTokenizer(vocab=vocab_file, do_lower_case=lower_case, strip_accents=lower_case)
@@ -94,7 +94,7 @@ def test_longest_word_is_200_characters(tmp_path) -> None:
     assert tokenizer.tokenize("a" * 201) == [1]
 
 
-def test_decoding(vocab_file) -> None:
+def test_decoding_joins_pieces_and_drops_blanks(vocab_file) -> None:
     tokenizer = _BertWordPieceTokenizer(vocab_file)
     ids = tokenizer.tokenize("The unaffable world, hello!")
     assert tokenizer.detokenize(np.array(ids)) == tokenizer.decode(ids) == "the unaffable world, hello!"
@@ -107,7 +107,7 @@ def test_decoding(vocab_file) -> None:
         tokenizer.tokenize("a\ud800")
 
 
-def test_helper_functions(vocab_file) -> None:
+def test_public_helper_functions(vocab_file) -> None:
     vocab = bert.load_vocab(vocab_file)
     assert isinstance(vocab, OrderedDict) and list(vocab)[:3] == ["[PAD]", "[UNK]", "[CLS]"]
     assert bert.convert_tokens_to_ids(vocab, ["the", "un"]) == [5, 6]
@@ -135,6 +135,6 @@ def test_helper_functions(vocab_file) -> None:
         (True, None, False),
     ],
 )
-def test_case_is_checked_by_name(lower, checkpoint, warns, caplog) -> None:
+def test_checkpoint_name_of_the_other_case_gives_a_warning(lower, checkpoint, warns, caplog) -> None:
     bert.validate_case_matches_checkpoint(lower, checkpoint)
     assert bool(caplog.records) is warns
