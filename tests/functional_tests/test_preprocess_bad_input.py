@@ -125,14 +125,14 @@ RECORDS = {
 
 
 @pytest.mark.parametrize("case", RECORDS)
-def test_bad_content(tmp_path, outputs, case):
+def test_bad_content_is_named_with_its_position(tmp_path, outputs, case):
     name, content, expected = RECORDS[case]
     (tmp_path / name).write_bytes(content)
     workers = 1 if len(case) % 2 else 2  # half of the cases in each mode
     fails(command(tmp_path / name, outputs, *NULL, "--workers", workers), outputs, *expected)
 
 
-def test_first_bad_line_is_named_whatever_worker_meets_it(tmp_path, outputs):
+def test_the_first_bad_line_is_named_for_any_number_of_workers(tmp_path, outputs):
     lines = [GOOD.strip()] * 40_000
     lines[39_000] = b"{}"
     lines[20_123] = b'{"text": 5}'
@@ -140,7 +140,7 @@ def test_first_bad_line_is_named_whatever_worker_meets_it(tmp_path, outputs):
     fails(command(tmp_path / "in.jsonl", outputs, *NULL, "--workers", 4), outputs, "in.jsonl:20124:")
 
 
-def test_bad_line_before_the_cut_of_a_truncated_file(tmp_path, outputs):
+def test_a_bad_line_before_a_truncation_is_named_first(tmp_path, outputs):
     zstandard = pytest.importorskip("zstandard")
     data = zstandard.ZstdCompressor().compress(GOOD * 1000)
     (tmp_path / "cut.zst").write_bytes(data[:-2])
@@ -156,7 +156,7 @@ def test_bad_line_before_the_cut_of_a_truncated_file(tmp_path, outputs):
         ({"text": []}, ["no rows"]),
     ],
 )
-def test_bad_parquet(tmp_path, outputs, column, expected):
+def test_bad_parquet_is_named(tmp_path, outputs, column, expected):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -184,25 +184,25 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("case", FLAGS)
-def test_bad_flags(tmp_path, outputs, case):
+def test_bad_flags_are_named(tmp_path, outputs, case):
     flags, expected = FLAGS[case]
     (tmp_path / "in.jsonl").write_bytes(GOOD)
     fails(command(tmp_path / "in.jsonl", outputs, *flags), outputs, *expected)
 
 
 @pytest.mark.parametrize("flags", [["--workers", "0"], ["--wrokers", "1"], ["--log-interval", "x"]])
-def test_usage_errors(tmp_path, outputs, flags):
+def test_usage_errors_exit_with_status_2(tmp_path, outputs, flags):
     (tmp_path / "in.jsonl").write_bytes(GOOD)
     fails(command(tmp_path / "in.jsonl", outputs, *NULL, *flags), outputs, flags[0], status=2)
 
 
-def test_no_such_input(tmp_path, outputs):
+def test_missing_inputs_are_named(tmp_path, outputs):
     fails(command(tmp_path / "gone.jsonl", outputs), outputs, "gone.jsonl", "no such file")
     fails(command(tmp_path / "*.jsonl", outputs), outputs, "no file matches")
     fails(command(outputs, outputs), outputs, "is a directory", "/*.jsonl")
 
 
-def test_output_directory(tmp_path, outputs):
+def test_unusable_output_directories_are_named(tmp_path, outputs):
     (tmp_path / "in.jsonl").write_bytes(GOOD)
     source = tmp_path / "in.jsonl"
     fails(command(source, tmp_path / "gone"), outputs, "no directory", f"mkdir -p {tmp_path / 'gone'}")
@@ -210,7 +210,7 @@ def test_output_directory(tmp_path, outputs):
     assert not (tmp_path / "gone").exists()
 
 
-def test_sentence_splitting_without_a_model(tmp_path, outputs):
+def test_sentence_splitting_without_a_model_names_the_download(tmp_path, outputs):
     pytest.importorskip("nltk")
     (tmp_path / "in.jsonl").write_bytes(GOOD)
     flags = [*NULL, "--split-sentences", "--lang", "klingon"]
@@ -224,7 +224,7 @@ def limit_file_size():
 
 
 @pytest.mark.parametrize("flags", [["--workers", "1"], ["--workers", "2", "--partitions", "2"]])
-def test_no_room_for_the_output(tmp_path, outputs, flags):
+def test_a_file_size_limit_leaves_outputs_unchanged(tmp_path, outputs, flags):
     (tmp_path / "in.jsonl").write_bytes(GOOD * 100_000)
     words = command(tmp_path / "in.jsonl", outputs, *NULL, *flags)
     fails(words, outputs, "bytes of tokens", str(outputs), "No output file was", preexec_fn=limit_file_size)
@@ -248,7 +248,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_full_disk(tmp_path, small_disk):
+def test_a_full_disk_leaves_outputs_unchanged(tmp_path, small_disk):
     for name, data in OLD.items():
         (small_disk / name).write_bytes(data)
     (tmp_path / "in.jsonl").write_bytes(GOOD * 100_000)
@@ -299,7 +299,7 @@ def gone(pids):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the workers in /proc")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_killed_worker(tmp_path, outputs, number):
+def test_a_killed_worker_is_reported(tmp_path, outputs, number):
     feed = Feed(tmp_path, outputs, workers=3)
     workers = feed.workers()
     victim = workers[1]
@@ -330,7 +330,7 @@ def test_killed_worker(tmp_path, outputs, number):
         (signal.SIGINT, 1, True),
     ],
 )
-def test_stopped_by_the_user(tmp_path, outputs, number, workers, whole_group):
+def test_a_signal_leaves_outputs_unchanged(tmp_path, outputs, number, workers, whole_group):
     feed = Feed(tmp_path, outputs, workers)
     children = feed.workers()
     os.killpg(feed.process.pid, number) if whole_group else feed.process.send_signal(number)
@@ -358,7 +358,7 @@ def test_killed_coordinator_leaves_no_worker_and_no_result(tmp_path, outputs):
     assert (outputs / "out_text_document.bin").read_bytes() == b"\1\0\2\0\3\0"
 
 
-def test_failure_leaves_nothing_where_there_was_nothing(tmp_path):
+def test_a_failure_leaves_the_output_directory_empty(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(GOOD + b"{}\n")
     (tmp_path / "results").mkdir()
     done = subprocess.run(
@@ -368,7 +368,7 @@ def test_failure_leaves_nothing_where_there_was_nothing(tmp_path):
     assert list((tmp_path / "results").iterdir()) == []
 
 
-def test_odd_but_sound_records(tmp_path, outputs):
+def test_unusual_valid_records_are_accepted(tmp_path, outputs):
     """Accepted as Megatron accepts them: NaN elsewhere, a key twice, huge numbers, a whole surrogate pair."""
     records = [
         b'{"score": NaN, "text": "1"}',

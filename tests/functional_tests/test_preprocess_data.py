@@ -68,7 +68,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize("workers", [2, 4])
 @pytest.mark.parametrize("case", GOLDEN)
-def test_golden_files(golden, tmp_path, case, workers):
+def test_files_equal_the_golden_ones(golden, tmp_path, case, workers):
     expected, corpus, flags = GOLDEN[case]
     source = golden / "preprocess" / f"{corpus}.jsonl"
     preprocess("--input", source, "--output-prefix", tmp_path / "out", "--workers", workers, *flags)
@@ -79,7 +79,7 @@ def test_golden_files(golden, tmp_path, case, workers):
     ]
 
 
-def test_golden_sentences(golden, tmp_path):
+def test_split_sentences_equal_the_golden_files(golden, tmp_path):
     """Lists of strings are sentences, and empty documents stay."""
     here = golden / "preprocess"
     flags = ["--tokenizer-type", "BertWordPieceLowerCase", "--vocab-file", here / "bert_vocab.txt"]
@@ -215,7 +215,7 @@ def expected_documents(values, eod):
 
 
 @pytest.mark.parametrize("flags", [[], ["--partitions", "3"]])
-def test_result_does_not_depend_on_the_workers(tmp_path, flags):
+def test_result_is_equal_for_any_number_of_workers(tmp_path, flags):
     values = corpus_of_all_shapes(tmp_path / "in.jsonl")
     expected = expected_documents(values, 500)
     if flags:
@@ -240,7 +240,7 @@ def test_result_does_not_depend_on_the_workers(tmp_path, flags):
     assert len(digests) == 1
 
 
-def test_a_record_larger_than_a_block(tmp_path):
+def test_a_record_larger_than_a_block_is_read_whole(tmp_path):
     long = " ".join(["7"] * 3_000_000)
     (tmp_path / "in.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in ("1", long, "2 3"))
@@ -249,7 +249,7 @@ def test_a_record_larger_than_a_block(tmp_path):
     assert read_pair(tmp_path / "out_text_document") == [[[1]], [[7] * 3_000_000], [[2, 3]]]
 
 
-def test_lines_that_are_printed(golden, tmp_path):
+def test_printed_lines(golden, tmp_path):
     source = golden / "preprocess" / "corpus_u16.jsonl"
     done = preprocess(
         "--input", source, "--output-prefix", tmp_path / "out", "--workers", 2, "--log-interval", 60, *NULL
@@ -261,7 +261,7 @@ def test_lines_that_are_printed(golden, tmp_path):
     assert re.search(rf"^Time to startup: {number}", done.stdout, re.M)
 
 
-def test_spellings_of_the_ascend_forks_and_abbreviations(golden, tmp_path):
+def test_flags_of_ascend_forks_and_abbreviations_are_accepted(golden, tmp_path):
     here = golden / "preprocess"
     done = preprocess(
         "--inp",
@@ -285,7 +285,7 @@ def test_spellings_of_the_ascend_forks_and_abbreviations(golden, tmp_path):
     assert "--chunk-size 32 has no effect" in done.stderr and "--vocab-extra-ids 7 has no" in done.stderr
 
 
-def test_hugging_face_directory_in_the_spelling_of_modellink(tmp_path):
+def test_hugging_face_directory_with_modellink_flags(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     pytest.importorskip("transformers")
     words = {word: index for index, word in enumerate(["<eos>", "a", "b", "c"])}
@@ -323,7 +323,7 @@ def punkt(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [[], ["--keep-newlines"]])
-def test_sentences_are_split_in_one_call(punkt, tmp_path, flags):
+def test_sentences_are_split_by_the_punkt_model(punkt, tmp_path, flags):
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dr", "who", "came", ".", "he", "left", "yes"]
     (tmp_path / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     texts = ["Dr. Who came.\nHe left.", ["Yes."], ""]
@@ -354,7 +354,7 @@ def test_a_new_run_replaces_the_old_files(golden, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_help_is_quick_and_complete():
+def test_help_is_complete():
     done = run("preprocess_data.py", "--help")
     flags = """--input --json-keys --split-sentences --keep-newlines --append-eod --lang --output-prefix
         --workers --partitions --log-interval --keep-sequential-samples --tokenizer-type --tokenizer-model
@@ -376,7 +376,7 @@ def pairs(golden, tmp_path):
     return directory
 
 
-def test_merge_gives_the_golden_file(golden, tmp_path, pairs):
+def test_merge_gives_the_golden_files(golden, tmp_path, pairs):
     done = run("merge_datasets.py", "--input", pairs, "--output-prefix", tmp_path / "merged")
     assert done.returncode == 0, done.stderr
     figures = json.loads((golden / "data" / "indexed_extra.json").read_text())["merge"]
@@ -438,7 +438,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_merge_refuses(golden, tmp_path, pairs, damage):
+def test_merge_refuses_unfit_directories(golden, tmp_path, pairs, damage):
     damage(pairs, golden)
     done = run("merge_datasets.py", "--input", pairs, "--output-prefix", tmp_path / "out")
     assert done.returncode == 1

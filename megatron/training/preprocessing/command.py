@@ -1,4 +1,4 @@
-"""The run of ``tools/preprocess_data.py``, from the arguments to the renamed files."""
+"""The run of ``tools/preprocess_data.py``, from the arguments to the renamed files, with progress lines."""
 
 import sys
 import time
@@ -9,16 +9,59 @@ from functools import partial
 from typing import Any
 
 from megatron.core.errors import DataError, MegatronError
-from megatron.training.preprocessing.blocks import Block
 from megatron.training.preprocessing.encoding import Encoder, TokenizerFacts
 from megatron.training.preprocessing.flags import parse_arguments
 from megatron.training.preprocessing.inputs import InputFile, find_inputs
-from megatron.training.preprocessing.output import OutputFiles, opened
+from megatron.training.preprocessing.output import OutputFiles, Writer, opened
 from megatron.training.preprocessing.pool import Failure, Outcomes, WorkerPool, map_here
-from megatron.training.preprocessing.progress import Progress
-from megatron.training.preprocessing.readers import Source, open_source
+from megatron.training.preprocessing.readers import Block, Source, open_source
 from megatron.training.preprocessing.records import RecordError
-from megatron.training.preprocessing.writer import Writer
+
+_MIB = 1024 * 1024
+
+
+class Progress:
+    """Prints a line to stderr each time another ``interval`` documents are done.
+
+    Args:
+        interval: documents between two lines.
+        total_bytes: size of all inputs on disk; 0 when it is not known (a pipe).
+
+    Attributes:
+        documents: done so far.
+        bytes_done: their records, uncompressed.
+    """
+
+    def __init__(self, interval: int, total_bytes: int):
+        self._interval = interval
+        self._total_bytes = total_bytes
+        self._started = time.monotonic()
+        self.documents = 0
+        self.bytes_done = 0
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self._started, 1e-9)
+
+    def advance(self, documents: int, size_bytes: int, bytes_read: int) -> None:
+        """Count further documents, the size of their records, and the bytes of the inputs read so far."""
+        due = self.documents - self.documents % self._interval + self._interval
+        self.documents += documents
+        self.bytes_done += size_bytes
+        seconds = self.seconds
+        rates = f"{self.documents / seconds:.1f} docs/s, {self.bytes_done / seconds / _MIB:.1f} MB/s"
+        for count in range(due, self.documents + 1, self._interval):
+            print(f"Processed {count} documents ({rates}).{self._left(seconds, bytes_read)}", file=sys.stderr)
+        if due <= self.documents:
+            sys.stderr.flush()
+
+    def _left(self, seconds: float, bytes_read: int) -> str:
+        if not self._total_bytes or not bytes_read:
+            return ""
+        share = min(1.0, bytes_read / self._total_bytes)
+        left = int(seconds / share - seconds)
+        return f" {share:.0%} done, {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
+
 
 # Blocks are large, so that the cost of each vanishes, yet every worker gets some of a small input.
 _LARGEST_BLOCK_BYTES = 2 << 20
@@ -52,7 +95,7 @@ def preprocess(args: Namespace, files: list[InputFile], output: OutputFiles) -> 
     started = time.monotonic()
     with ExitStack() as stack:
         facts, run = _start_work(args, stack)
-        # Blocks of neighbours joined in order are the input in its own order, so one part does for them.
+        # Parts of consecutive blocks joined in order are the input in its own order, so one part is enough.
         writer = Writer(output, facts.dtype, 1 if args.keep_sequential_samples else args.partitions)
         print(f"Time to startup: {time.monotonic() - started}", flush=True)
         total_bytes = sum(file.size_bytes for file in files)
@@ -120,12 +163,12 @@ def _located(error: MegatronError, source: Source, before: int) -> MegatronError
     if not isinstance(error, RecordError):
         return error
     number = before + error.index + 1
-    place = (
+    position = (
         f"{source.file.path}:{number}"
         if source.unit == "line"
         else f"{source.file.path}: {source.unit} {number}"
     )
-    return DataError(f"{place}: {error.problem}")
+    return DataError(f"{position}: {error.problem}")
 
 
 def _summarise(output: OutputFiles, writer: Writer, progress: Progress) -> None:

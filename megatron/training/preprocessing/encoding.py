@@ -1,6 +1,7 @@
-"""Texts of a block to packed token arrays."""
+"""Texts of a block to packed token arrays, whole or split into sentences by NLTK's punkt."""
 
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +9,8 @@ import numpy as np
 
 from megatron.core.datasets.indexed_dataset import DType
 from megatron.core.errors import ConfigError
-from megatron.training.preprocessing.blocks import Block
+from megatron.training.preprocessing.readers import Block
 from megatron.training.preprocessing.records import RecordError, values_of
-from megatron.training.preprocessing.sentences import load_splitter
 from megatron.training.tokenizer import build_tokenizer
 
 
@@ -31,7 +31,7 @@ class Packed:
 
 @dataclass
 class EncodedBlock:
-    """What becomes of one block: one :class:`Packed` for each key, in the order of ``--json-keys``."""
+    """Tokens of one block: one :class:`Packed` for each key, in the order of ``--json-keys``."""
 
     documents: int
     keys: list[Packed]
@@ -39,7 +39,7 @@ class EncodedBlock:
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What the coordinator has to know about the tokenizer that the workers use."""
+    """Properties of the workers' tokenizer that the coordinator needs."""
 
     vocab_size: int | None
     dtype: type[np.number]
@@ -105,21 +105,21 @@ class Encoder:
 
     def _find_refused_text(self, key: str, texts: list[str], counts: np.ndarray | None) -> None:
         """Tokenize one by one, to name the record whose text the tokenizer does not take."""
-        for place, text in enumerate(texts):
+        for index, text in enumerate(texts):
             try:
                 self._tokenizer.tokenize_flat([text])
             except Exception as error:
                 problem = f"the tokenizer does not take the text of the key '{key}': {error}"
-                raise RecordError(_document_of(place, counts), problem) from error
+                raise RecordError(_document_of(index, counts), problem) from error
 
     def _check_range(self, key: str, ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray | None) -> None:
         limit = np.iinfo(self.facts.dtype).max
         if ids.min() >= 0 and ids.max() <= limit:
             return
         first = int(np.flatnonzero((ids < 0) | (ids > limit))[0])
-        place = int(np.searchsorted(np.cumsum(lengths), first, side="right"))
+        index = int(np.searchsorted(np.cumsum(lengths), first, side="right"))
         raise RecordError(
-            _document_of(place, counts),
+            _document_of(index, counts),
             f"the text of the key '{key}' gives the token id {ids[first]}, which a vocabulary of "
             f"{self.facts.vocab_size} (stored as {np.dtype(self.facts.dtype).name}) cannot hold",
         )
@@ -159,9 +159,9 @@ def pack(
     return Packed(tokens, lengths, per_document)
 
 
-def _document_of(place: int, counts: np.ndarray | None) -> int:
-    """Index of the document to which the text at ``place`` belongs."""
-    return place if counts is None else int(np.searchsorted(np.cumsum(counts), place, side="right"))
+def _document_of(text_index: int, counts: np.ndarray | None) -> int:
+    """Index of the document to which a text belongs."""
+    return text_index if counts is None else int(np.searchsorted(np.cumsum(counts), text_index, side="right"))
 
 
 def _eod_of(tokenizer: Any, name: str) -> int:
@@ -174,3 +174,49 @@ def _eod_of(tokenizer: Any, name: str) -> int:
             f"--append-eod: the tokenizer {name} has no end-of-document token; leave the flag out"
         )
     return int(eod)
+
+
+Splitter = Callable[[str], list[str]]
+
+# Punkt keeps lists as long as its text; Megatron cuts the text at this many characters, sentence end or not.
+_PIECE_CHARACTERS = 1_000_000
+
+
+def load_splitter(language: str, keep_newlines: bool) -> Splitter:
+    """A function that cuts a text into sentences.
+
+    Args:
+        language: name of a punkt model, such as "english".
+        keep_newlines: leave the white space between two sentences at the end of the first one; otherwise
+            it is dropped.
+
+    Raises:
+        ConfigError: NLTK or its model for this language is missing.
+    """
+    try:
+        from nltk.tokenize.punkt import PunktTokenizer
+    except ImportError as error:
+        raise ConfigError(
+            "--split-sentences needs the package nltk, 3.9 or newer: pip install nltk"
+        ) from error
+    try:
+        punkt = PunktTokenizer(language)
+    except (LookupError, OSError) as error:
+        raise ConfigError(
+            f"--split-sentences --lang {language}: NLTK has no punkt model of that name. Get the models with "
+            "'python -m nltk.downloader punkt_tab', or set NLTK_DATA to the directory that holds "
+            f"tokenizers/punkt_tab/{language} (the older .pickle models are not read: a pickle can run code)"
+        ) from error
+
+    def split(text: str) -> list[str]:
+        pieces = (text[i : i + _PIECE_CHARACTERS] for i in range(0, len(text), _PIECE_CHARACTERS))
+        return [sentence for piece in pieces for sentence in _sentences(piece)]
+
+    def _sentences(piece: str) -> list[str]:
+        spans = list(punkt.span_tokenize(piece))
+        if keep_newlines:
+            following = [*(start for start, _ in spans[1:]), spans[-1][1]] if spans else []
+            return [piece[start:end] for (start, _), end in zip(spans, following, strict=True)]
+        return [piece[start:end] for start, end in spans]
+
+    return split

@@ -5,7 +5,7 @@ import os
 
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, _IndexReader
 from megatron.core.errors import DataError
-from megatron.training.preprocessing.output import SUFFIXES, OutputFiles, failures_told, opened
+from megatron.training.preprocessing.output import SUFFIXES, OutputFiles, opened, write_errors_explained
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,7 +69,7 @@ def merge(prefixes: list[str], output: OutputFiles, multimodal: bool) -> None:
             )
     (target,) = output.unfinished_prefixes()
     joined = 0
-    with failures_told(output.directory, lambda: f"{joined} of {len(prefixes)} data sets"):
+    with write_errors_explained(output.directory, lambda: f"{joined} of {len(prefixes)} data sets"):
         builder = IndexedDatasetBuilder(target + ".bin", dtype=dtypes[first], multimodal=multimodal)
         for prefix in prefixes:
             builder.add_index(prefix)

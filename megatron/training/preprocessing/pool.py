@@ -1,15 +1,20 @@
-"""Worker processes that hand back results in order, and whose death is noticed at once.
+"""Worker processes that return results in order, and whose death is detected at once.
 
-The coordinator and each worker share a pipe of their own, and every process closes the ends that are not its:
-the moment a worker dies its pipe reads end-of-file, so nobody ever waits for a result that cannot come.
+The coordinator and each worker share a pipe of their own, and every process closes the ends that belong to
+others: when a worker dies its pipe reads end-of-file, so nothing ever waits for a result that cannot come.
 ``multiprocessing.Pool`` replaces a killed worker and waits for the lost task for ever.
+
+Small parts of a message go through the pipe, arrays and long bytes through shared memory: a pipe copies every
+byte into the kernel and out again, while a mapping made before the fork is written once and read there.
 
 A worker holds one block at a time, and the blocks that are neither given out nor written are bounded, so
 memory does not grow with the input.
 """
 
+import mmap
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import traceback
@@ -21,14 +26,62 @@ from typing import Any, Protocol
 
 from megatron.core.errors import MegatronError
 from megatron.training.child_processes import ignore_signals, starting_workers
-from megatron.training.preprocessing.channel import SharedSlots, receive, send
+
+_ALIGNMENT = 64
+
+
+class SharedSlots:
+    """Pieces of memory shared by this process and its forks.
+
+    Args:
+        count: number of slots; 0 where processes do not begin as forks, and then all goes through the pipe.
+        slot_bytes: size of each; pages that are never touched cost nothing.
+    """
+
+    def __init__(self, count: int, slot_bytes: int):
+        self._slots = [memoryview(mmap.mmap(-1, slot_bytes)) for _ in range(count)]
+
+    def __getitem__(self, number: int) -> memoryview:
+        """The slot for message ``number``; messages share a slot when they are ``count`` apart."""
+        return self._slots[number % len(self._slots)] if self._slots else memoryview(b"")
+
+
+def send(connection: Connection, message: Any, slot: memoryview) -> None:
+    """Send a message; its arrays go into ``slot`` or, if that is too small, behind it through the pipe."""
+    arrays: list[pickle.PickleBuffer] = []
+    body = pickle.dumps(message, protocol=5, buffer_callback=arrays.append)
+    views = [array.raw() for array in arrays]
+    starts, end = [], 0
+    for view in views:
+        starts.append(end)
+        end += -(-view.nbytes // _ALIGNMENT) * _ALIGNMENT
+    shared = end <= slot.nbytes
+    if shared:
+        for start, view in zip(starts, views, strict=True):
+            slot[start : start + view.nbytes] = view
+    connection.send_bytes(pickle.dumps((body, shared, [view.nbytes for view in views])))
+    for view in () if shared else views:
+        connection.send_bytes(view)
+
+
+def receive(connection: Connection, slot: memoryview) -> Any:
+    """Inverse of :func:`send`; arrays in the message are views of ``slot``, good until its next use."""
+    body, shared, sizes = pickle.loads(connection.recv_bytes())
+    if not shared:
+        return pickle.loads(body, buffers=[connection.recv_bytes() for _ in sizes])
+    views, start = [], 0
+    for size in sizes:
+        views.append(slot[start : start + size])
+        start += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return pickle.loads(body, buffers=views)
+
 
 # Address space for one task or one result; a larger one takes the slower way through the pipe.
 _SLOT_BYTES = 16 << 20
 
 
-class Work(Protocol):
-    """What a worker does; built inside the worker."""
+class WorkerFunction(Protocol):
+    """Function that a worker applies to each task; built inside the worker."""
 
     facts: Any
 
@@ -41,14 +94,14 @@ class WorkerError(MegatronError):
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception on its way from the work to whoever takes the results."""
+    """An exception raised by a worker, passed to the reader of its results."""
 
     error: MegatronError
 
     @classmethod
     def of(cls, error: Exception) -> "Failure":
         if isinstance(error, MegatronError):
-            # Some of its classes cannot be pickled and made again; their message is what counts.
+            # Some of its subclasses cannot be unpickled; their message is what counts.
             portable = isinstance(error, PortableError)
             return cls(error if portable else MegatronError(str(error)))
         if isinstance(error, MemoryError):
@@ -64,7 +117,7 @@ Outcomes = Iterator[tuple[Any, Any]]
 
 
 def map_here(work: Callable[[Any], Any], tasks: Iterator[Any]) -> Outcomes:
-    """What :meth:`WorkerPool.map_in_order` does, in this process."""
+    """Do the work of :meth:`WorkerPool.map_in_order` in this process."""
     for task in tasks:
         yield task, _attempt(work, task)
 
@@ -73,17 +126,17 @@ class WorkerPool:
     """``workers`` processes, each with its own ``build()``.
 
     Args:
-        build: makes the work; called once in each process. Picklable.
+        build: makes the function; called once in each process. Picklable.
         workers: number of processes, at least 1.
 
     Attributes:
-        facts: ``facts`` of the work, as the first worker built it.
+        facts: ``facts`` of the function that the first worker built.
 
     Raises:
         MegatronError: raised by ``build``, or a worker died in it.
     """
 
-    def __init__(self, build: Callable[[], Work], workers: int):
+    def __init__(self, build: Callable[[], WorkerFunction], workers: int):
         # A fork shares what is already imported. No thread has been started yet that it could lose.
         method = "fork" if sys.platform == "linux" else "spawn"
         context = multiprocessing.get_context(method)
@@ -151,13 +204,13 @@ class WorkerPool:
         self._workers = []
 
     def _ready(self) -> list["_Worker"]:
-        """Wait for results, or for a death: an idle worker has nothing else to tell."""
+        """Wait for results, or for a death: the pipe of an idle worker is readable for no other reason."""
         by_handle: dict[Any, _Worker] = {worker.connection: worker for worker in self._workers}
         return [by_handle[handle] for handle in wait(list(by_handle))]
 
 
 class _Supply:
-    """The next task, made ahead of the worker that will ask for it."""
+    """The next task, made before a worker asks for it."""
 
     def __init__(self, tasks: Iterator[Any]):
         self._tasks = tasks
@@ -175,13 +228,13 @@ class _Supply:
 
 
 class _Worker:
-    """One process, seen from the coordinator."""
+    """The coordinator's side of one worker process."""
 
     def __init__(
         self,
         context: multiprocessing.context.BaseContext,
         number: int,
-        build: Callable[[], Work],
+        build: Callable[[], WorkerFunction],
         slots: SharedSlots,
         inherited: list[Connection],
     ):
@@ -189,7 +242,7 @@ class _Worker:
         self.number_given = 0  # of the task at hand
         self._slots = slots
         self.connection, theirs = context.Pipe()
-        # A fork has these open too; as long as it does, their owners' death would not show.
+        # A fork inherits these; while it keeps them open, the death of their owners cannot be detected.
         not_theirs = [*inherited, self.connection] if context.get_start_method() == "fork" else []
         self.process = context.Process(
             target=_serve,
@@ -207,13 +260,13 @@ class _Worker:
             self.connection.send(number)
             send(self.connection, task, self._slots[number])
         except (BrokenPipeError, ConnectionResetError):
-            raise WorkerError(self.obituary()) from None
+            raise WorkerError(self.death_message()) from None
 
     def result(self) -> Any:
         try:
             return receive(self.connection, self._slots[self.number_given])
         except (EOFError, ConnectionResetError):
-            raise WorkerError(self.obituary()) from None
+            raise WorkerError(self.death_message()) from None
 
     def end(self, at_once: bool) -> None:
         if at_once:
@@ -222,7 +275,7 @@ class _Worker:
         with suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send(None)
 
-    def obituary(self) -> str:
+    def death_message(self) -> str:
         self.process.join(timeout=10)
         who = f"worker {self.number} (process {self.process.pid})"
         code = self.process.exitcode
@@ -236,15 +289,19 @@ class _Worker:
 
 
 def _serve(
-    ours: Connection, not_ours: list[Connection], build: Callable[[], Work], slots: SharedSlots, place: int
+    ours: Connection,
+    not_ours: list[Connection],
+    build: Callable[[], WorkerFunction],
+    slots: SharedSlots,
+    worker_index: int,
 ) -> None:
-    """The life of a worker process: build, then one task after the other until told to stop."""
+    """Body of a worker process: build, then take one task after the other until told to stop."""
     for connection in not_ours:
         connection.close()
     ignore_signals()
     try:
-        # What building has to say (a fallback, a warning) is said once, by the first worker.
-        with _muted(place > 0):
+        # Messages printed while building (a fallback, a warning) are shown once, from the first worker.
+        with _muted(worker_index > 0):
             work = _attempt(build)
         failed = isinstance(work, Failure)
         send(ours, work if failed else work.facts, slots[0])

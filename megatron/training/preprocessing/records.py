@@ -1,8 +1,8 @@
-"""Take the wanted values out of a block, and say exactly what is wrong with a record that has none.
+"""Reading the wanted values from a block, and errors for records that have none.
 
-The common case is one pass of the fast parser over the lines of a block. Only when that stumbles are the
-records looked at one by one; the standard library then takes what it alone accepts (``NaN`` in a field that
-nobody asked for), and everything else ends in a :class:`RecordError` with the place and a way out.
+The common case is one pass of the fast parser over the lines of a block. Only when that fails are the records
+parsed one by one; the standard library then accepts what the fast parser does not (``NaN`` in a field that is
+not read), and everything else is a :class:`RecordError` with the position and a remedy.
 """
 
 import json
@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron.core.errors import DataError
-from megatron.training.preprocessing.blocks import ArrowRows, Block, FileRange
-from megatron.training.preprocessing.parquet import columns_of
 from megatron.training.preprocessing.pool import PortableError
+from megatron.training.preprocessing.readers import ArrowRows, Block, FileRange, columns_of
 
 try:
     from orjson import loads as _fast_loads
@@ -32,8 +31,8 @@ class RecordError(PortableError):
     """A record that cannot be used.
 
     Args:
-        index: its place in the block.
-        problem: what is wrong and how to put it right, without the place.
+        index: of the record in the block.
+        problem: what is wrong and how to mend it, without the position.
     """
 
     def __init__(self, index: int, problem: str):
@@ -170,9 +169,9 @@ def _check_types(key: str, column: list[Any]) -> None:
             continue
         if not isinstance(value, list):
             raise RecordError(index, _wrong_type(f"the key '{key}'", value))
-        for place, item in enumerate(value):
+        for position, item in enumerate(value):
             if not isinstance(item, str):
-                raise RecordError(index, _wrong_type(f"item {place} of the key '{key}'", item))
+                raise RecordError(index, _wrong_type(f"item {position} of the key '{key}'", item))
 
 
 def _wrong_type(where: str, value: Any) -> str:

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from megatron.core.errors import DataError
-from megatron.training.preprocessing.blocks import Block, FileRange, LineBytes
 from megatron.training.preprocessing.inputs import find_inputs
-from megatron.training.preprocessing.readers import open_source
+from megatron.training.preprocessing.readers import Block, FileRange, LineBytes, open_source
 from megatron.training.preprocessing.records import values_of
 
 
@@ -35,7 +34,7 @@ def texts():
 @pytest.mark.parametrize("end", [b"\n", b""])
 @pytest.mark.parametrize("block_bytes", [1, 13, 14, 15, 100, 1000, 10**6])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
-def test_every_cut(tmp_path, texts, name, block_bytes, end):
+def test_blocks_hold_whole_records_for_every_block_size(tmp_path, texts, name, block_bytes, end):
     data = lines_of(texts).removesuffix(b"\n") + end
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
     blocks = blocks_of(tmp_path / name, block_bytes)
@@ -54,7 +53,7 @@ def test_ranges_cover_a_plain_file_without_gap(tmp_path, texts):
     assert max(part.length for part in parts) < 500 + max(map(len, data.splitlines())) + 2
 
 
-def test_line_longer_than_the_probe(tmp_path):
+def test_a_line_longer_than_the_probe_is_one_block(tmp_path):
     texts = ["a" * 300_000, "b", "c" * 200_000]
     (tmp_path / "a.jsonl").write_bytes(lines_of(texts))
     assert texts_of(blocks_of(tmp_path / "a.jsonl", 1000)) == texts
@@ -62,7 +61,7 @@ def test_line_longer_than_the_probe(tmp_path):
 
 @pytest.mark.parametrize("indent", [None, 0, 3])
 @pytest.mark.parametrize("count", [1, 3, 300])
-def test_arrays_and_runs_of_objects(tmp_path, texts, indent, count):
+def test_arrays_and_sequences_of_objects_become_lines(tmp_path, texts, indent, count):
     records = [{"n": [1, {"a": ']}\\"\n'}], "text": text} for text in texts[:count]]
     (tmp_path / "array.json").write_text(json.dumps(records, indent=indent), encoding="utf-8")
     (tmp_path / "run.json").write_text(
@@ -73,20 +72,20 @@ def test_arrays_and_runs_of_objects(tmp_path, texts, indent, count):
         assert texts_of(blocks_of(tmp_path / "run.json", 2000)) == texts[:count]
 
 
-def test_array_larger_than_a_chunk_with_characters_on_the_cut(tmp_path):
+def test_an_array_with_characters_across_chunks_is_read_whole(tmp_path):
     texts = ["é" * 700_001, "x", "\u20ac" * 500_000]
     (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in texts], ensure_ascii=False))
     assert texts_of(blocks_of(tmp_path / "a.json", 1000)) == texts
 
 
-def test_json_file_that_begins_with_a_broken_line_is_told_from_lines(tmp_path):
+def test_a_json_file_with_a_broken_first_line_is_not_taken_for_lines(tmp_path):
     (tmp_path / "a.json").write_bytes(b'{"text": "1"\n{"text": "2"}\n')
     with pytest.raises(DataError, match=r"element 1 \(line 2\).*invalid JSON"):
         blocks_of(tmp_path / "a.json", 1000)
 
 
 @pytest.mark.parametrize(("row_group", "block_bytes"), [(7, 50), (300, 50), (300, 10**6)])
-def test_parquet(tmp_path, texts, row_group, block_bytes):
+def test_parquet_blocks_hold_whole_rows(tmp_path, texts, row_group, block_bytes):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -99,7 +98,7 @@ def test_parquet(tmp_path, texts, row_group, block_bytes):
         assert blocks[-1].end == (tmp_path / f"{name}.parquet").stat().st_size
 
 
-def test_parquet_with_lists_of_sentences_and_two_keys(tmp_path):
+def test_parquet_gives_lists_of_sentences_and_several_keys(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -108,20 +107,20 @@ def test_parquet_with_lists_of_sentences_and_two_keys(tmp_path):
     assert values_of(block, ["a", "b"]) == [["1", "2"], [["x", "y"], []]]
 
 
-def test_file_that_shrinks_while_it_is_read(tmp_path):
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"{}\n")
     with pytest.raises(DataError, match="became shorter"):
         values_of(Block(0, FileRange(str(tmp_path / "a.jsonl"), 0, 10), 10), ["text"])
 
 
-def test_patterns_are_sorted_and_odd_names_taken_as_they_are(tmp_path):
+def test_patterns_are_sorted_and_existing_names_are_not_patterns(tmp_path):
     for name in ("b.jsonl", "a.jsonl", "a[1].jsonl"):
         (tmp_path / name).write_bytes(b"x")
     found = find_inputs([str(tmp_path / "a[1].jsonl"), str(tmp_path / "?.jsonl")])
     assert [file.path.rsplit("/", 1)[1] for file in found] == ["a[1].jsonl", "a.jsonl", "b.jsonl"]
 
 
-def test_without_the_fast_parser(monkeypatch):
+def test_records_are_equal_without_the_fast_parser(monkeypatch):
     """The standard library alone gives the same values and the same errors."""
     from megatron.training.preprocessing import records
 
@@ -144,7 +143,7 @@ def test_without_the_fast_parser(monkeypatch):
         assert caught.value.index == 1
 
 
-def test_gzip_of_several_members(tmp_path, texts):
+def test_gzip_files_of_several_members_are_read_whole(tmp_path, texts):
     members = [gzip.compress(lines_of(part)) for part in (texts[:90], texts[90:91], texts[91:])]
     (tmp_path / "a.gz").write_bytes(b"".join(members))
     assert texts_of(blocks_of(tmp_path / "a.gz", 700)) == texts

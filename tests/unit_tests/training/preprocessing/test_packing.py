@@ -7,9 +7,8 @@ import pytest
 
 from megatron.core.errors import DataError
 from megatron.training.preprocessing.encoding import EncodedBlock, pack
-from megatron.training.preprocessing.output import OutputFiles
+from megatron.training.preprocessing.output import OutputFiles, Writer
 from megatron.training.preprocessing.records import RecordError
-from megatron.training.preprocessing.writer import Writer
 
 
 def by_hand(ids, lengths, counts, eod):
@@ -46,7 +45,7 @@ def documents_of(packed, documents):
 @pytest.mark.parametrize(
     "shape", ["plain", "some empty", "all empty", "no documents", "sentences", "no sentences"]
 )
-def test_pack(shape, eod):
+def test_pack_equals_a_plain_loop(shape, eod):
     rng = np.random.default_rng(3)
     smallest = {"plain": 1, "all empty": 0}.get(shape, 0)
     largest = {"all empty": 1}.get(shape, 5)
@@ -64,14 +63,14 @@ def test_pack(shape, eod):
     assert documents_of(packed, documents) == by_hand(ids, lengths, counts, eod)
 
 
-def test_the_tokenizers_array_is_not_changed():
+def test_pack_does_not_change_its_input():
     """Libraries hand out views of memory that they go on using."""
     ids, lengths = np.arange(6, dtype=np.int32), np.array([2, 4])
     pack(ids, lengths, None, 9, np.int32)
     assert ids.tolist() == [0, 1, 2, 3, 4, 5] and lengths.tolist() == [2, 4]
 
 
-def test_record_errors_travel_between_processes():
+def test_record_errors_can_be_pickled():
     error = pickle.loads(pickle.dumps(RecordError(3, "why")))
     assert (error.index, error.problem) == (3, "why")
 
@@ -82,7 +81,7 @@ def block(*texts):
     return EncodedBlock(len(texts), [pack(ids, lengths, None, None, np.uint16)])
 
 
-def test_parts_go_on_from_block_to_block(tmp_path):
+def test_documents_are_dealt_to_parts_across_blocks(tmp_path):
     with OutputFiles([str(tmp_path / "out")]) as output:
         writer = Writer(output, np.uint16, partitions=2)
         for part in (block([1], [2, 2], [3]), block([4]), block([], [6])):
@@ -96,7 +95,7 @@ def files_of(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def test_names_are_given_to_all_files_or_to_none(tmp_path, monkeypatch):
+def test_all_output_files_are_renamed_or_none(tmp_path, monkeypatch):
     """The last of the renames fails: those before it are undone, and the older files are back."""
     import os
 
@@ -125,7 +124,7 @@ def test_names_are_given_to_all_files_or_to_none(tmp_path, monkeypatch):
     assert files_of(tmp_path) == old
 
 
-def test_modes_of_the_files_follow_the_umask(tmp_path):
+def test_file_modes_follow_the_umask(tmp_path):
     import os
 
     kept = os.umask(0o027)

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from megatron.training.preprocessing import progress as module
-from megatron.training.preprocessing.progress import Progress
+from megatron.training.preprocessing import command as module
+from megatron.training.preprocessing.command import Progress
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def clock(monkeypatch):
     return now
 
 
-def test_rates_and_time_left(clock, capsys):
+def test_progress_lines_give_rates_and_time_left(clock, capsys):
     progress = Progress(10, total_bytes=4_000_000)
     clock[0] += 2
     progress.advance(9, size_bytes=1 << 20, bytes_read=500_000)
@@ -30,7 +30,7 @@ def test_rates_and_time_left(clock, capsys):
     ]
 
 
-def test_a_pipe_has_no_end_in_sight(clock, capsys):
+def test_progress_of_a_pipe_gives_no_time_left(clock, capsys):
     progress = Progress(1, total_bytes=0)
     clock[0] += 1
     progress.advance(1, 100, 100)

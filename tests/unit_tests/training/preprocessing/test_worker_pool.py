@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from megatron.core.errors import ConfigError, DataError, MegatronError
-from megatron.training.preprocessing.blocks import LineBytes
-from megatron.training.preprocessing.channel import SharedSlots
-from megatron.training.preprocessing.pool import Failure, WorkerError, WorkerPool, map_here
+from megatron.training.preprocessing.pool import Failure, SharedSlots, WorkerError, WorkerPool, map_here
+from megatron.training.preprocessing.readers import LineBytes
 from megatron.training.preprocessing.records import RecordError
 
 
@@ -38,7 +37,7 @@ def results(pool, tasks):
     ]
 
 
-def test_results_come_in_the_order_of_the_tasks():
+def test_results_have_the_order_of_the_tasks():
     tasks = [0.2, 1, 0.0, 2, 3, 0.05, 4, *range(5, 60)]
     with WorkerPool(Echo, 3) as pool:
         assert pool.facts == "ready"
@@ -48,7 +47,7 @@ def test_results_come_in_the_order_of_the_tasks():
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, 3_000_000, 20_000_000])
-def test_arrays_and_bytes_of_every_size(size):
+def test_arrays_and_bytes_of_every_size_are_transferred_unchanged(size):
     """Beyond 16 MiB they do not fit the shared memory and take the pipe."""
     array = np.random.default_rng(0).integers(0, 256, size).astype(np.uint8)
     with WorkerPool(Echo, 2) as pool:
@@ -62,11 +61,11 @@ def test_arrays_and_bytes_of_every_size(size):
                 assert np.array_equal(result, task)
 
 
-def test_without_shared_memory():
+def test_results_are_transferred_without_shared_memory():
     assert SharedSlots(0, 100)[5].nbytes == 0
 
 
-def test_memory_is_bounded_while_one_result_is_late():
+def test_results_waiting_for_a_late_one_are_bounded():
     """No more tasks are taken than the window holds."""
     taken = []
 
@@ -80,7 +79,7 @@ def test_memory_is_bounded_while_one_result_is_late():
     assert first == 0.5 and len(taken) <= 2 * 2 + 2 + 1
 
 
-def test_failures_keep_their_place():
+def test_failures_are_returned_in_order():
     with WorkerPool(Echo, 3) as pool:
         found = results(pool, iter([0.2, RecordError(4, "bad"), 1, ConfigError("no"), ValueError("odd")]))
     assert found[0] == 0.2 and found[2] == 1
@@ -90,7 +89,7 @@ def test_failures_keep_their_place():
     assert "Traceback" in str(found[4].error) and "odd" in str(found[4].error)
 
 
-def test_error_in_making_tasks_comes_after_the_results_before_it():
+def test_an_error_in_making_tasks_is_raised_after_earlier_results():
     def tasks():
         yield 0.3
         yield 1
@@ -109,7 +108,7 @@ def test_death_of_a_worker_is_an_error():
         results(pool, iter([1, "die", 2]))
 
 
-def test_death_of_an_idle_worker_is_noticed_too():
+def test_death_of_an_idle_worker_is_an_error():
     with pytest.raises(WorkerError, match="SIGKILL"), WorkerPool(Echo, 2) as pool:
         assert results(pool, iter([1, 2, 3])) == [1, 2, 3]
         first = pool._workers[0].process
@@ -118,7 +117,7 @@ def test_death_of_an_idle_worker_is_noticed_too():
         results(pool, iter([30.0]))  # the other one is asleep for longer than a test may take
 
 
-def test_workers_that_do_not_begin_as_forks(monkeypatch):
+def test_spawned_workers_give_the_same_results(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     with WorkerPool(Echo, 2) as pool:
         assert pool._workers[0].process.__class__.__name__ == "SpawnProcess"
@@ -137,12 +136,12 @@ def dies_while_building():
     ("build", "message"),
     [(fails_to_build, "^no such vocabulary$"), (dies_while_building, "SIGKILL.*out of memory")],
 )
-def test_failure_to_build(build, message):
+def test_failure_to_build_is_raised(build, message):
     with pytest.raises(MegatronError, match=message):
         WorkerPool(build, 2)
 
 
-def test_building_is_heard_once(capfd):
+def test_messages_printed_while_building_appear_once(capfd):
     def build():
         os.write(1, b"built\n")
         os.write(2, b"warning\n")
