@@ -20,7 +20,7 @@ from megatron.core.transformer.pipeline_layout import get_num_layers_to_build
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.utils import get_model_config
-from megatron.training.arguments.config_fields import field_values
+from megatron.training.arguments.model_config import field_values
 from megatron.training.checkpointing import load_checkpoint
 from megatron.training.global_vars import get_args, get_timers
 from megatron.training.utils import print_rank_0

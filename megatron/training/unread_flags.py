@@ -2,7 +2,7 @@
 
 Reads of arguments and config fields are recorded while a run is set up. A flag acts if a value that it
 changes has been read by then: its own argument, one that was derived from it, or a config field made from
-either. What is read later is listed in ``arguments.read_later``. Flags of the user's own script may be read
+either. The rows of the flags say which are read later. Flags of the user's own script may be read
 at any time, so their record goes on until the end of the run.
 """
 
@@ -18,11 +18,9 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.training import agreement, global_vars
 from megatron.training.arguments import core_transformer_config_from_args
+from megatron.training.arguments.checks import warnings_about
 from megatron.training.arguments.flag import Flag
-from megatron.training.arguments.flags import GROUPS
-from megatron.training.arguments.no_effect import warnings_about
-from megatron.training.arguments.not_built import flags_by_name
-from megatron.training.arguments.read_later import READ_LATER
+from megatron.training.arguments.flags import READ_LATER, flags_by_name
 from megatron.training.arguments.reads import Reads
 from megatron.training.arguments.validation import completed
 from megatron.training.model_setup import ddp_config_from_args, optimizer_config_from_args
@@ -52,10 +50,11 @@ class UnreadFlags:
         told = warnings_about(args, self.given)
         self._flags = {
             name: flag
-            for group in GROUPS
-            for flag in group.flags
-            for name in flag.names
-            if name in self.given and name not in told and getattr(asked, flag.dest) != flag.default
+            for name, flag in flags_by_name().items()
+            if name in self.given
+            and flag.is_plain
+            and name not in told
+            and getattr(asked, flag.dest) != flag.default
         }
         self._own: dict[str, str] = dict(getattr(asked, "own_flags", {}))
         reads.begin(args)
@@ -71,7 +70,7 @@ class UnreadFlags:
         return [name for name, dest in self._own.items() if dest not in self.reads.arguments]
 
     def _is_read(self, flag: Flag) -> bool:
-        names = self.reads.arguments | self.reads.fields | READ_LATER.keys()
+        names = self.reads.arguments | self.reads.fields | READ_LATER
         return flag.dest in names or self.reads.handed_out or bool(names & self.changed_by(flag.name))
 
     def changed_by(self, name: str) -> set[str]:

@@ -17,9 +17,10 @@ from typing import Any
 from megatron.core.errors import ConfigError
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.training.arguments.flag import Flag
+from megatron.training.arguments.flags import ALL_FLAGS
 from megatron.training.arguments.model_config import core_transformer_config_from_args
 from megatron.training.arguments.problem import ArgumentsError, Problem
-from megatron.training.arguments.validation import ALL_FLAGS, find_problems, validate_args
+from megatron.training.arguments.validation import find_problems, validate_args
 from megatron.training.arguments.values import suggestion
 
 SECTIONS = ("language_model", "model_parallel")

@@ -19,11 +19,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from megatron.training.arguments.accepted import GROUP as ACCEPTED_GROUP
 from megatron.training.arguments.flag import Flag
-from megatron.training.arguments.flags import GROUPS
-from megatron.training.arguments.not_built import NOT_BUILT
-from megatron.training.arguments.validation import ALL_FLAGS
+from megatron.training.arguments.flags import ALL_FLAGS
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 BASE = (
@@ -44,8 +41,8 @@ LAYOUTS = (
 # More CPU seconds than a refusal may take. Imports are not part of it, waiting for other processes neither.
 REFUSAL_S = 1.0
 
-_MISSING = {row.flag for row in NOT_BUILT if row.asks is None}
-BUILT = tuple(flag for group in GROUPS for flag in group.flags if flag.name not in _MISSING)
+BUILT = tuple(flag for flag in ALL_FLAGS if flag.works)
+ACCEPTED = tuple(flag for flag in ALL_FLAGS if flag.notice)
 
 PLAIN_INTS = ("1", "2", "3", "4", "8", "16", "64")
 EDGE_INTS = (
@@ -226,7 +223,7 @@ def draw(seed: int) -> Mix:
     tameness = rng.choice((0.6, 0.9, 1.0, 1.0))
     words: list[str] = []
     for _ in range(rng.randint(1, 12)):
-        tiers = (BUILT, BUILT, BUILT, ACCEPTED_GROUP.flags, ALL_FLAGS if tameness < 1 else BUILT)
+        tiers = (BUILT, BUILT, BUILT, ACCEPTED, ALL_FLAGS if tameness < 1 else BUILT)
         flag = rng.choice(rng.choice(tiers))
         words += _spelled(rng, flag, tameness)
         words += COMPANIONS.get(flag.name, "").split() if rng.random() < tameness else []

@@ -17,11 +17,8 @@ from unittest import mock
 import pytest
 
 from megatron.core.enums import ModelType
-from megatron.training.arguments.flag import Flag
-from megatron.training.arguments.flags import GROUPS
-from megatron.training.arguments.no_effect import NO_EFFECT
-from megatron.training.arguments.not_built import NOT_BUILT
-from megatron.training.arguments.read_later import READ_LATER
+from megatron.training.arguments.flag import never
+from megatron.training.arguments.flags import ALL_FLAGS, READ_LATER
 from tests.distributed.observed_run import Observed, observe
 from tests.distributed.pool import run_ranks
 
@@ -246,27 +243,22 @@ def test_no_flag_that_acts_is_named(name: str, observed) -> None:
     assert set(re.findall(r"WARNING: (--\S+) has no effect", first.output)) == set()
 
 
-def working_flags() -> list[Flag]:
-    missing = {row.flag for row in NOT_BUILT if row.asks is None}
-    return [flag for group in GROUPS for flag in group.flags if flag.name not in missing]
-
-
 def test_every_working_flag_is_given_once() -> None:
     given = set(re.findall(r"--[\w-]+", " ".join((BASE, DATA, *(words for _, words in RUNS.values())))))
-    never = {row.flag for row in NOT_BUILT} | _without_any_effect()
-    missing = {flag.name for flag in working_flags() if not given & set(flag.names)}
-    assert sorted(missing - never) == sorted(ELSEWHERE.keys() - never)
+    exempt = {flag.name for flag in ALL_FLAGS if flag.not_built} | _without_any_effect()
+    missing = {flag.name for flag in ALL_FLAGS if flag.works and not given & set(flag.names)}
+    assert sorted(missing - exempt) == sorted(ELSEWHERE.keys() - exempt)
     assert not given & (ELSEWHERE.keys() | _without_any_effect())
 
 
 def _without_any_effect() -> set[str]:
-    """Flags whose row in the table holds in all company."""
-    return {f"--{flag}" for row in NO_EFFECT if row.acts.__name__ == "_never" for flag in row.flags.split()}
+    """Flags that change nothing in any company."""
+    return {flag.name for flag in ALL_FLAGS if any(entry.acts is never for entry in flag.no_effect)}
 
 
 def test_what_is_said_to_be_read_later_is(observed) -> None:
     later = set().union(*(record.read_later for name in RUNS for record in observed(name)))
-    assert READ_LATER.keys() - UNSEEN - later == set()
+    assert READ_LATER - UNSEEN - later == set()
 
 
 def own_flags_run(words: list[str], stage_reads: bool) -> str:
@@ -336,11 +328,12 @@ def run_with_a_new_flag(words: list[str], reads_it: bool) -> str:
     """The project's own run with a flag in its tables that the code reads, or does not."""
     import pretrain_gpt
     from megatron.training import get_args
-    from megatron.training.arguments import flags, not_built, parsing
+    from megatron.training.arguments import parsing
     from megatron.training.arguments.flag import Group, value
+    from megatron.training.arguments.flags import GROUPS, flags_by_name
 
     group = Group("new", (value("--brand-new", type=int, default=0),))
-    groups = (*flags.GROUPS, group)
+    by_name = flags_by_name() | {"--brand-new": group.flags[0]}
     provide = pretrain_gpt.model_provider
 
     def model_provider(*args, **kwargs):
@@ -348,18 +341,16 @@ def run_with_a_new_flag(words: list[str], reads_it: bool) -> str:
             assert get_args().brand_new == 1
         return provide(*args, **kwargs)
 
-    not_built.flags_by_name.cache_clear()
     sys.argv = ["pretrain_gpt.py", *words]
     output = io.StringIO()
     with (
-        mock.patch.object(parsing, "GROUPS", groups),
-        mock.patch.object(not_built, "GROUPS", groups),
-        mock.patch("megatron.training.unread_flags.GROUPS", groups),
+        mock.patch.object(parsing, "GROUPS", (*GROUPS, group)),
+        mock.patch.object(parsing, "flags_by_name", lambda: by_name),
+        mock.patch("megatron.training.unread_flags.flags_by_name", lambda: by_name),
         mock.patch.object(pretrain_gpt, "model_provider", model_provider),
         contextlib.redirect_stdout(output),
     ):
         pretrain_gpt.main()
-    not_built.flags_by_name.cache_clear()
     return output.getvalue()
 
 

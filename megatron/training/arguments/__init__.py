@@ -1,21 +1,23 @@
 """Command-line arguments: flags, what follows from them, the rules they obey.
 
-``flags/`` holds the flags that work, one file per group; ``accepted`` those that change nothing,
-``rejected`` those that are refused, ``not_built`` those whose feature is to come.  ``scan`` and ``parsing``
-read the command line, ``derive`` completes it, ``rules/`` checks it, ``model_config`` turns it into the
-model's config.
+``flags/`` holds one row per flag, one file per section.  ``scan`` and ``parsing`` read the command line,
+``derive`` completes it, ``checks`` holds it against the rows and ``rules/`` against what several flags have
+to do with each other, ``model_config`` turns it into configs.  ``help`` and ``reference`` print the rows.
 """
 
 from typing import Any
 
-from megatron.training.arguments.dump import _check_arg_is_not_none, _print_args, print_args
-from megatron.training.arguments.parsing import _add_tokenizer_args, add_megatron_arguments, parse_args
-from megatron.training.arguments.problem import ArgumentsError, Problem
-from megatron.training.arguments.unsupported import (
+from megatron.training.arguments.compat import (
+    _add_tokenizer_args,
+    _check_arg_is_not_none,
+    _print_args,
     load_retro_args,
     load_retro_config,
     validate_model_config_args_from_heterogeneous_config,
 )
+from megatron.training.arguments.dump import print_args
+from megatron.training.arguments.parsing import add_megatron_arguments, parse_args
+from megatron.training.arguments.problem import ArgumentsError, Problem
 from megatron.training.arguments.validation import validate_args
 from megatron.training.arguments.values import moe_freq_type
 

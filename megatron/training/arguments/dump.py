@@ -5,7 +5,7 @@ from collections.abc import Collection
 from enum import Enum
 from typing import Any
 
-from megatron.training.arguments.validation import ALL_FLAGS
+from megatron.training.arguments.flags import ALL_FLAGS
 
 WIDTH = 48
 # By their texts, because tools that need no torch read the flags too.
@@ -27,18 +27,6 @@ def print_args(args: Namespace, given: Collection[str] | None = None) -> None:
         print(format_changed_args(args, given), flush=True)
     elif which == "all":
         print(format_args(args), flush=True)
-
-
-def _print_args(title: str, args: Namespace) -> None:
-    """Every argument on rank 0, under a title."""
-    if getattr(args, "rank", 0) == 0:
-        print(f"{title}:\n{format_args(args)}", flush=True)
-
-
-def _check_arg_is_not_none(args: Namespace, arg: str) -> None:
-    """Raises AssertionError if the argument has no value."""
-    if getattr(args, arg) is None:
-        raise AssertionError(f"the argument {arg} has no value: give --{arg.replace('_', '-')}")
 
 
 def format_args(args: Namespace) -> str:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from megatron.training.arguments import accepted, rejected
-from megatron.training.arguments.flag import Flag
-from megatron.training.arguments.not_built import NOT_BUILT, NotBuilt, flags_by_name
+from megatron.training.arguments.flag import Accepted, Flag, Notice, Refused
+from megatron.training.arguments.flags import ALL_FLAGS, flags_by_name
 
 _COLUMNS, _HELP_COLUMN = 110, 38
 
@@ -97,24 +96,39 @@ def _short_form(parser: argparse.ArgumentParser) -> str:
 
 
 def _sections(parser: argparse.ArgumentParser) -> list[_Section]:
-    """Working flags by group, then those that change nothing or are refused, by reason."""
-    by_name = {name: action for action in parser._actions for name in action.option_strings}
-
-    def actions_of(flags: Sequence[Flag]) -> tuple[argparse.Action, ...]:
-        return tuple(by_name[flag.name] for flag in flags)
-
-    idle_groups = (accepted.GROUP.title, rejected.GROUP.title)
+    """Working flags by group, then those that have a notice, change nothing or are refused, by reason."""
     sections = [
-        _Section(group.title or "", tuple(group._group_actions))
+        _Section(
+            group.title or "", tuple(a for a in group._group_actions if _flag(a) is None or _flag(a).is_plain)
+        )
         for group in parser._action_groups
-        if group.title not in idle_groups
     ]
-    for row in accepted.ACCEPTED:
-        title = "accepted, with a notice" if row.acts else accepted.GROUP.title
-        sections.append(_Section(title, actions_of(row.flags), row.notice))
-    for row in rejected.REJECTED:
-        sections.append(_Section(rejected.GROUP.title, actions_of(row.flags), f"{row.rule}; {row.remedy}"))
-    return sections
+    by_name = {name: action for action in parser._actions for name in action.option_strings}
+    by_reason: dict[Notice | Refused, list[argparse.Action]] = {}
+    for flag in ALL_FLAGS:
+        reason = flag.notice or flag.refusal
+        if reason and flag.name in by_name:
+            by_reason.setdefault(reason, []).append(by_name[flag.name])
+    titles = ("accepted, with a notice", "accepted without effect", "refused")
+    sections += [_Section(_title(reason), tuple(found), _text(reason)) for reason, found in by_reason.items()]
+    return sorted(
+        sections, key=lambda section: titles.index(section.title) if section.title in titles else -1
+    )
+
+
+def _flag(action: argparse.Action) -> Flag | None:
+    """The row of an action; None for flags of a user's script."""
+    return next((flags_by_name()[name] for name in action.option_strings if name in flags_by_name()), None)
+
+
+def _title(reason: Notice | Refused) -> str:
+    if isinstance(reason, Refused):
+        return "refused"
+    return "accepted without effect" if isinstance(reason, Accepted) else "accepted, with a notice"
+
+
+def _text(reason: Notice | Refused) -> str:
+    return f"{reason.reason}; {reason.remedy}" if isinstance(reason, Refused) else reason.text
 
 
 def _formatter(parser: argparse.ArgumentParser) -> argparse.HelpFormatter:
@@ -163,18 +177,10 @@ def _default_note(action: argparse.Action) -> str:
 
 def _not_built_mark(action: argparse.Action) -> str:
     """``[not built yet]``, with the values that it holds for where the flag works with others."""
-    rows = [row for row in NOT_BUILT if row.flag in action.option_strings]
-    if not rows:
+    flag = _flag(action)
+    if flag is None or flag.not_built is None:
         return ""
-    if any(_asks_with_every_value(row) for row in rows):
+    if flag.not_built.asks in (None, bool):
         return "[not built yet]"
-    values = [str(choice) for choice in action.choices or () if any(_asks(row, choice) for row in rows)]
+    values = [str(choice) for choice in action.choices or () if flag.asks_for_missing(choice)]
     return f"[not built yet: {', '.join(values)}]" if values else "[partly not built yet]"
-
-
-def _asks(row: NotBuilt, value: object) -> bool:
-    return bool(row.asks(value)) if row.asks else value != flags_by_name()[row.flag].default
-
-
-def _asks_with_every_value(row: NotBuilt) -> bool:
-    return row.asks is None or row.asks is bool

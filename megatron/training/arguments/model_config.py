@@ -1,14 +1,15 @@
-"""The model's config from the arguments, as a table."""
+"""The configs from the arguments: a field takes the argument of its name, or what a table says."""
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from megatron.training.activations import squared_relu
-from megatron.training.arguments.config_fields import field_values
+from megatron.training.arguments.flags import INERT_DESTS
 
 
 def _activation(args: Namespace) -> Callable[..., torch.Tensor]:
@@ -69,3 +70,25 @@ def core_transformer_config_from_args(args: Namespace, config_class: type | None
         config_class = MLATransformerConfig
     config_class = config_class or TransformerConfig
     return config_class(**field_values(config_class, args, SPECIAL))
+
+
+def field_values(
+    config_class: type, args: Namespace, special: Mapping[str, Callable[[Namespace], Any]]
+) -> dict[str, Any]:
+    """Constructor arguments of a config dataclass.
+
+    Flags that are accepted without effect never reach a config, and a field without an argument keeps its
+    default.
+
+    Args:
+        config_class: the dataclass.
+        args: validated arguments.
+        special: what makes the fields that are not the argument of the same name.
+    """
+    values, arguments = {}, vars(args)  # copying a value into a config is no use of the argument
+    for entry in fields(config_class):
+        if entry.name in special:
+            values[entry.name] = special[entry.name](args)
+        elif entry.name in arguments and entry.name not in INERT_DESTS:
+            values[entry.name] = arguments[entry.name]
+    return values

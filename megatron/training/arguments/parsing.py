@@ -7,8 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 
-from megatron.training.arguments import accepted, rejected
-from megatron.training.arguments.flags import GROUPS, tokenizer
+from megatron.training.arguments.flags import GROUPS, flags_by_name
 from megatron.training.arguments.help import asks_for_help, help_text
 from megatron.training.arguments.problem import USAGE_STATUS, Problem, report
 from megatron.training.arguments.scan import scan
@@ -18,14 +17,8 @@ ExtraArgs = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
 def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add every flag of the pretraining entry points to ``parser`` and return it."""
-    for group in (*GROUPS, accepted.GROUP, rejected.GROUP):
+    for group in GROUPS:
         group.add_to(parser)
-    return parser
-
-
-def _add_tokenizer_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the tokenizer flags alone (data tools)."""
-    tokenizer.GROUP.add_to(parser)
     return parser
 
 
@@ -88,9 +81,7 @@ def _parse_words(
 
 def _own_flags(parser: argparse.ArgumentParser, given: Sequence[str]) -> dict[str, str]:
     """Flags among ``given`` that the script has added itself, and the arguments that hold their values."""
-    known = {
-        name for group in (*GROUPS, accepted.GROUP, rejected.GROUP) for f in group.flags for name in f.names
-    }
+    known = flags_by_name()
     return {name: parser._option_string_actions[name].dest for name in given if name not in known}
 
 

@@ -1,25 +1,26 @@
 """What a memory saver that is accepted but not built here would have saved on one rank, by closed forms."""
 
 from argparse import Namespace
-from collections.abc import Callable
+
+from megatron.training.arguments.flag import Saving
 
 MEBIBYTE = 2**20
 
 
-def lost_saving(name: str, args: Namespace) -> str:
-    """The end of the notice of the flag ``name``: the memory that this run does not save; or nothing.
+def lost_saving(saving: Saving | None, args: Namespace) -> str:
+    """The end of the notice of a memory saver: the memory that this run does not save; or nothing.
 
     Args:
+        saving: what the flag would save; None for flags that are no memory savers.
         args: completed arguments; sizes that are missing or make no sense give no estimate.
     """
-    if name not in SAVINGS:
+    if saving is None:
         return ""
-    what, estimate = SAVINGS[name]
     sizes = (args.num_layers, args.hidden_size, args.num_attention_heads, args.seq_length)
     sizes += (args.micro_batch_size, args.ffn_hidden_size, args.kv_channels)
     if any(size is None or size < 1 for size in sizes) or min(_parallel_sizes(args)) < 1:
         return ""
-    return f"; not saved: about {estimate(args) / MEBIBYTE:.3g} MiB per rank ({what})"
+    return f"; not saved: about {saving.estimate(args) / MEBIBYTE:.3g} MiB per rank ({saving.what})"
 
 
 def _parallel_sizes(args: Namespace) -> tuple[int, int, int]:
@@ -74,13 +75,10 @@ def _linear_inputs_in_fp8(args: Namespace) -> float:
     return _positions(args) * width * (_bytes(args) - 1)
 
 
-SAVINGS: dict[str, tuple[str, Callable[[Namespace], float]]] = {
-    "--reuse-fp32-param": ("the bf16 copy of the weights of the layers", lambda a: 2 * _weights(a)),
-    "--swap-attention": ("queries, keys, values and outputs of attention", _attention_activations),
-    "--recompute-activation-function": ("outputs of the MLP's activation function", _activation_outputs),
-    "--fp8-format": ("inputs of linear layers in one byte per element", _linear_inputs_in_fp8),
-    "--fp8-param-gather": (
-        "weights of the layers in one byte per element",
-        lambda a: _weights(a) * (_bytes(a) - 1),
-    ),
-}
+WEIGHT_COPY = Saving("the bf16 copy of the weights of the layers", lambda args: 2 * _weights(args))
+ATTENTION_ACTIVATIONS = Saving("queries, keys, values and outputs of attention", _attention_activations)
+ACTIVATION_OUTPUTS = Saving("outputs of the MLP's activation function", _activation_outputs)
+FP8_INPUTS = Saving("inputs of linear layers in one byte per element", _linear_inputs_in_fp8)
+FP8_WEIGHTS = Saving(
+    "weights of the layers in one byte per element", lambda args: _weights(args) * (_bytes(args) - 1)
+)

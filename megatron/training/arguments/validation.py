@@ -7,15 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron.core.errors import ConfigError
-from megatron.training.arguments import accepted, derive, rejected
-from megatron.training.arguments.flags import GROUPS
-from megatron.training.arguments.no_effect import warnings_about
-from megatron.training.arguments.not_built import not_built_problems
+from megatron.training.arguments import checks, derive
+from megatron.training.arguments.flags import ALL_FLAGS
 from megatron.training.arguments.problem import ArgumentsError, Problem
 from megatron.training.arguments.rules import RULES
-from megatron.training.arguments.rules.bounds import numbers_beyond_limits
 
-ALL_FLAGS = tuple(flag for group in (*GROUPS, accepted.GROUP, rejected.GROUP) for flag in group.flags)
+# Attributes that only exist to explain a withdrawn flag; they leave the namespace once it is checked.
+WITHDRAWN_DESTS = ("batch_size", "warmup", "model_parallel_size", "checkpoint_activations")
 
 
 @dataclass
@@ -75,22 +73,22 @@ def _check(args: Namespace, defaults: Mapping[str, Any]) -> Outcome:
     _complete(args)
     given = _given(args)
     outcome = Outcome(notes=_script_defaults(args, defaults, given))
-    refused = rejected.rejected_problems(args, given)
-    if beyond := numbers_beyond_limits(args, given):
+    refused = checks.refused_problems(args, given)
+    if beyond := checks.numbers_beyond_limits(args):
         return Outcome(_as_typed(refused + beyond, given))
     outcome.notes += derive.checkpoint_format(args, given)
-    refused += not_built_problems(args)
+    refused += checks.not_built_problems(args)
     for step in derive.STEPS:
         outcome.notes += step(args, given)
     refused_flags = {problem.flag for problem in refused}
-    broken = [problem for rule in RULES for problem in rule(args, given)]
+    broken = [problem for rule in (*checks.RULES, *RULES) for problem in rule(args, given)]
     outcome.problems = refused + [problem for problem in broken if problem.flag not in refused_flags]
     outcome.problems = _as_typed(outcome.problems, given)
-    outcome.notes += [note for name in given if (note := accepted.notice_of(name, args))]
-    outcome.notes += warnings_about(args, given).values()
+    outcome.notes += checks.notices_about(args, given)
+    outcome.notes += checks.warnings_about(args, given).values()
     if not outcome.problems:
         outcome.problems = _config_problems(args)
-    for dest in rejected.WITHDRAWN_DESTS:
+    for dest in WITHDRAWN_DESTS:
         vars(args).pop(dest, None)
     return outcome
 

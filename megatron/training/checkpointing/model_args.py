@@ -8,7 +8,7 @@ import torch
 
 from megatron.core.errors import CheckpointError, ConfigError
 from megatron.training.agreement import failing_together, world_size
-from megatron.training.arguments.validation import ALL_FLAGS
+from megatron.training.arguments.flags import ALL_FLAGS
 from megatron.training.checkpointing import run_context
 from megatron.training.checkpointing.locate import _load_base_checkpoint
 from megatron.training.checkpointing.run_context import get_checkpoint_version

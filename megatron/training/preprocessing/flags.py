@@ -4,7 +4,7 @@ import argparse
 import os
 
 from megatron.core.errors import ConfigError
-from megatron.training.arguments.flags.tokenizer import GROUP as TOKENIZER_FLAGS
+from megatron.training.arguments.flags.data import TOKENIZER as TOKENIZER_FLAGS
 
 # What build_tokenizer reads beyond the flags here. Sentinel ids belong to training, not to the data.
 _FIXED = {

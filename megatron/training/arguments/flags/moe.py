@@ -1,67 +1,147 @@
 """Mixture of experts."""
 
-from megatron.training.arguments.flag import Group, off_switch, switch, value
+from megatron.training.arguments.flag import Group, NotBuilt, at_least, off_switch, switch, value, without
+from megatron.training.arguments.flags.shared import ALWAYS_SO, OWN_KERNEL
 from megatron.training.arguments.values import moe_freq_type
 
-GROUP = Group(
+EXPERTS = NotBuilt("mixture of experts")
+
+MOE = Group(
     "moe",
     (
-        value("--expert-model-parallel-size", type=int, default=1, help="expert parallel degree"),
-        value("--expert-tensor-parallel-size", type=int, help="TP degree inside experts"),
-        value("--num-experts", type=int, help="experts per MoE layer (0 counts as unset)"),
+        value(
+            "--expert-model-parallel-size",
+            type=int,
+            default=1,
+            status=NotBuilt(
+                "expert parallelism",
+                "leave it out or set it to 1",
+                asks=lambda size: size is not None and size > 1,
+            ),
+            bounds=at_least(1),
+            most=10**6,
+            help="expert parallel degree",
+        ),
+        value(
+            "--expert-tensor-parallel-size",
+            type=int,
+            most=10**6,
+            no_effect=without("--num-experts", lambda a: a.num_experts or a.use_tp_pp_dp_mapping),
+            help="TP degree inside experts",
+        ),
+        value(
+            "--num-experts",
+            type=int,
+            status=NotBuilt("mixture of experts", asks=bool),
+            help="experts per MoE layer (0 counts as unset)",
+        ),
         value(
             "--moe-layer-freq",
             type=moe_freq_type,
             default=1,
+            status=EXPERTS,
             help="every N-th layer is MoE, or a 0/1 pattern expression",
         ),
-        value("--moe-ffn-hidden-size", type=int, help="expert inner width"),
-        value("--moe-shared-expert-intermediate-size", type=int, help="total width of shared experts"),
-        switch("--moe-shared-expert-overlap", help="overlap shared experts with dispatch"),
-        switch("--moe-grouped-gemm", help="batch the experts' GEMMs"),
-        switch("--moe-layer-recompute", help="recompute the whole MoE layer"),
-        switch("--moe-use-upcycling", help="turn a dense checkpoint into MoE and save it"),
+        value("--moe-ffn-hidden-size", type=int, status=EXPERTS, help="expert inner width"),
+        value(
+            "--moe-shared-expert-intermediate-size",
+            type=int,
+            status=EXPERTS,
+            help="total width of shared experts",
+        ),
+        switch("--moe-shared-expert-overlap", status=EXPERTS, help="overlap shared experts with dispatch"),
+        switch("--moe-grouped-gemm", status=EXPERTS, help="batch the experts' GEMMs"),
+        switch("--moe-layer-recompute", status=EXPERTS, help="recompute the whole MoE layer"),
+        switch("--moe-use-upcycling", status=EXPERTS, help="turn a dense checkpoint into MoE and save it"),
         value(
             "--moe-router-load-balancing-type",
             default="aux_loss",
             choices=("aux_loss", "seq_aux_loss", "sinkhorn", "none"),
+            status=EXPERTS,
             help="aux_loss, seq_aux_loss, sinkhorn, none",
         ),
-        value("--moe-router-dtype", choices=("fp32", "fp64"), help="routing precision fp32/fp64"),
+        value(
+            "--moe-router-dtype", choices=("fp32", "fp64"), status=EXPERTS, help="routing precision fp32/fp64"
+        ),
         value(
             "--moe-router-score-function",
             default="softmax",
             choices=("softmax", "sigmoid"),
+            status=EXPERTS,
             help="softmax or sigmoid scores",
         ),
-        value("--moe-router-topk", type=int, default=2, help="experts per token"),
-        switch("--moe-router-pre-softmax", help="softmax before the top-k"),
-        value("--moe-router-num-groups", type=int, help="expert groups for limited routing"),
-        value("--moe-router-group-topk", type=int, help="groups kept per token"),
-        value("--moe-router-topk-scaling-factor", type=float, help="multiplier on routing probabilities"),
-        switch("--moe-router-enable-expert-bias", help="bias-based balancing without aux loss"),
-        value("--moe-router-bias-update-rate", type=float, default=0.001, help="step of the expert bias"),
-        value("--moe-aux-loss-coeff", type=float, default=0.0, help="weight of the balancing loss"),
-        value("--moe-z-loss-coeff", type=float, help="weight of the router z-loss"),
-        value("--moe-input-jitter-eps", type=float, help="multiplicative input noise for the router"),
-        switch("--moe-per-layer-logging", help="write MoE losses per layer to TensorBoard"),
+        value("--moe-router-topk", type=int, default=2, status=EXPERTS, help="experts per token"),
+        switch("--moe-router-pre-softmax", status=EXPERTS, help="softmax before the top-k"),
+        value("--moe-router-num-groups", type=int, status=EXPERTS, help="expert groups for limited routing"),
+        value("--moe-router-group-topk", type=int, status=EXPERTS, help="groups kept per token"),
+        value(
+            "--moe-router-topk-scaling-factor",
+            type=float,
+            status=EXPERTS,
+            help="multiplier on routing probabilities",
+        ),
+        switch(
+            "--moe-router-enable-expert-bias", status=EXPERTS, help="bias-based balancing without aux loss"
+        ),
+        value(
+            "--moe-router-bias-update-rate",
+            type=float,
+            default=0.001,
+            status=EXPERTS,
+            help="step of the expert bias",
+        ),
+        value(
+            "--moe-aux-loss-coeff",
+            type=float,
+            default=0.0,
+            status=EXPERTS,
+            help="weight of the balancing loss",
+        ),
+        value("--moe-z-loss-coeff", type=float, status=EXPERTS, help="weight of the router z-loss"),
+        value(
+            "--moe-input-jitter-eps",
+            type=float,
+            status=EXPERTS,
+            help="multiplicative input noise for the router",
+        ),
+        switch("--moe-per-layer-logging", status=EXPERTS, help="write MoE losses per layer to TensorBoard"),
         value(
             "--moe-token-dispatcher-type",
             default="allgather",
             choices=("allgather", "alltoall", "flex", "alltoall_seq"),
+            status=EXPERTS,
             help="allgather, alltoall, flex, alltoall_seq",
         ),
-        value("--moe-expert-capacity-factor", type=float, help="capacity per expert (unset = dropless)"),
-        switch("--moe-pad-expert-input-to-capacity", help="pad every expert to capacity"),
+        value(
+            "--moe-expert-capacity-factor",
+            type=float,
+            status=EXPERTS,
+            help="capacity per expert (unset = dropless)",
+        ),
+        switch("--moe-pad-expert-input-to-capacity", status=EXPERTS, help="pad every expert to capacity"),
         value(
             "--moe-token-drop-policy",
             default="probs",
             choices=("probs", "position"),
+            status=EXPERTS,
             help="drop by probability or position",
         ),
-        value("--first-k-dense-replace", type=int, help="first k layers stay dense"),
+        value("--first-k-dense-replace", type=int, status=EXPERTS, help="first k layers stay dense"),
         off_switch(
-            "--input-jitter", "input_jitter", help="naming trap: giving the flag turns router jitter OFF"
+            "--input-jitter",
+            "input_jitter",
+            status=EXPERTS,
+            help="naming trap: giving the flag turns router jitter OFF",
         ),
+        switch("--moe-extended-tp", status=ALWAYS_SO, help="withdrawn; use --expert-tensor-parallel-size"),
+        switch(
+            "--gemm-gradient-accumulation-fusion",
+            status=OWN_KERNEL,
+            help="wgrad accumulation fusion in grouped GEMM",
+        ),
+        switch("--moe-permutation-async-comm", status=OWN_KERNEL, help="overlap the dispatcher's gathers"),
+        switch("--moe-permute-fusion", status=OWN_KERNEL, help="TE fused token permutation"),
+        switch("--moe-enable-deepep", status=OWN_KERNEL, help="DeepEP kernels for the flex dispatcher"),
+        switch("--moe-use-legacy-grouped-gemm", status=OWN_KERNEL, help="older grouped GEMM class"),
     ),
 )

@@ -1,25 +1,8 @@
-"""The rules a set of arguments must obey.  Each returns a list of problems, and never raises."""
+"""Rules about several flags at once.  Each returns a list of problems, and never raises.
 
-from megatron.training.arguments.rules import (
-    bounds,
-    checkpoint,
-    data,
-    length,
-    model,
-    parallel,
-    precision,
-    run,
-    schedule,
-)
+What one flag needs, excludes or may be stands on its row.
+"""
 
-RULES = (
-    *bounds.RULES,
-    *model.RULES,
-    *parallel.RULES,
-    *precision.RULES,
-    *length.RULES,
-    *schedule.RULES,
-    *checkpoint.RULES,
-    *data.RULES,
-    *run.RULES,
-)
+from megatron.training.arguments.rules import model, parallel, run, training
+
+RULES = (*model.RULES, *parallel.RULES, *training.RULES, *run.RULES)

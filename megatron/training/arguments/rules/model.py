@@ -1,4 +1,4 @@
-"""Rules about the shape of the model."""
+"""Rules about the shape of the model and its number formats."""
 
 from argparse import Namespace
 from collections.abc import Collection
@@ -175,24 +175,29 @@ def spec_is_a_name(args: Namespace, given: Collection[str]) -> list[Problem]:
     ]
 
 
-def fused_kernels_have_a_use(args: Namespace, given: Collection[str]) -> list[Problem]:
-    """A fused kernel is only asked for where the model has what it fuses."""
-    rope = args.position_embedding_type == "rope"
-    wanted = (
-        (
-            "--use-fused-rmsnorm",
-            args.use_fused_rmsnorm,
-            args.normalization == "RMSNorm",
-            "--normalization RMSNorm",
-        ),
-        ("--use-fused-swiglu", args.use_fused_swiglu, args.swiglu, "--swiglu"),
-        ("--use-fused-rotary-pos-emb", args.use_fused_rotary_pos_emb, rope, "--position-embedding-type rope"),
-        ("--tp-comm-overlap", args.tp_comm_overlap, "--sequence-parallel" in given, "--sequence-parallel"),
-    )
+def deterministic_kernels(args: Namespace, given: Collection[str]) -> list[Problem]:
+    """Kernels without a deterministic form."""
+    if "--deterministic-mode" not in given:
+        return []
+    asked = {
+        "--use-flash-attn": args.use_flash_attn,
+        "--cross-entropy-loss-fusion": args.cross_entropy_loss_fusion,
+    }
     return [
-        Problem(flag, None, f"needs {needs}", f"add {needs}, or leave it out")
-        for flag, on, met, needs in wanted
-        if on and not met
+        Problem(flag, None, "has no deterministic form", "leave it out, or leave out --deterministic-mode")
+        for flag, on in asked.items()
+        if on
+    ]
+
+
+def loss_scale_has_room(args: Namespace, given: Collection[str]) -> list[Problem]:
+    """A scale that is searched for begins at its floor or above."""
+    first, floor = args.initial_loss_scale, args.min_loss_scale
+    if not args.fp16 or args.loss_scale is not None or first >= floor:
+        return []
+    rule = f"is below --min-loss-scale {floor:g}"
+    return [
+        Problem("--initial-loss-scale", f"{first:g}", rule, f"use --initial-loss-scale {floor:g} or more")
     ]
 
 
@@ -216,5 +221,6 @@ RULES = (
     positions_fit,
     recompute_is_complete,
     spec_is_a_name,
-    fused_kernels_have_a_use,
+    deterministic_kernels,
+    loss_scale_has_room,
 )

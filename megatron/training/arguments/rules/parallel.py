@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Collection, Sequence
 from math import lcm, prod
 
-from megatron.training.arguments.derive_parallel import CLAMP
+from megatron.training.arguments.derive import CLAMP
 from megatron.training.arguments.problem import Problem
 
 _TP, _PP, _CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
@@ -139,18 +139,6 @@ def layers_divide(args: Namespace, given: Collection[str]) -> list[Problem]:
     return [Problem("--num-layers", args.num_layers, rule, remedy)]
 
 
-def uneven_stages_have_a_pipeline(args: Namespace, given: Collection[str]) -> list[Problem]:
-    """Layers of the first and the last stage only mean something when these are two."""
-    return [
-        Problem(flag, count, "needs several pipeline stages", f"leave it out, or use {_PP} 2 or more")
-        for flag, count in (
-            ("--decoder-first-pipeline-num-layers", args.decoder_first_pipeline_num_layers),
-            ("--decoder-last-pipeline-num-layers", args.decoder_last_pipeline_num_layers),
-        )
-        if count is not None and args.pipeline_model_parallel_size < 2
-    ]
-
-
 def schedule_fits(args: Namespace, given: Collection[str]) -> list[Problem]:
     """The order of a pipeline's passes goes with its stages."""
     schedule, virtual = args.pipeline_schedule, args.virtual_pipeline_model_parallel_size
@@ -278,37 +266,21 @@ def _two_factors(number: int) -> str:
     return f"{number // inner} {inner}"
 
 
-def sharded_optimizer_fits(args: Namespace, given: Collection[str]) -> list[Problem]:
-    """What overlaps with the sharded optimizer, and what it needs."""
-    problems = []
-    if args.overlap_param_gather:
-        problems += [
-            Problem("--overlap-param-gather", None, f"needs {needed}", f"add {needed}")
-            for needed, on in (
-                ("--use-distributed-optimizer", args.use_distributed_optimizer),
-                ("--overlap-grad-reduce", args.overlap_grad_reduce),
-            )
-            if not on
-        ]
+def state_can_be_gathered(args: Namespace, given: Collection[str]) -> list[Problem]:
+    """What is saved of the sharded optimizer travels over groups of CPU processes."""
     stored = args.save or args.load
-    if args.use_distributed_optimizer and not args.enable_gloo_process_groups and stored:
-        flag, rule = "--disable-gloo-process-groups", "the sharded optimizer's state is collected over gloo"
-        problems.append(Problem(flag, None, rule, "leave it out, or leave out --save and --load"))
-    return problems
-
-
-def saved_activations_are_split(args: Namespace, given: Collection[str]) -> list[Problem]:
-    """Splitting saved activations needs tensor ranks, and saved layer inputs."""
-    if not args.distribute_saved_activations:
+    if not args.use_distributed_optimizer or args.enable_gloo_process_groups or not stored:
         return []
-    flag = "--distribute-saved-activations"
-    problems = []
-    if args.tensor_model_parallel_size < 2:
-        problems.append(Problem(flag, None, f"needs {_TP} 2 or more", "leave it out"))
-    if args.recompute_granularity != "full":
-        remedy = "add --recompute-granularity full --recompute-method uniform"
-        problems.append(Problem(flag, None, "needs full recompute", remedy))
-    return problems
+    flag, rule = "--disable-gloo-process-groups", "the sharded optimizer's state is collected over gloo"
+    return [Problem(flag, None, rule, "leave it out, or leave out --save and --load")]
+
+
+def overlap_has_sequence_parallelism(args: Namespace, given: Collection[str]) -> list[Problem]:
+    """Asked of the command line, because one tensor-parallel rank switches --sequence-parallel off."""
+    if not args.tp_comm_overlap or "--sequence-parallel" in given:
+        return []
+    needed = "--sequence-parallel"
+    return [Problem("--tp-comm-overlap", None, f"needs {needed}", f"add {needed}, or leave it out")]
 
 
 RULES = (
@@ -316,12 +288,11 @@ RULES = (
     expert_pipelines_agree,
     virtual_stages_fit,
     layers_divide,
-    uneven_stages_have_a_pipeline,
     schedule_fits,
     interleaving_has_full_groups,
     width_divides,
     sequence_divides,
     context_exchange_fits,
-    sharded_optimizer_fits,
-    saved_activations_are_split,
+    state_can_be_gathered,
+    overlap_has_sequence_parallelism,
 )

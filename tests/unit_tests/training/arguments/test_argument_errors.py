@@ -8,9 +8,10 @@ import sys
 import pytest
 
 from megatron.training.arguments import ArgumentsError
+from megatron.training.arguments.flags import ALL_FLAGS
 from megatron.training.arguments.parsing import build_parser
 from megatron.training.arguments.scan import scan
-from megatron.training.arguments.validation import ALL_FLAGS, find_problems
+from megatron.training.arguments.validation import find_problems
 
 MODEL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32"
 MODEL += " --micro-batch-size 2"

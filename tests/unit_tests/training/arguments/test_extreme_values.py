@@ -8,20 +8,14 @@ from megatron.core import accelerator
 from megatron.core.errors import ConfigError
 from megatron.training import memory_limits
 from megatron.training.arguments import ArgumentsError
-from megatron.training.arguments.accepted import GROUP as ACCEPTED_GROUP
-from megatron.training.arguments.flags import GROUPS
-from megatron.training.arguments.not_built import NOT_BUILT
-from megatron.training.arguments.rules.bounds import BOUNDS, LIMITS
+from megatron.training.arguments.flag import MOST
+from megatron.training.arguments.flags import ALL_FLAGS
 from megatron.training.model_setup import ddp_config_from_args, spec_by_name
 
-WORKING = [
-    flag
-    for group in GROUPS
-    for flag in group.flags
-    if flag.name not in {row.flag for row in NOT_BUILT if row.asks is None}
-]
 NUMBERS = [
-    flag for flag in WORKING if flag.options.get("type") in (int, float) and "nargs" not in flag.options
+    flag
+    for flag in ALL_FLAGS
+    if flag.works and flag.options.get("type") in (int, float) and "nargs" not in flag.options
 ]
 # Numbers that other rules check, or for which any number makes sense.
 UNBOUNDED = {
@@ -36,7 +30,7 @@ UNBOUNDED = {
     "--ulysses-degree-in-cp",
 }
 # Flags of which a million millions could be counted up to: with that value each must be refused at once.
-COUNTED = sorted({word for limit in LIMITS for word in limit.flags.split()})
+COUNTED = [flag for flag in ALL_FLAGS if flag.most < MOST]
 
 
 def problems_of(check, words: str) -> list[str]:
@@ -46,7 +40,7 @@ def problems_of(check, words: str) -> list[str]:
 
 
 def test_every_number_has_a_range() -> None:
-    bounded = {f"--{word}" for bound in BOUNDS for word in bound.flags.split()}
+    bounded = {flag.name for flag in NUMBERS if flag.bounds}
     with_choices = {flag.name for flag in NUMBERS if "choices" in flag.options}
     assert {flag.name for flag in NUMBERS} - bounded - with_choices == UNBOUNDED
 
@@ -59,10 +53,10 @@ def test_what_is_no_number_is_refused(flag, word: str, check) -> None:
     assert any(problem.startswith(f"{flag.name} ") for problem in problems_of(check, f"{flag.name} {word}"))
 
 
-@pytest.mark.parametrize("word", COUNTED)
-def test_a_number_beyond_counting_is_refused_by_its_name_alone(word: str, check) -> None:
-    (problem,) = problems_of(check, f"--{word} 1000000000000 --rampup-batch-size 1 1 1000000000000")
-    assert problem.startswith(f"--{word} 1000000000000: must be at most ")
+@pytest.mark.parametrize("flag", COUNTED, ids=lambda f: f.name)
+def test_a_number_beyond_counting_is_refused_by_its_name_alone(flag, check) -> None:
+    (problem,) = problems_of(check, f"{flag.name} 1000000000000 --rampup-batch-size 1 1 1000000000000")
+    assert problem.startswith(f"{flag.name} 1000000000000: must be at most ")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +70,8 @@ def test_numbers_fit_64_bits(flag, check) -> None:
 
 
 def test_accepted_numbers_may_be_anything(check) -> None:
-    numbers = [f for f in ACCEPTED_GROUP.flags if f.options.get("type") is int and "choices" not in f.options]
+    accepted = [flag for flag in ALL_FLAGS if flag.notice]
+    numbers = [f for f in accepted if f.options.get("type") is int and "choices" not in f.options]
     words = [
         f"{f.name} 1000000000000" for f in numbers if f.name != "--inference-batch-times-seqlen-threshold"
     ]

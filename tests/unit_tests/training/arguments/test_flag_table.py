@@ -1,18 +1,15 @@
 """The flags are those of the interface: spelling, attribute, type, default, choices, arity, action, tier."""
 
 import csv
+import re
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from megatron.training.arguments.accepted import ACCEPTED
-from megatron.training.arguments.accepted import GROUP as ACCEPTED_GROUP
 from megatron.training.arguments.flag import Flag
-from megatron.training.arguments.flags import GROUPS
-from megatron.training.arguments.not_built import NOT_BUILT
+from megatron.training.arguments.flags import ALL_FLAGS
 from megatron.training.arguments.parsing import build_parser
-from megatron.training.arguments.rejected import GROUP as REJECTED_GROUP
 
 TABLE = Path(__file__).resolve().parents[3] / "golden" / "cli" / "cli_flags.tsv"
 OTHER_PROGRAMS = ("preprocess_data only", "tasks/main.py only")
@@ -58,9 +55,13 @@ def first_name(row: dict[str, str]) -> str:
 @cache
 def flags() -> dict[str, tuple[str, Flag]]:
     """(tier, flag) by spelling."""
-    tiers = {"core": [flag for group in GROUPS for flag in group.flags]}
-    tiers |= {"accept": ACCEPTED_GROUP.flags, "reject": REJECTED_GROUP.flags}
-    return {name: (tier, flag) for tier, listed in tiers.items() for flag in listed for name in flag.names}
+    return {name: (tier_of(flag), flag) for flag in ALL_FLAGS for name in flag.names}
+
+
+def tier_of(flag: Flag) -> str:
+    if flag.is_plain:
+        return "core"
+    return "reject" if flag.refusal else "accept"
 
 
 @cache
@@ -118,11 +119,43 @@ def test_no_flag_beyond_the_table() -> None:
     assert {"-h", "--help"} == set(actions()) - set(flags())
 
 
-def test_every_row_of_the_not_built_table_is_a_working_flag() -> None:
-    assert {row.flag for row in NOT_BUILT} <= {name for name, (tier, _) in flags().items() if tier == "core"}
-    assert len({row.flag for row in NOT_BUILT}) == len(NOT_BUILT)
+def test_every_flag_has_one_row() -> None:
+    names = [name for flag in ALL_FLAGS for name in flag.names]
+    assert len(names) == len(set(names))
+    assert [tier for tier, _ in flags().values()].count("accept") >= 90
 
 
-def test_every_accepted_flag_stands_once() -> None:
-    names = [name for row in ACCEPTED for flag in row.flags for name in flag.names]
-    assert len(names) == len(set(names)) >= 90
+def test_a_row_has_one_status_for_a_value() -> None:
+    for flag in ALL_FLAGS:
+        assert bool(flag.notice) + bool(flag.refusal) + bool(flag.not_built) <= 1, flag.name
+        for status in flag.status:
+            values = getattr(status, "values", ())
+            assert not any(flag.asks_for_missing(value) for value in values), flag.name
+            assert set(values) <= set(flag.options.get("choices", ())), flag.name
+
+
+def test_a_default_lies_in_the_range_of_its_row() -> None:
+    for flag in ALL_FLAGS:
+        if flag.bounds and flag.default is not None and flag.name != "--loss-scale":
+            assert flag.bounds.holds(flag.default) and flag.default <= flag.most, flag.name
+            assert flag.bounds.holds(flag.bounds.example()), flag.name
+
+
+def test_texts_of_rows_name_flags_that_exist() -> None:
+    """Also the opponents, whose names are looked up, and what a condition is made from."""
+    for flag in ALL_FLAGS:
+        texts = [opponent.name for opponent in flag.opponents]
+        texts += [text for entry in flag.needs for text in (entry.words, entry.remedy)]
+        texts += [entry.reason for entry in flag.no_effect]
+        texts += [str(vars(status)) for status in flag.status]
+        for name in re.findall(r"(?<![\w-])--[\w-]+", " ".join(texts)):
+            assert name in flags(), f"{flag.name} speaks of {name}"
+
+
+def test_conditions_of_rows_can_be_asked(check) -> None:
+    args = check()
+    for flag in ALL_FLAGS:
+        for entry in flag.needs:
+            entry.met(args)
+        for entry in flag.no_effect:
+            entry.acts(args)

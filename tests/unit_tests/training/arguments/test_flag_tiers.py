@@ -5,13 +5,20 @@ from dataclasses import fields
 import pytest
 
 from megatron.training.arguments import ArgumentsError, core_transformer_config_from_args
-from megatron.training.arguments.accepted import GROUP as ACCEPTED_GROUP
-from megatron.training.arguments.accepted import INERT_DESTS
-from megatron.training.arguments.flag import Flag
-from megatron.training.arguments.not_built import NOT_BUILT, flags_by_name
-from megatron.training.arguments.rejected import GROUP as REJECTED_GROUP
-from megatron.training.arguments.rejected import REJECTED_VALUES
+from megatron.training.arguments.flag import Flag, Refused
+from megatron.training.arguments.flags import ALL_FLAGS, INERT_DESTS
 from megatron.training.model_setup import ddp_config_from_args, optimizer_config_from_args
+
+ACCEPTED = [flag for flag in ALL_FLAGS if flag.notice]
+REFUSED = [flag for flag in ALL_FLAGS if flag.refusal]
+NOT_BUILT = [flag for flag in ALL_FLAGS if flag.not_built]
+REFUSED_VALUES = [
+    (flag.name, value)
+    for flag in ALL_FLAGS
+    for status in flag.status
+    if isinstance(status, Refused)
+    for value in status.values
+]
 
 # What an accepted flag has to come with.
 COMPANIONS = {
@@ -53,7 +60,7 @@ def problems_of(check, words: str) -> list[str]:
     return [str(problem) for problem in error.value.problems]
 
 
-@pytest.mark.parametrize("flag", ACCEPTED_GROUP.flags, ids=lambda flag: flag.name)
+@pytest.mark.parametrize("flag", ACCEPTED, ids=lambda flag: flag.name)
 def test_accepted_flag_prints_one_line(flag: Flag, check, capsys, monkeypatch) -> None:
     import torch
 
@@ -78,7 +85,7 @@ def test_a_flag_that_is_not_given_prints_nothing(check, capsys) -> None:
     assert "notice:" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flag", REJECTED_GROUP.flags, ids=lambda flag: flag.name)
+@pytest.mark.parametrize("flag", REFUSED, ids=lambda flag: flag.name)
 def test_refused_flag_stops_the_run(flag: Flag, check) -> None:
     (problem,) = problems_of(check, sample(flag))
     assert problem.startswith(flag.name) and ";" in problem
@@ -98,18 +105,16 @@ def test_withdrawn_flag_names_its_successor(withdrawn: str, successor: str, chec
     assert successor in problem
 
 
-@pytest.mark.parametrize(
-    ("flag", "value"), [(row.flag, value) for row in REJECTED_VALUES for value in row.values]
-)
+@pytest.mark.parametrize(("flag", "value"), REFUSED_VALUES)
 def test_refused_value_stops_the_run(flag: str, value: str, check) -> None:
     assert any(problem.startswith(f"{flag} {value}:") for problem in problems_of(check, f"{flag} {value}"))
 
 
-@pytest.mark.parametrize("row", NOT_BUILT, ids=lambda row: row.flag)
-def test_missing_feature_stops_the_run(row, check) -> None:
-    problems = problems_of(check, sample(flags_by_name()[row.flag]))
-    named = [problem for problem in problems if problem.startswith(row.flag)]
-    assert len(named) == 1 and f"{row.feature} is not built yet" in named[0]
+@pytest.mark.parametrize("flag", NOT_BUILT, ids=lambda flag: flag.name)
+def test_missing_feature_stops_the_run(flag: Flag, check) -> None:
+    problems = problems_of(check, sample(flag))
+    named = [problem for problem in problems if problem.startswith(flag.name)]
+    assert len(named) == 1 and f"{flag.not_built.feature} is not built yet" in named[0]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +135,7 @@ def test_harmless_in_one_process(words: str, check) -> None:
 
 
 def test_inert_flags_never_reach_a_config(check) -> None:
-    words = [sample(flag) for flag in ACCEPTED_GROUP.flags if flag.dest in INERT_DESTS]
+    words = [sample(flag) for flag in ACCEPTED if flag.dest in INERT_DESTS]
     companions = "--normalization RMSNorm --swiglu --position-embedding-type rope --bf16"
     args = check(f"{' '.join(words)} {companions} --sequence-parallel --no-rope-fusion")
     seen = set()

@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from megatron.training.arguments import parse_args
+from megatron.training.arguments.flags import ALL_FLAGS
 from megatron.training.arguments.help import COMMON
-from megatron.training.arguments.validation import ALL_FLAGS
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 import pytest
 
-from megatron.training.arguments.config_fields import field_values
+from megatron.training.arguments.model_config import field_values
 from megatron.training.arguments.reads import Reads
 
 
