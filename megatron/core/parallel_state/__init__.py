@@ -4,58 +4,20 @@ Layout rules: ``megatron.core.rank_grid``. Groups with the same members share on
 rank takes part only in the creation of groups it belongs to, so that start-up cost follows the number of
 groups of a rank and not the size of the world.
 
-Functions that are put together from others stand here, so that they see replacements of those others in
-this module. Groups can be read and swapped as attributes too (``parallel_state._EMBEDDING_GROUP``).
+What is read from here stands here, one function each, over the table in ``state``; ``initialization`` fills
+it. Groups can be read and swapped as attributes too (``parallel_state._EMBEDDING_GROUP``).
 """
 
 import sys
+import warnings
 from types import ModuleType
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
+from megatron.core.errors import UsageError
 from megatron.core.parallel_state import state
-from megatron.core.parallel_state.data_context import (
-    get_amax_reduction_group,
-    get_context_parallel_global_ranks,
-    get_context_parallel_group,
-    get_context_parallel_rank,
-    get_context_parallel_world_size,
-    get_data_parallel_group,
-    get_data_parallel_group_gloo,
-    get_data_parallel_rank,
-    get_data_parallel_src_rank,
-    get_data_parallel_world_size,
-    get_hierarchical_context_parallel_groups,
-    get_inter_partial_data_parallel_group,
-    get_tensor_and_context_parallel_group,
-    get_tensor_and_context_parallel_rank,
-    get_tensor_and_context_parallel_world_size,
-    get_tensor_and_data_parallel_group,
-    set_data_parallel_rank,
-)
-from megatron.core.parallel_state.expert import (
-    get_data_modulo_expert_parallel_group,
-    get_expert_data_parallel_group,
-    get_expert_data_parallel_group_gloo,
-    get_expert_data_parallel_rank,
-    get_expert_data_parallel_world_size,
-    get_expert_model_parallel_group,
-    get_expert_model_parallel_rank,
-    get_expert_model_parallel_world_size,
-    get_expert_tensor_and_model_parallel_group,
-    get_expert_tensor_and_model_parallel_rank,
-    get_expert_tensor_and_model_parallel_world_size,
-    get_expert_tensor_model_pipeline_parallel_group,
-    get_expert_tensor_parallel_group,
-    get_expert_tensor_parallel_rank,
-    get_expert_tensor_parallel_world_size,
-    get_moe_layer_wise_logging_tracker,
-    set_expert_model_parallel_rank,
-    set_expert_model_parallel_world_size,
-    set_expert_tensor_parallel_rank,
-    set_expert_tensor_parallel_world_size,
-)
 from megatron.core.parallel_state.initialization import (
     GROUP_NAMES,
     _set_global_memory_buffer,
@@ -70,125 +32,139 @@ from megatron.core.parallel_state.initialization import (
     is_unitialized,
     model_parallel_is_initialized,
 )
-from megatron.core.parallel_state.tensor_pipeline import (
-    get_embedding_group,
-    get_model_parallel_group,
-    get_model_parallel_src_rank,
-    get_pipeline_model_parallel_decoder_start,
-    get_pipeline_model_parallel_first_rank,
-    get_pipeline_model_parallel_group,
-    get_pipeline_model_parallel_last_rank,
-    get_pipeline_model_parallel_rank,
-    get_pipeline_model_parallel_split_rank,
-    get_pipeline_model_parallel_world_size,
-    get_position_embedding_group,
-    get_tensor_model_parallel_group,
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_src_rank,
-    get_tensor_model_parallel_world_size,
-    get_virtual_pipeline_model_parallel_rank,
-    get_virtual_pipeline_model_parallel_world_size,
-    is_rank_in_position_embedding_group,
-    set_pipeline_model_parallel_rank,
-    set_pipeline_model_parallel_split_rank,
-    set_pipeline_model_parallel_world_size,
-    set_tensor_model_parallel_rank,
-    set_tensor_model_parallel_world_size,
-    set_virtual_pipeline_model_parallel_rank,
-    set_virtual_pipeline_model_parallel_world_size,
-)
+from megatron.core.parallel_state.state import STATE
 from megatron.core.process_groups import create_group, get_nccl_options
 from megatron.core.rank_grid import RankGenerator, generate_masked_orthogonal_rank_groups
 
-__all__ = [
-    "RankGenerator",
-    "create_group",
-    "create_hierarchical_parallel_groups",
-    "default_embedding_ranks",
-    "default_position_embedding_ranks",
-    "destroy_global_memory_buffer",
-    "destroy_model_parallel",
-    "generate_masked_orthogonal_rank_groups",
-    "get_all_ranks",
-    "get_amax_reduction_group",
-    "get_context_parallel_global_ranks",
-    "get_context_parallel_group",
-    "get_context_parallel_rank",
-    "get_context_parallel_world_size",
-    "get_data_modulo_expert_parallel_group",
-    "get_data_parallel_group",
-    "get_data_parallel_group_gloo",
-    "get_data_parallel_rank",
-    "get_data_parallel_src_rank",
-    "get_data_parallel_world_size",
-    "get_embedding_group",
-    "get_expert_data_parallel_group",
-    "get_expert_data_parallel_group_gloo",
-    "get_expert_data_parallel_rank",
-    "get_expert_data_parallel_world_size",
-    "get_expert_model_parallel_group",
-    "get_expert_model_parallel_rank",
-    "get_expert_model_parallel_world_size",
-    "get_expert_tensor_and_model_parallel_group",
-    "get_expert_tensor_and_model_parallel_rank",
-    "get_expert_tensor_and_model_parallel_world_size",
-    "get_expert_tensor_model_pipeline_parallel_group",
-    "get_expert_tensor_parallel_group",
-    "get_expert_tensor_parallel_rank",
-    "get_expert_tensor_parallel_world_size",
-    "get_global_memory_buffer",
-    "get_hierarchical_context_parallel_groups",
-    "get_inter_partial_data_parallel_group",
-    "get_model_parallel_group",
-    "get_model_parallel_src_rank",
-    "get_moe_layer_wise_logging_tracker",
-    "get_nccl_options",
-    "get_pipeline_model_parallel_decoder_start",
-    "get_pipeline_model_parallel_first_rank",
-    "get_pipeline_model_parallel_group",
-    "get_pipeline_model_parallel_last_rank",
-    "get_pipeline_model_parallel_next_rank",
-    "get_pipeline_model_parallel_prev_rank",
-    "get_pipeline_model_parallel_rank",
-    "get_pipeline_model_parallel_split_rank",
-    "get_pipeline_model_parallel_world_size",
-    "get_position_embedding_group",
-    "get_tensor_and_context_parallel_group",
-    "get_tensor_and_context_parallel_rank",
-    "get_tensor_and_context_parallel_world_size",
-    "get_tensor_and_data_parallel_group",
-    "get_tensor_model_parallel_group",
-    "get_tensor_model_parallel_rank",
-    "get_tensor_model_parallel_src_rank",
-    "get_tensor_model_parallel_world_size",
-    "get_virtual_pipeline_model_parallel_rank",
-    "get_virtual_pipeline_model_parallel_world_size",
-    "initialize_model_parallel",
-    "is_initialized",
-    "is_inside_decoder",
-    "is_inside_encoder",
-    "is_pipeline_first_stage",
-    "is_pipeline_last_stage",
-    "is_pipeline_stage_after_split",
-    "is_pipeline_stage_at_split",
-    "is_pipeline_stage_before_split",
-    "is_rank_in_embedding_group",
-    "is_rank_in_position_embedding_group",
-    "is_unitialized",
-    "model_parallel_is_initialized",
-    "set_data_parallel_rank",
-    "set_expert_model_parallel_rank",
-    "set_expert_model_parallel_world_size",
-    "set_expert_tensor_parallel_rank",
-    "set_expert_tensor_parallel_world_size",
-    "set_pipeline_model_parallel_rank",
-    "set_pipeline_model_parallel_split_rank",
-    "set_pipeline_model_parallel_world_size",
-    "set_tensor_model_parallel_rank",
-    "set_tensor_model_parallel_world_size",
-    "set_virtual_pipeline_model_parallel_rank",
-    "set_virtual_pipeline_model_parallel_world_size",
-]
+# ---- The tensor and pipeline axes
+
+
+def get_model_parallel_group() -> ProcessGroup:
+    """Tensor x pipeline group of this rank."""
+    return state.group("_MODEL_PARALLEL_GROUP")
+
+
+def get_model_parallel_src_rank() -> int:
+    """Global rank of the first member of the tensor x pipeline group."""
+    return state.ranks("_MODEL_PARALLEL_GROUP")[0]
+
+
+def get_tensor_model_parallel_group(check_initialized: bool = True) -> ProcessGroup | None:
+    """Tensor-parallel group of this rank."""
+    return state.group("_TENSOR_MODEL_PARALLEL_GROUP", check_initialized)
+
+
+def get_tensor_model_parallel_world_size() -> int:
+    """Tensor-parallel size."""
+    return state.size("_TENSOR_MODEL_PARALLEL_GROUP", "tp_size")
+
+
+def set_tensor_model_parallel_world_size(world_size: int | None) -> None:
+    """Override the tensor-parallel size."""
+    STATE.by_hand["tp_size"] = world_size
+
+
+def get_tensor_model_parallel_rank() -> int:
+    """Rank in the tensor-parallel group."""
+    return state.rank("_TENSOR_MODEL_PARALLEL_GROUP", "tp_rank")
+
+
+def set_tensor_model_parallel_rank(rank: int | None) -> None:
+    """Override the tensor-parallel rank."""
+    STATE.by_hand["tp_rank"] = rank
+
+
+def get_tensor_model_parallel_src_rank() -> int:
+    """Global rank of the first member of the tensor-parallel group."""
+    return state.ranks("_TENSOR_MODEL_PARALLEL_GROUP")[0]
+
+
+def get_pipeline_model_parallel_group() -> ProcessGroup:
+    """Pipeline group of this rank."""
+    return state.group("_PIPELINE_MODEL_PARALLEL_GROUP")
+
+
+def get_pipeline_model_parallel_world_size() -> int:
+    """Number of pipeline stages."""
+    return state.size("_PIPELINE_MODEL_PARALLEL_GROUP", "pp_size")
+
+
+def set_pipeline_model_parallel_world_size(world_size: int | None) -> None:
+    """Override the number of pipeline stages."""
+    STATE.by_hand["pp_size"] = world_size
+
+
+def get_pipeline_model_parallel_rank() -> int:
+    """Pipeline stage of this rank."""
+    return state.rank("_PIPELINE_MODEL_PARALLEL_GROUP", "pp_rank")
+
+
+def set_pipeline_model_parallel_rank(rank: int | None) -> None:
+    """Override the pipeline stage."""
+    STATE.by_hand["pp_rank"] = rank
+
+
+def get_pipeline_model_parallel_split_rank() -> int | None:
+    """First decoder stage of the old encoder/decoder split, None without one."""
+    return STATE.by_hand.get("split_rank")
+
+
+def set_pipeline_model_parallel_split_rank(rank: int | None) -> None:
+    """Override the first decoder stage of the old encoder/decoder split."""
+    STATE.by_hand["split_rank"] = rank
+
+
+def get_pipeline_model_parallel_decoder_start() -> int | None:
+    """First stage with decoder layers where encoder and decoder have stages of their own, else None."""
+    return STATE.by_hand.get("decoder_start")
+
+
+def get_virtual_pipeline_model_parallel_rank() -> int | None:
+    """Virtual stage being built or run, None without virtual stages."""
+    return STATE.by_hand.get("vpp_rank")
+
+
+def set_virtual_pipeline_model_parallel_rank(rank: int | None) -> None:
+    """Select the virtual stage being built or run."""
+    STATE.by_hand["vpp_rank"] = rank
+
+
+def get_virtual_pipeline_model_parallel_world_size() -> int | None:
+    """Virtual stages per rank, None without virtual stages."""
+    return STATE.by_hand.get("vpp_size")
+
+
+def set_virtual_pipeline_model_parallel_world_size(world_size: int | None) -> None:
+    """Override the number of virtual stages per rank."""
+    STATE.by_hand["vpp_size"] = world_size
+
+
+def get_pipeline_model_parallel_first_rank() -> int:
+    """Global rank of the first stage."""
+    return state.ranks("_PIPELINE_MODEL_PARALLEL_GROUP")[0]
+
+
+def get_pipeline_model_parallel_last_rank() -> int:
+    """Global rank of the last stage."""
+    return state.ranks("_PIPELINE_MODEL_PARALLEL_GROUP")[-1]
+
+
+def get_embedding_group() -> ProcessGroup:
+    """Group of the stages that hold a copy of the word embeddings."""
+    return state.group("_EMBEDDING_GROUP")
+
+
+def get_position_embedding_group() -> ProcessGroup:
+    """Group of the stages that hold a copy of the position embeddings."""
+    return state.group("_POSITION_EMBEDDING_GROUP")
+
+
+def is_rank_in_position_embedding_group() -> bool:
+    """True where position embeddings live."""
+    return state.group("_POSITION_EMBEDDING_GROUP", check_initialized=False) is not None
+
+
+# ---- Stages: what their place means
 
 
 def is_pipeline_first_stage(ignore_virtual: bool = False) -> bool:
@@ -270,6 +246,248 @@ def is_inside_decoder(rank: int | None = None) -> bool:
     return get_pipeline_model_parallel_world_size() == 1 or start is None or _stage(rank) >= start
 
 
+# ---- The data and context axes
+
+
+def _data_parallel(with_context_parallel: bool, partial_data_parallel: bool) -> str:
+    if not partial_data_parallel:
+        return "_DATA_PARALLEL_GROUP_WITH_CP" if with_context_parallel else "_DATA_PARALLEL_GROUP"
+    if not with_context_parallel:
+        raise UsageError(
+            "the shard group of an optimizer instance spans the context axis: pass with_context_parallel=True"
+        )
+    return "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP"
+
+
+def get_data_parallel_group(
+    with_context_parallel: bool = False, partial_data_parallel: bool = False
+) -> ProcessGroup:
+    """Data-parallel group, with the context axis folded in on request.
+
+    ``partial_data_parallel`` asks for the shard group of one distributed optimizer instance, and needs
+    ``with_context_parallel``; with a single instance that is the whole group.
+    """
+    return state.group(_data_parallel(with_context_parallel, partial_data_parallel))
+
+
+def get_data_parallel_group_gloo(
+    with_context_parallel: bool = False, partial_data_parallel: bool = False
+) -> ProcessGroup:
+    """Twin of the data-parallel group for tensors in host memory."""
+    return state.group(f"{_data_parallel(with_context_parallel, partial_data_parallel)}_GLOO")
+
+
+def get_inter_partial_data_parallel_group() -> ProcessGroup:
+    """Ranks that hold equal shards in the different distributed optimizer instances."""
+    return state.group("_INTER_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP")
+
+
+def get_data_parallel_world_size(
+    with_context_parallel: bool = False, partial_data_parallel: bool = False
+) -> int:
+    """Data-parallel size; 0 without torch.distributed."""
+    return state.size_or_zero(_data_parallel(with_context_parallel, partial_data_parallel))
+
+
+def get_data_parallel_rank(with_context_parallel: bool = False, partial_data_parallel: bool = False) -> int:
+    """Data-parallel rank; 0 without torch.distributed."""
+    return state.rank_or_zero(_data_parallel(with_context_parallel, partial_data_parallel), "dp_rank")
+
+
+def set_data_parallel_rank(rank: int | None) -> None:
+    """Override the data-parallel rank."""
+    STATE.by_hand["dp_rank"] = rank
+
+
+def get_data_parallel_src_rank(with_context_parallel: bool = False) -> int:
+    """Global rank of the first member of the data-parallel group."""
+    return state.ranks(_data_parallel(with_context_parallel, partial_data_parallel=False))[0]
+
+
+def get_context_parallel_group(check_initialized: bool = True) -> ProcessGroup | None:
+    """Context-parallel group of this rank."""
+    return state.group("_CONTEXT_PARALLEL_GROUP", check_initialized)
+
+
+def get_context_parallel_global_ranks(check_initialized: bool = True) -> list[int] | None:
+    """Global ranks of the context-parallel group."""
+    state.group("_CONTEXT_PARALLEL_GROUP", check_initialized)
+    return STATE.ranks.get("_CONTEXT_PARALLEL_GROUP")
+
+
+def get_hierarchical_context_parallel_groups(check_initialized: bool = True) -> list[ProcessGroup] | None:
+    """Groups of this rank inside its context-parallel group, one per level, neighbours first."""
+    if check_initialized and STATE.hierarchical is None:
+        raise UsageError(
+            "hierarchical context parallel groups are not initialized: pass "
+            "hierarchical_context_parallel_sizes to initialize_model_parallel()"
+        )
+    return STATE.hierarchical
+
+
+def get_context_parallel_world_size() -> int:
+    """Context-parallel size; 0 without torch.distributed."""
+    return state.size_or_zero("_CONTEXT_PARALLEL_GROUP")
+
+
+def get_context_parallel_rank() -> int:
+    """Context-parallel rank; 0 without torch.distributed."""
+    return state.rank_or_zero("_CONTEXT_PARALLEL_GROUP")
+
+
+def _tensor_and_data(with_context_parallel: bool) -> str:
+    name = "_TENSOR_AND_DATA_PARALLEL_GROUP"
+    return f"{name}_WITH_CP" if with_context_parallel else name
+
+
+def get_tensor_and_data_parallel_group(with_context_parallel: bool = False) -> ProcessGroup:
+    """Tensor x data group, with the context axis folded in on request."""
+    return state.group(_tensor_and_data(with_context_parallel))
+
+
+def get_tensor_and_context_parallel_group() -> ProcessGroup:
+    """Tensor x context group."""
+    return state.group("_TENSOR_AND_CONTEXT_PARALLEL_GROUP")
+
+
+def get_tensor_and_context_parallel_world_size() -> int:
+    """Size of the tensor x context group; 0 without torch.distributed."""
+    return state.size_or_zero("_TENSOR_AND_CONTEXT_PARALLEL_GROUP")
+
+
+def get_tensor_and_context_parallel_rank() -> int:
+    """Rank in the tensor x context group; 0 without torch.distributed."""
+    return state.rank_or_zero("_TENSOR_AND_CONTEXT_PARALLEL_GROUP")
+
+
+def get_amax_reduction_group(
+    with_context_parallel: bool = False, tp_only_amax_red: bool = False
+) -> ProcessGroup:
+    """Ranks that share fp8 statistics: tensor x data, or with ``tp_only_amax_red`` tensor alone; each
+    with the context axis folded in on request."""
+    if not tp_only_amax_red:
+        return state.group(_tensor_and_data(with_context_parallel))
+    name = "_TENSOR_AND_CONTEXT_PARALLEL_GROUP" if with_context_parallel else "_TENSOR_MODEL_PARALLEL_GROUP"
+    return state.group(name)
+
+
+# ---- The expert grid's axes
+
+
+def get_expert_model_parallel_group(check_initialized: bool = True) -> ProcessGroup | None:
+    """Expert-parallel group of this rank."""
+    return state.group("_EXPERT_MODEL_PARALLEL_GROUP", check_initialized)
+
+
+def get_expert_model_parallel_world_size() -> int:
+    """Expert-parallel size; 0 without torch.distributed."""
+    return state.size_or_zero("_EXPERT_MODEL_PARALLEL_GROUP", "ep_size")
+
+
+def set_expert_model_parallel_world_size(world_size: int | None) -> None:
+    """Override the expert-parallel size."""
+    STATE.by_hand["ep_size"] = world_size
+
+
+def get_expert_model_parallel_rank() -> int:
+    """Expert-parallel rank; 0 without torch.distributed."""
+    return state.rank_or_zero("_EXPERT_MODEL_PARALLEL_GROUP", "ep_rank")
+
+
+def set_expert_model_parallel_rank(rank: int | None) -> None:
+    """Override the expert-parallel rank."""
+    STATE.by_hand["ep_rank"] = rank
+
+
+def get_expert_tensor_parallel_group(check_initialized: bool = True) -> ProcessGroup | None:
+    """Tensor-parallel group inside experts."""
+    return state.group("_EXPERT_TENSOR_PARALLEL_GROUP", check_initialized)
+
+
+def _tensor_by_hand(key: str) -> str:
+    """Before initialisation, what was set for the dense tensor axis holds inside experts too."""
+    has_own = STATE.by_hand.get(f"expert_{key}") is not None
+    return f"expert_{key}" if has_own or "_EXPERT_TENSOR_PARALLEL_GROUP" in STATE.groups else key
+
+
+def get_expert_tensor_parallel_world_size() -> int:
+    """Tensor-parallel size inside experts; before initialisation the size set for the tensor axis."""
+    return state.size("_EXPERT_TENSOR_PARALLEL_GROUP", _tensor_by_hand("tp_size"))
+
+
+def set_expert_tensor_parallel_world_size(world_size: int | None) -> None:
+    """Override the tensor-parallel size inside experts."""
+    STATE.by_hand["expert_tp_size"] = world_size
+
+
+def get_expert_tensor_parallel_rank() -> int:
+    """Tensor-parallel rank inside experts; before initialisation the rank set for the tensor axis."""
+    return state.rank("_EXPERT_TENSOR_PARALLEL_GROUP", _tensor_by_hand("tp_rank"))
+
+
+def set_expert_tensor_parallel_rank(rank: int | None) -> None:
+    """Override the tensor-parallel rank inside experts."""
+    STATE.by_hand["expert_tp_rank"] = rank
+
+
+def get_expert_tensor_and_model_parallel_group(check_initialized: bool = True) -> ProcessGroup | None:
+    """Expert tensor x expert group: all ranks that share the experts of one layer."""
+    return state.group("_EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP", check_initialized)
+
+
+def get_expert_tensor_and_model_parallel_world_size() -> int:
+    """Size of the expert tensor x expert group; 0 without torch.distributed."""
+    return state.size_or_zero("_EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP")
+
+
+def get_expert_tensor_and_model_parallel_rank() -> int:
+    """Rank in the expert tensor x expert group; 0 without torch.distributed."""
+    return state.rank_or_zero("_EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP")
+
+
+def get_expert_tensor_model_pipeline_parallel_group() -> ProcessGroup:
+    """Expert tensor x expert x pipeline group, over which the norm of expert gradients is taken."""
+    return state.group("_EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP")
+
+
+def get_expert_data_parallel_group() -> ProcessGroup:
+    """Group over which gradients of expert weights are reduced."""
+    return state.group("_EXPERT_DATA_PARALLEL_GROUP")
+
+
+def get_data_modulo_expert_parallel_group() -> ProcessGroup:
+    """Old name of ``get_expert_data_parallel_group``."""
+    warnings.warn(
+        "get_data_modulo_expert_parallel_group() is now get_expert_data_parallel_group()",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return get_expert_data_parallel_group()
+
+
+def get_expert_data_parallel_group_gloo() -> ProcessGroup:
+    """Twin of the expert data-parallel group for tensors in host memory."""
+    return state.group("_EXPERT_DATA_PARALLEL_GROUP_GLOO")
+
+
+def get_expert_data_parallel_world_size() -> int:
+    """Size of the expert data-parallel group; 0 without torch.distributed."""
+    return state.size_or_zero("_EXPERT_DATA_PARALLEL_GROUP")
+
+
+def get_expert_data_parallel_rank() -> int:
+    """Rank in the expert data-parallel group; 0 without torch.distributed."""
+    return state.rank_or_zero("_EXPERT_DATA_PARALLEL_GROUP")
+
+
+def get_moe_layer_wise_logging_tracker() -> dict:
+    """Mutable table of auxiliary losses by name."""
+    return STATE.moe_log
+
+
+# ---- All axes together
+
+
 def get_all_ranks() -> str:
     """Tensor, data, context, pipeline and expert ranks of this process, joined by underscores."""
     ranks = (
@@ -297,9 +515,9 @@ def _variable(table: str, name: str) -> property:
     """A module variable that stands for an entry of ``state``; None where there is none."""
 
     def write(module: ModuleType, value: Any) -> None:
-        getattr(state.STATE, table)[name] = value
+        getattr(STATE, table)[name] = value
 
-    return property(lambda module: getattr(state.STATE, table).get(name), write)
+    return property(lambda module: getattr(STATE, table).get(name), write)
 
 
 class _ModuleOfGroups(ModuleType):
