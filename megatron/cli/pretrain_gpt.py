@@ -22,10 +22,10 @@ from megatron.core.utils import StragglerDetector
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.data.batch import stage_needs_data
-from megatron.training.data.storage_domain import storage_domain
 from megatron.training.entry import run_main
 from megatron.training.memory_limits import check_memory
 from megatron.training.model_setup import spec_by_name
+from megatron.training.shared_storage import storage_domain
 from megatron.training.tokenizer import num_token_ids
 from megatron.training.utils import (
     get_batch_on_this_cp_rank,

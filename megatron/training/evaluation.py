@@ -15,7 +15,7 @@ from megatron.core.utils import StragglerDetector
 from megatron.training.agreement import any_rank
 from megatron.training.exits import signal_of_any_rank
 from megatron.training.global_vars import get_args, get_tensorboard_writer, get_timers
-from megatron.training.logging.writers import write_scalar
+from megatron.training.logging.step_log import write_scalar
 from megatron.training.losses import average_reports
 from megatron.training.schedule_hooks import gathered_parameters
 from megatron.training.utils import is_last_rank, print_rank_0, print_rank_last

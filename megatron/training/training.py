@@ -55,14 +55,12 @@ from megatron.training.global_vars import (
 )
 from megatron.training.initialize import initialize_megatron, write_args_to_tensorboard
 from megatron.training.logging.event_files import set_points_aside
-from megatron.training.logging.flops import num_floating_point_operations
-from megatron.training.logging.loop_log import LoopLog
 from megatron.training.logging.progress import (
     append_start_line,
     compute_throughputs_and_append_to_progress_log,
     get_start_time_from_progress_log,
 )
-from megatron.training.logging.step_log import training_log
+from megatron.training.logging.step_log import LoopLog, num_floating_point_operations, training_log
 from megatron.training.losses import average_reports
 from megatron.training.model_setup import (
     get_model,

@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron.training.default_data.corpus import corpus_texts, standard_library, write_corpus
-from megatron.training.default_data.vocabulary import train_vocabulary
+from megatron.training.default_data.corpus import (
+    corpus_texts,
+    standard_library,
+    train_vocabulary,
+    write_corpus,
+)
 from megatron_npu.virtual import cann
 from tests.functional_tests.wheel import install_wheel
 

@@ -14,15 +14,16 @@ import pytest
 
 from megatron.core.errors import ConfigError, DataError
 from megatron.training.default_data import recipe
-from megatron.training.default_data.build_once import MANIFEST, build_once, is_complete
 from megatron.training.default_data.corpus import (
+    END_OF_DOCUMENT,
     MAX_CORPUS_BYTES,
     corpus_texts,
     library_modules,
     standard_library,
+    train_vocabulary,
     write_corpus,
 )
-from megatron.training.default_data.vocabulary import END_OF_DOCUMENT, train_vocabulary
+from megatron.training.default_data.recipe import MANIFEST, build_once, is_complete
 
 ROOT = Path(__file__).resolve().parents[2]
 

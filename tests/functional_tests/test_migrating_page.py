@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron.training.arguments.parsing import build_parser
-from megatron.training.default_data.corpus import corpus_texts, write_corpus
+from megatron.training.default_data.corpus import corpus_texts, train_vocabulary, write_corpus
 from megatron.training.default_data.corpus import standard_library as library
-from megatron.training.default_data.vocabulary import train_vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGLISH, CHINESE = (ROOT / "docs" / name for name in ("migrating.md", "migrating_zh.md"))

@@ -14,9 +14,8 @@ import pytest
 
 from launcher import pretrain_gpt
 from megatron.core.errors import ConfigError
-from megatron.training.default_data.corpus import corpus_texts, write_corpus
+from megatron.training.default_data.corpus import corpus_texts, train_vocabulary, write_corpus
 from megatron.training.default_data.corpus import standard_library as library
-from megatron.training.default_data.vocabulary import train_vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALLER = {

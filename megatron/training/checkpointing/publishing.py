@@ -9,19 +9,17 @@ that a rank there will read, and a tracker.
 import os
 import shutil
 import threading
-import time
-import uuid
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron.core import parallel_state
-from megatron.core.errors import CheckpointError
 from megatron.training import stop_signals
 from megatron.training.agreement import extremes, failing_together, world_size
 from megatron.training.checkpointing import durable, layout
 from megatron.training.checkpointing.state import to_host
+from megatron.training.shared_storage import lowest_rank_that_shares
 
 
 def write_together(
@@ -100,10 +98,6 @@ def cleanup_old_non_persistent_checkpoint(
         delete()
 
 
-# A network file system may show a new name late: number of attempts, and time between them.
-_ATTEMPTS, _PAUSE_S = 5, 0.2
-
-
 @dataclass(frozen=True)
 class Role:
     """A rank's part in a save.
@@ -134,60 +128,3 @@ def role_in_save(save_dir: str, name: str) -> Role:
     wanted: list[tuple[int, str]] = [own] * world_size()
     torch.distributed.all_gather_object(wanted, own)
     return Role(writes=wanted.index(own) == rank, publishes=rank == owner)
-
-
-def lowest_rank_that_shares(directory: str) -> int:
-    """The lowest of the ranks whose ``directory`` is the one that this rank sees. Takes all ranks.
-
-    The first rank of each host leaves a mark there, and all ranks read the marks.
-
-    Raises:
-        CheckpointError: the directory cannot be written or read.
-    """
-    token = [uuid.uuid4().hex]
-    torch.distributed.broadcast_object_list(token, src=0)
-    mark = os.path.join(directory, f".shared_by.{token[0]}.{torch.distributed.get_rank()}")
-    leaves_mark = os.environ.get("LOCAL_RANK", "0") == "0"
-    try:
-        with failing_together():
-            if leaves_mark:
-                _write_mark(directory, mark)
-        with failing_together():
-            owner = _lowest_mark(directory, token[0])
-        lowest, highest = extremes(owner)
-        if lowest != highest:  # other disks, or a file system that lags?
-            with failing_together():
-                time.sleep(_ATTEMPTS * _PAUSE_S)
-                owner = _lowest_mark(directory, token[0])
-    finally:
-        # All ranks have read the marks: the end of the context before is a barrier.
-        if leaves_mark and os.path.exists(mark):
-            os.unlink(mark)
-    return owner
-
-
-def _write_mark(directory: str, mark: str) -> None:
-    try:
-        os.makedirs(directory, exist_ok=True)
-        with open(mark, "w"):
-            pass
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write into {directory}: {error.strerror}. Give --save a directory that this user can "
-            "write; checkpoints that were complete before are untouched."
-        ) from error
-
-
-def _lowest_mark(directory: str, token: str) -> int:
-    prefix = f".shared_by.{token}."
-    for attempt in range(_ATTEMPTS):
-        if attempt:
-            time.sleep(_PAUSE_S)
-        entries = os.listdir(directory) if os.path.isdir(directory) else []
-        ranks = [int(entry.removeprefix(prefix)) for entry in entries if entry.startswith(prefix)]
-        if ranks:
-            return min(ranks)
-    raise CheckpointError(
-        f"{directory} is not the directory that the first rank of this host writes: mount the same one for "
-        "all ranks of a host"
-    )

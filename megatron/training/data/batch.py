@@ -1,8 +1,8 @@
-"""One micro-batch from the rank that read it to the ranks of its tensor-parallel group.
+"""Broadcasting a microbatch from the rank that read it to its tensor-parallel group.
 
-A pipeline stage gets what it computes with and nothing else: the first tokens and positions, the last labels
-and loss mask, each of them the attention mask where documents are kept apart. All tensors travel in one
-message, whose size every rank knows from the arguments.
+A pipeline stage gets only the tensors it uses: the first stage tokens and positions, the last one labels and
+loss mask, both of them the attention mask where documents are kept apart. One broadcast carries all tensors;
+every rank knows its size from the arguments.
 """
 
 import math
@@ -43,7 +43,7 @@ def stage_needs_data(args: Namespace) -> bool:
 
 
 def stage_tensors(args: Namespace) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Types and shapes of the tensors that this stage needs, in the order in which they travel."""
+    """Types and shapes of the tensors that this stage needs, in the order of the broadcast."""
     b, s = args.micro_batch_size, args.seq_length
     wanted: tuple[str, ...] = ()
     if parallel_state.is_pipeline_first_stage():
@@ -60,7 +60,7 @@ def stage_tensors(args: Namespace) -> dict[str, tuple[torch.dtype, tuple[int, ..
 
 
 def next_sample(data_iterator: Iterator) -> dict[str, Any]:
-    """The next micro-batch as the data set gives it.
+    """The next microbatch as the data set returns it.
 
     Raises:
         DataError: there is none.
@@ -94,7 +94,7 @@ def get_batch_on_this_tp_rank(data_iterator: Iterator | None) -> Batch:
         return batch
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         sample, device = next_sample(data_iterator), accelerator.current_device()
-        # A mask that nobody announced is used all the same: here it costs no message.
+        # A mask that the flags did not announce is used all the same: here it needs no broadcast.
         wanted = [key for key in KEYS if key in layout or key == "attention_mask"]
         batch |= {
             key: sample[key].to(device, non_blocking=True) for key in wanted if sample.get(key) is not None
@@ -110,7 +110,7 @@ def get_batch_on_this_tp_rank(data_iterator: Iterator | None) -> Batch:
 def _broadcast(
     sample: dict[str, Any] | None, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
 ) -> dict[str, torch.Tensor]:
-    """The tensors of ``layout`` from tensor-parallel rank 0, as windows into one message of bytes."""
+    """The tensors of ``layout`` from tensor-parallel rank 0, as views of one broadcast buffer of bytes."""
     sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in layout.values()]
     device = accelerator.current_device()
     if sample is None:
@@ -124,10 +124,10 @@ def _broadcast(
         src=parallel_state.get_tensor_model_parallel_src_rank(),
         group=parallel_state.get_tensor_model_parallel_group(),
     )
-    windows = message.split(sizes)
+    views = message.split(sizes)
     return {
-        key: window.view(dtype).view(shape)
-        for window, (key, (dtype, shape)) in zip(windows, layout.items(), strict=True)
+        key: view.view(dtype).view(shape)
+        for view, (key, (dtype, shape)) in zip(views, layout.items(), strict=True)
     }
 
 
@@ -150,6 +150,6 @@ def _check_sample(sample: dict[str, Any], layout: dict[str, tuple[torch.dtype, t
 
 
 def _is_causal(mask: torch.Tensor) -> bool:
-    """True for a [b, 1, s, s] mask that hides exactly what follows."""
+    """True for a [b, 1, s, s] mask that masks exactly the later positions."""
     s = mask.shape[-1]
     return bool((mask == torch.ones(s, s, dtype=torch.bool, device=mask.device).triu(1)).all())

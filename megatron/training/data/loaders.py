@@ -1,4 +1,4 @@
-"""From a datasets provider to the iterators of the training loop."""
+"""Building the data iterators of the training loop from a provider of data sets."""
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ def cyclic_iter(iter: Any) -> Iterator:
 
 
 def get_train_valid_test_num_samples() -> tuple[int, int, int]:
-    """Samples a run asks of each split.
+    """Number of samples that a run needs of each split.
 
     Validation runs every ``eval_interval`` iterations and once at the end; an interval of 0 means only
     at the end.
@@ -54,10 +54,10 @@ def _restore_consumed_samples(args: Namespace) -> None:
         args.consumed_valid_samples = evaluations * args.eval_iters * args.global_batch_size
 
 
-def _valid_samples_to_pass_over(args: Namespace, valid: Any) -> int:
-    """Where validation goes on: after the samples it has consumed.
+def _valid_samples_to_skip(args: Namespace, valid: Any) -> int:
+    """Samples that validation skips: those it has consumed before.
 
-    Back to the first sample when those left would not fill one step.
+    None are skipped when those left would not fill one step.
     """
     if valid is None or args.skip_train or args.dataloader_type == "external":
         return 0
@@ -86,10 +86,10 @@ def build_train_valid_test_data_loaders(
         nothing_to_train = args.skip_train or args.iteration >= args.train_iters
         loaders = (
             None if nothing_to_train else build_pretraining_data_loader(train, args.consumed_train_samples),
-            build_pretraining_data_loader(valid, _valid_samples_to_pass_over(args, valid)),
+            build_pretraining_data_loader(valid, _valid_samples_to_skip(args, valid)),
             build_pretraining_data_loader(test, 0),
         )
-    # Ranks that read nothing take part all the same.
+    # Ranks that read nothing take part in this, too.
     has_train, has_valid, has_test = any_rank_each([loader is not None for loader in loaders])
     args.do_train = has_train
     args.do_valid = has_valid and args.eval_iters > 0

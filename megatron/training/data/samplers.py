@@ -1,4 +1,4 @@
-"""Which samples each data-parallel rank reads, and in which order."""
+"""Samplers: which samples each data-parallel rank reads, and in which order."""
 
 import random
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ def build_pretraining_data_loader(dataset: Dataset | None, consumed_samples: int
         return dataset
     if len(dataset) == 0:  # only possible where no sample was asked for
         return None
-    place = {
+    share = {
         "total_samples": len(dataset),
         "consumed_samples": consumed_samples,
         "micro_batch_size": args.micro_batch_size,
@@ -59,10 +59,10 @@ def build_pretraining_data_loader(dataset: Dataset | None, consumed_samples: int
         "data_parallel_size": max(1, parallel_state.get_data_parallel_world_size()),
     }
     if args.dataloader_type == "single":
-        sampler = MegatronPretrainingSampler(**place)
+        sampler = MegatronPretrainingSampler(**share)
         _check_step_left(sampler)
     elif args.dataloader_type == "cyclic":
-        sampler = MegatronPretrainingRandomSampler(dataset, data_sharding=args.data_sharding, **place)
+        sampler = MegatronPretrainingRandomSampler(dataset, data_sharding=args.data_sharding, **share)
     else:
         raise ConfigError(f"--dataloader-type {args.dataloader_type}: type single, cyclic or external.")
     return _PretrainingLoader(
@@ -113,7 +113,7 @@ def _check_step_left(sampler: "MegatronPretrainingSampler") -> None:
         )
 
 
-def _check_place(
+def _check_share(
     total_samples: int, micro_batch_size: int, data_parallel_rank: int, data_parallel_size: int
 ) -> None:
     if total_samples <= 0:
@@ -129,8 +129,8 @@ def _check_place(
 
 
 class MegatronPretrainingSampler:
-    """In order, once: each step takes the next ``micro_batch_size * data_parallel_size`` samples, and
-    this rank its share of them.
+    """Samples in order, once: each step takes the next ``micro_batch_size * data_parallel_size`` samples,
+    and this rank its share of them.
 
     Args:
         total_samples: length of the data set.
@@ -153,7 +153,7 @@ class MegatronPretrainingSampler:
         data_parallel_size: int,
         drop_last: bool = True,
     ) -> None:
-        _check_place(total_samples, micro_batch_size, data_parallel_rank, data_parallel_size)
+        _check_share(total_samples, micro_batch_size, data_parallel_rank, data_parallel_size)
         if consumed_samples >= total_samples:
             raise DataError(
                 f"no samples left to consume: {consumed_samples} of {total_samples} were read before. "
@@ -214,10 +214,10 @@ class RandomSeedDataset(Dataset):
 
 
 class MegatronPretrainingRandomSampler:
-    """Shuffled, again and again: each pass has its own order, drawn from a generator seeded with the
-    number of the pass.
+    """Shuffled samples, pass after pass: each pass has its own order, drawn from a generator seeded with
+    the number of the pass.
 
-    Every iteration over the sampler goes on where ``consumed_samples`` says, up to the end of that pass.
+    Every iteration over the sampler starts after ``consumed_samples`` and runs to the end of that pass.
 
     Args:
         dataset: told the pass when it is a :class:`RandomSeedDataset`.
@@ -242,7 +242,7 @@ class MegatronPretrainingRandomSampler:
         data_parallel_size: int,
         data_sharding: bool,
     ) -> None:
-        _check_place(total_samples, micro_batch_size, data_parallel_rank, data_parallel_size)
+        _check_share(total_samples, micro_batch_size, data_parallel_rank, data_parallel_size)
         step = micro_batch_size * data_parallel_size
         if total_samples < step:
             raise DataError(

@@ -1,18 +1,18 @@
-"""The text: one JSON line per module of the running Python's standard library."""
+"""The default corpus, one JSON line per module of Python's standard library, and a vocabulary for it."""
 
 import hashlib
 import json
 import os
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatron.core.errors import DataError
 
 MAX_CORPUS_BYTES = 14_000_000
 
-# Test suites repeat themselves, and code pages are tables of numbers: neither teaches a small model much.
+# Test suites repeat themselves, and code pages are tables of numbers: a small model learns little from them.
 SKIPPED_DIRECTORIES = frozenset(
     {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "_bundled"}
 )
@@ -81,3 +81,27 @@ def corpus_texts(corpus: Path) -> Iterator[str]:
     with corpus.open(encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)["text"]
+
+
+VOCABULARY_SIZE = 4096
+END_OF_DOCUMENT = "<|endoftext|>"
+
+
+def train_vocabulary(texts: Iterable[str], directory: Path, size: int = VOCABULARY_SIZE) -> int:
+    """Write ``vocab.json`` and ``merges.txt`` to ``directory``; returns the number of tokens.
+
+    The 256 bytes and the end-of-document token are always in, so any text has ids.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.model.save(str(directory))
+    return tokenizer.get_vocab_size()

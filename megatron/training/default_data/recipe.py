@@ -1,24 +1,29 @@
-"""From the standard library to a data set: corpus, vocabulary, ``.bin/.idx``, kept in a cache."""
+"""Making the default data set: corpus, vocabulary and ``.bin/.idx``, built once and kept in a cache."""
 
+import fcntl
 import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.core.errors import ConfigError, DataError
-from megatron.training.default_data.build_once import build_once
+from megatron.training import stop_signals
 from megatron.training.default_data.corpus import (
+    VOCABULARY_SIZE,
     corpus_texts,
     library_modules,
     standard_library,
+    train_vocabulary,
     write_corpus,
 )
-from megatron.training.default_data.vocabulary import VOCABULARY_SIZE, train_vocabulary
 
 # Part of the cache key: raise it when the same sources should give other files.
 RECIPE_VERSION = 1
@@ -28,7 +33,7 @@ _PACKAGES = Path(__file__).resolve().parents[3]
 
 @dataclass(frozen=True)
 class DefaultData:
-    """Where the finished files are."""
+    """Paths of the finished files."""
 
     directory: Path
 
@@ -124,3 +129,67 @@ def _preprocess(corpus: Path, data: DefaultData) -> None:
 
 def _say(line: str) -> None:
     print(f"default data: {line}", file=sys.stderr, flush=True)
+
+
+MANIFEST = "manifest.json"
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether every file that was there when the directory was finished still has its size."""
+    try:
+        sizes = json.loads((directory / MANIFEST).read_text())
+        return all((directory / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def build_once(directory: Path, build: Callable[[Path], None], say: Callable[[str], None]) -> bool:
+    """Make ``directory`` with ``build(unfinished directory)`` unless it is complete already.
+
+    The build happens in a directory beside it that is renamed at the end, under a file lock: a killed build
+    leaves nothing that looks finished, and a second process waits and then finds the directory complete.
+
+    Args:
+        directory: the finished directory.
+        build: fills the directory it is given; its errors are not caught.
+        say: receives progress lines.
+
+    Returns:
+        True when this call built it.
+    """
+    if is_complete(directory):
+        return False
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(directory.with_name(directory.name + ".lock"), say):
+        if is_complete(directory):
+            return False
+        if directory.exists():
+            say(f"{directory} is incomplete: it is made again")
+            shutil.rmtree(directory)
+        # This process holds the lock, so the directory was left by a process that died.
+        unfinished = directory.with_name(directory.name + ".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with stop_signals.unfinished(str(unfinished)):
+            unfinished.mkdir()
+            build(unfinished)
+            _write_manifest(unfinished)
+            os.rename(unfinished, directory)
+    return True
+
+
+def _write_manifest(directory: Path) -> None:
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    sizes = {path.name: path.stat().st_size for path in files}
+    (directory / MANIFEST).write_text(json.dumps(sizes, indent=1))
+
+
+@contextmanager
+def _lock(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold an exclusive lock that the system releases when the process ends, however it ends."""
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another process is making the same files: waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

@@ -1,1 +1,1 @@
-"""What a run tells its user: the iteration line, TensorBoard and W&B points, throughput figures."""
+"""Logs of a run: iteration lines, TensorBoard and W&B points, throughput figures."""

@@ -1,7 +1,7 @@
-"""TensorBoard event files of earlier runs, when a run goes on from a checkpoint that is older than they are.
+"""TensorBoard event files of earlier runs, when a run resumes from a checkpoint that is older than they are.
 
-TensorBoard's own remedy, a session that purges, hides every point whose x is at or beyond a step. It would
-hide the curves over samples altogether, because they count faster than iterations. So the files are cut.
+TensorBoard's own remedy, a purge step, drops every point whose x is at or beyond a step. It would drop the
+curves over samples altogether, because these count faster than iterations. The files are cut instead.
 """
 
 import os
@@ -14,14 +14,14 @@ from megatron.training.global_vars import get_tensorboard_writer
 
 # A record is its length (8 bytes), a checksum of that (4), the event, and a checksum of the event (4).
 _HEADER_BYTES, _FOOTER_BYTES = 12, 4
-# Whatever is written after an iteration has one of these first, with the iteration as x.
+# The first point written after an iteration has one of these tags, with the iteration as x.
 _FIRST_TAGS = ("learning-rate", "iteration-time")
 _FIRST_TAG_ENDS = (" validation", " test", "-time")
 _ARGUMENT_TAG_END = "/text_summary"
 
 
 def set_points_aside(args: Namespace) -> None:
-    """Keep what this run is about to write again from being read twice.
+    """Keep TensorBoard from reading twice what this run is about to write again.
 
     In the event files of ``--tensorboard-dir``, everything from the first point after ``args.iteration`` on
     moves into ``superseded-N-NAME``, which TensorBoard does not read. Nothing is deleted. Does nothing on
@@ -70,7 +70,7 @@ def _cut(directory: str, name: str, iteration: int) -> bool:
 
 
 def _events(path: str) -> Iterator[tuple[int, Any]]:
-    """Offset and content of each event; an end that a killed run left incomplete is passed over."""
+    """Offset and content of each event; an incomplete one at the end, of a killed run, is skipped."""
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
 
@@ -93,7 +93,7 @@ def _events(path: str) -> Iterator[tuple[int, Any]]:
 def _is_after(event: Any, iteration: int) -> bool:
     for value in event.summary.value:
         if value.tag.endswith(_ARGUMENT_TAG_END):
-            # A run writes its arguments when it starts, so this one has been here before.
+            # A run writes its arguments when it starts, so this one started here before.
             return event.step >= iteration
         if value.tag in _FIRST_TAGS or value.tag.endswith(_FIRST_TAG_ENDS):
             return event.step > iteration

@@ -1,6 +1,6 @@
-"""The per-iteration line and everything that is counted for it.
+"""The log line of an iteration, everything that is counted for it, and its points in TensorBoard and W&B.
 
-Field order, widths and tags are those parsers of Megatron-LM logs rely on.
+Log parsers written for Megatron-LM rely on the order, widths and tags of the fields.
 """
 
 import math
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron.core import accelerator
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training.global_vars import (
     get_args,
@@ -19,10 +20,71 @@ from megatron.training.global_vars import (
     get_timers,
     get_wandb_writer,
 )
-from megatron.training.logging.flops import num_floating_point_operations
-from megatron.training.logging.writers import write_scalar, write_step
+from megatron.training.schedule_hooks import gathered_parameters
 from megatron.training.theoretical_memory_usage import report_theoretical_memory
-from megatron.training.utils import is_rank0, print_rank_last, report_memory, rounded
+from megatron.training.utils import calc_params_l2_norm, is_rank0, print_rank_last, report_memory, rounded
+
+
+def num_floating_point_operations(args: Namespace, batch_size: int) -> float:
+    """Multiply-adds (counted as two) of forward and backward over ``batch_size`` sequences.
+
+    Matrix products of attention, MLP and logits; causal attention counts half its square; embedding
+    look-ups and norms count nothing. With s, h, L, a, g, f, V for sequence, hidden, layers, heads, query
+    groups, MLP width, vocabulary, r = kv_channels * a / h and m = 3/2 for gated MLPs (else 1)::
+
+        batch * s * (12 h f m L + 12 L h^2 r (1 + g/a + s/(2h)) + 6 h V)
+
+    The factor 12 is 3 passes (forward, input gradient, weight gradient) x 2 products x 2 operations.
+    """
+    s, h, layers, heads = args.seq_length, args.hidden_size, args.num_layers, args.num_attention_heads
+    groups = args.num_query_groups if args.group_query_attention else heads
+    projection = args.kv_channels * heads / h
+    gate = 1.5 if args.swiglu or args.glu_gate_last else 1.0
+    mlp = 12 * h * args.ffn_hidden_size * gate * layers
+    attention = 12 * layers * h * h * projection * (1 + groups / heads + s / (2 * h))
+    logits = 6 * h * args.padded_vocab_size
+    return batch_size * s * (mlp + attention + logits)
+
+
+def write_scalar(tag: str, value: Any, iteration: int, samples: int | None = None) -> None:
+    """Add one point to every writer of this rank.
+
+    Args:
+        tag: name of the curve.
+        value: number or 0-dim tensor.
+        iteration: x of the point.
+        samples: also draw ``<tag> vs samples`` in TensorBoard at this x.
+    """
+    writer = get_tensorboard_writer()
+    if writer is not None:
+        writer.add_scalar(tag, value, iteration)
+        if samples is not None:
+            writer.add_scalar(f"{tag} vs samples", value, samples)
+    wandb = get_wandb_writer()
+    if wandb is not None:
+        wandb.log({tag: float(value)}, iteration)
+
+
+def write_step(args: Namespace, iteration: int, scalars: dict[str, float | None]) -> None:
+    """Write the scalars of a step; None values are left out."""
+    samples = args.consumed_train_samples
+    for tag, value in scalars.items():
+        if value is not None:
+            write_scalar(tag, value, iteration, samples)
+    wandb = get_wandb_writer()
+    if wandb is not None:
+        wandb.log({"samples vs steps": samples}, iteration)
+    if args.log_memory_to_tensorboard:
+        report = accelerator.memory_report()
+        for tag, key in (
+            ("mem-reserved-bytes", "reserved"),
+            ("mem-allocated-bytes", "allocated"),
+            ("mem-max-allocated-bytes", "max_allocated"),
+            ("mem-allocated-count", "allocated_count"),
+        ):
+            if key in report:
+                write_scalar(tag, report[key], iteration)
+
 
 ADVANCED, SKIPPED, NAN = "advanced iterations", "skipped iterations", "nan iterations"
 _SAMPLES = "samples"
@@ -233,3 +295,58 @@ def _report_memory_once(args: Namespace, iteration: int) -> None:
     if is_rank0():
         report_theoretical_memory(args, num_microbatches=get_num_microbatches(), verbose=True)
     report_memory(f"(after {iteration} iterations)")
+
+
+class LoopLog:
+    """Collects the figures of every step of a run, and prints its log lines."""
+
+    def __init__(self, args: Any, model: list[torch.nn.Module], optimizer: Any):
+        self._args, self._model, self._optimizer = args, model, optimizer
+        self._totals: dict[str, Any] = {}
+        self._report_memory = True
+        self._loss_scale = optimizer.get_loss_scale().item()
+        self._steps = self._skipped = 0
+
+    def write(self, iteration: int, result: tuple[Any, ...]) -> None:
+        """Count one step and print its line when that is due; all ranks call this together.
+
+        ``result`` is what ``train_step`` returned.
+        """
+        losses, skipped, _, _, _, grad_norm, num_zeros = result
+        used_scale, self._loss_scale = self._loss_scale, self._optimizer.get_loss_scale().item()
+        self._steps += 1
+        self._skipped += skipped
+        if skipped and self._skipped == 1:
+            explain_skipped_step(self._args, iteration, used_scale)
+        params_norm = None
+        if self._args.log_params_norm:
+            with gathered_parameters(self._model):
+                params_norm = calc_params_l2_norm(self._model)
+        self._report_memory = training_log(
+            losses,
+            self._totals,
+            *_learning_rates(self._optimizer),
+            iteration,
+            self._loss_scale,
+            self._report_memory,
+            skipped,
+            grad_norm,
+            params_norm,
+            num_zeros,
+        )
+
+    def close(self) -> None:
+        """Print a warning if all steps were skipped."""
+        if self._steps and self._skipped == self._steps:
+            print_rank_last(
+                f"WARNING: all {self._steps} steps of this run were skipped, the weights are as before: "
+                "train longer, or start at a smaller loss scale"
+            )
+
+
+def _learning_rates(optimizer: Any) -> tuple[float | None, float | None]:
+    """Rates in force for the next step: (ordinary groups, decoupled groups)."""
+    rates: dict[bool, float] = {}
+    for group in optimizer.param_groups:
+        rates[bool(group["is_decoupled_lr"])] = group["lr"]
+    return rates.get(False), rates.get(True)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.index_cache import IndexCache
-from megatron.training.data.storage_domain import storage_domain
+from megatron.training.shared_storage import storage_domain
 from megatron.training.tokenizer.null import _NullTokenizer
 from tests.distributed.pool import run_ranks
 

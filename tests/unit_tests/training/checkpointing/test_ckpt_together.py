@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.errors import CheckpointError
 from megatron.training import checkpointing
 from megatron.training.checkpointing import durable, layout, model_args, publishing
+from megatron.training.shared_storage import lowest_rank_that_shares
 from tests.distributed.pool import run_ranks
 
 
@@ -94,7 +95,7 @@ def save_on_own_disks(directory: str, hosts: int) -> list[int]:
     os.environ["LOCAL_RANK"] = str(local)
     own = os.path.join(directory, f"host{host}")
     assert write(own, 3, 30, tensor_model_parallel_size=2) == ""
-    return [publishing.lowest_rank_that_shares(own), publishing.lowest_rank_that_shares(directory)]
+    return [lowest_rank_that_shares(own), lowest_rank_that_shares(directory)]
 
 
 def test_every_disk_gets_the_files_of_its_ranks_and_a_tracker(tmp_path: Path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron.training.logging.flops import num_floating_point_operations
+from megatron.training.logging.step_log import num_floating_point_operations
 
 
 def shape(**changes):
