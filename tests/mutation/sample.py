@@ -36,6 +36,8 @@ from tests.mutation.changes import Change, changes_of
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = "megatron/core"
 UNIT_TESTS = "tests/unit_tests"
+# Tests of names that are called from outside only, of every room.
+OF_ALL_ROOMS = ("test_private_names.py", "test_private_names_of_data.py")
 # Rooms whose tests do not carry their name.
 OTHER_ROOMS = {"extensions": ("tensor_parallel", "transformer")}
 NOTICED = ("noticed", "no end")
@@ -44,11 +46,11 @@ LEAST_LIMIT_S = 120.0
 
 
 def room_of(path: str) -> tuple[str, ...]:
-    """Directories with the tests of a source file."""
+    """Directories and files with the tests of a source file."""
     package = Path(path).relative_to(SOURCES).parts[0]
     rooms = OTHER_ROOMS.get(package, (package,))
     found = tuple(f"{UNIT_TESTS}/{room}" for room in rooms if (ROOT / UNIT_TESTS / room).is_dir())
-    return found or (f"{UNIT_TESTS}/core",)
+    return (found or (f"{UNIT_TESTS}/core",)) + tuple(f"{UNIT_TESTS}/{file}" for file in OF_ALL_ROOMS)
 
 
 def all_changes(sources: dict[str, str]) -> list[Change]:

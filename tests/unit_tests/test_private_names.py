@@ -264,7 +264,9 @@ def late_gradients(tied: bool, main_grad: bool):
     torch.testing.assert_close(weight.main_grad if main_grad else weight.grad, expected)
     assert model.embedding_activation_buffer == model.grad_output_buffer == []
     off = types.SimpleNamespace(defer_embedding_wgrad_compute=False)
+    model.embedding_activation_buffer.append(x)
     assert schedules.clear_embedding_activation_buffer(off, [wrapped]) is None
+    assert model.embedding_activation_buffer.pop() is x
     schedules.finish_embedding_wgrad_compute(off, model)
 
 

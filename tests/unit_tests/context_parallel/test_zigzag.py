@@ -10,7 +10,7 @@ from megatron.core.context_parallel.plan import (
     ring_hops,
     visible_band,
 )
-from megatron.core.context_parallel.zigzag import take_chunks, to_rank_order, to_sequence_order
+from megatron.core.context_parallel.zigzag import own_place, take_chunks, to_rank_order, to_sequence_order
 from megatron.core.errors import ConfigError
 from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -34,6 +34,10 @@ def test_take_chunks(size):
         assert take_chunks(whole, 0, rank, size).tolist() == positions
         columns = take_chunks(whole.expand(3, length), -1, rank, size)
         assert columns.tolist() == [positions] * 3
+
+
+def test_a_process_without_groups_holds_the_whole_sequence():
+    assert own_place() == (0, 1)
 
 
 def test_orders_are_inverse():

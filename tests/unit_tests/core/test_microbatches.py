@@ -106,7 +106,7 @@ def test_ramps_without_length(ramp: list[int]) -> None:
     ("ramp", "words"),
     [
         ([4, 2], "three are needed"),
-        ([4, 3, 16], "use one of these"),
+        ([4, 3, 16], "7 and 10: use one of these, or an increment that divides 4$"),
         ([10, 2, 16], "between 1 and --global-batch-size 8"),
         ([4, 0, 16], "increment 0"),
         ([4, 2, -1], "0 samples or more"),

@@ -56,6 +56,17 @@ def test_follows_the_golden_schedule(name: str) -> None:
         scheduler.step(case["increment"])
 
 
+def test_an_inverse_square_root_without_warmup_counts_from_the_first_sample() -> None:
+    scheduler = make(
+        lr_decay_style="inverse-square-root", lr_warmup_steps=0, init_lr=0.0, max_lr=1e-3, min_lr=0.0
+    )
+    rates = []
+    for steps in (0, 1, 3):
+        scheduler.step(steps)  # to 0, 1 and 4 samples
+        rates.append(scheduler.get_lr({}))
+    assert rates == pytest.approx([1e-3, 1e-3, 5e-4], rel=1e-12)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_state_has_the_golden_layout(name: str) -> None:
     case = CASES[name]

@@ -167,6 +167,17 @@ def test_ranks_that_log():
     assert stages == [(0, 0), (4, 1)]
 
 
+def which_context_ranks_log():
+    parallel_state.initialize_model_parallel(context_parallel_size=2, create_gloo_process_groups=False)
+    said = []
+    log_on_each_pipeline_stage(SimpleNamespace(log=lambda level, text: said.append(text)), 30, "stage")
+    return said
+
+
+def test_one_context_parallel_rank_of_a_stage_logs():
+    assert run_ranks(4, which_context_ranks_log) == [["stage"], [], [], []]
+
+
 def test_everybody_logs_without_process_groups():
     said = []
     logger = SimpleNamespace(log=lambda *args: said.append(args))

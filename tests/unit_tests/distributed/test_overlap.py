@@ -190,6 +190,22 @@ def test_a_module_waits_for_its_own_parameters_only() -> None:
     assert run_ranks(2, gather_ahead, "schedule") == [(2 + 4 * LAYERS, 2)] * 2
 
 
+def waited_for_at_the_first_layer() -> int:
+    training = Training({**SHARDED, "overlap_param_gather": True})
+    training.step(0)
+    groups, seen = training.model.bucket_groups, []
+    training.module.norms[0].register_forward_hook(
+        lambda *_: seen.append(sum(not group.awaits_params for group in groups))
+    )
+    training.model(torch.ones(1, WIDTH))
+    return seen[0]
+
+
+def test_a_model_does_not_wait_for_its_last_layers_at_its_first() -> None:
+    # One parameter of the model itself, and two of its first norm.
+    assert run_ranks(2, waited_for_at_the_first_layer) == [3, 3]
+
+
 def forward_without_hooks() -> bool:
     """Parameters of a forward whose hooks are off are those after the step."""
     outputs = []

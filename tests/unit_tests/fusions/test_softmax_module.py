@@ -53,6 +53,20 @@ def test_functions():
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_functions_exponentiate_half_precision_in_fp32():
+    x = scores(6, 6, torch.bfloat16)
+    visible, rows = torch.zeros(B, 1, 6, 6, dtype=torch.bool), x.flatten(0, 1)
+    causal = hidden_after(6, 6)
+    for found, operand, hidden in (
+        (ScaledMaskedSoftmax.apply(x, visible, 0.7), x, None),
+        (ScaledSoftmax.apply(x, 0.7), x, None),
+        (ScaledUpperTriangMaskedSoftmax.apply(rows, 0.7), rows, causal),
+    ):
+        wide = operand.float() * 0.7
+        wide = wide if hidden is None else wide.masked_fill(hidden, -torch.inf)
+        assert torch.equal(found, torch.softmax(wide, -1).bfloat16())
+
+
 @pytest.mark.parametrize("fusion", [False, True])
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float16, "fp16"), (torch.bfloat16, "bf16")])
 @pytest.mark.parametrize(("sq", "sk"), [(20, 20), (4, 20), (20, 24)])
@@ -125,7 +139,7 @@ def is_inside(band, i, j):
     return (band.left is None or j >= i - band.left) and (band.right is None or j <= i + band.right)
 
 
-@pytest.mark.parametrize(("sq", "sk"), itertools.product((1, 2, 5), repeat=2))
+@pytest.mark.parametrize(("sq", "sk"), list(itertools.product((1, 2, 5), repeat=2)))
 def test_bands_against_lists_of_pairs(sq, sk):
     limits = [None, *range(-7, 8)]
     for left, right in itertools.product(limits, limits):

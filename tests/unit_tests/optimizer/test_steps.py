@@ -94,6 +94,18 @@ def reference_run(
     return values, norms
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_state_is_made_before_the_first_step_for_loading_alone(precision: str) -> None:
+    toy = Toy(precision)
+    config = OptimizerConfig(**{**SETTINGS, **PRECISIONS[precision]})
+    optimizer = get_megatron_optimizer(config, [toy])
+    member = getattr(optimizer, "chained_optimizers", [optimizer])[0]
+    assert member.state_dict()["optimizer"]["state"] == {}
+    made = member.state_dict(is_loading=True)["optimizer"]["state"]
+    assert len(made) == len(list(toy.parameters()))
+    assert all(not moments["exp_avg"].any() for moments in made.values())
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_twenty_steps_equal_float64(precision: str) -> None:
     toy, optimizer = make(precision)

@@ -356,6 +356,10 @@ def test_numbers_of_warm_up_passes():
     assert [rank[1] for rank in interleaved] == [(2, True, 2, 0)] * 4
 
 
+def test_one_stage_counts_its_first_pass_as_warm_up():
+    assert run_ranks(1, counts_of_ranks, None)[0][:2] == [(8, False, 1, 7), (1, True, 1, 0)]
+
+
 def test_the_table_of_an_interleaved_rank_and_its_order():
     table = public.get_schedule_table(5, 2, 3)
     assert table == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (3, 0), (4, 0), (3, 1), (4, 1)]
