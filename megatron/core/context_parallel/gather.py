@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.core.collectives import all_gather, reduce_scatter
 from megatron.core.context_parallel.partial import (
     Packed,
     PartialAttention,
@@ -15,7 +16,6 @@ from megatron.core.context_parallel.partial import (
 )
 from megatron.core.context_parallel.plan import Task, all_segments, local_segments, plan_blocks
 from megatron.core.context_parallel.zigzag import to_rank_order, to_sequence_order
-from megatron.core.tensor_parallel.collectives import all_gather, reduce_scatter
 
 
 class _GatherAttention(torch.autograd.Function):

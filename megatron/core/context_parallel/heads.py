@@ -4,9 +4,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.core.collectives import all_gather
 from megatron.core.context_parallel.zigzag import to_rank_order, to_sequence_order
 from megatron.core.errors import ConfigError
-from megatron.core.tensor_parallel.collectives import all_gather
 from megatron.core.tensor_parallel.mappings import all_to_all
 
 

@@ -17,7 +17,6 @@ from megatron.core.datasets.gpt_index import (
     find_index_fault,
     plan_epochs,
 )
-from megatron.core.datasets.gpt_masks import causal_mask, document_attention_mask, document_position_ids
 from megatron.core.datasets.index_cache import IndexCache
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
@@ -307,3 +306,28 @@ class MockGPTDataset(GPTDataset):
     def build_low_level_dataset(dataset_path: str | None, config: GPTDatasetConfig) -> MockGPTLowLevelDataset:
         """The made-up sequences; ``dataset_path`` is ignored."""
         return MockGPTLowLevelDataset(config.tokenizer)
+
+
+def causal_mask(length: int) -> Tensor:
+    """bool [1, length, length]; True hides: column j from row i < j."""
+    return torch.ones((1, length, length), dtype=torch.bool).triu_(1)
+
+
+def document_attention_mask(is_eod: Tensor, causal: Tensor) -> Tensor:
+    """Causal mask that also hides everything up to an end-of-document token from what follows it.
+
+    Args:
+        is_eod: bool [s]
+        causal: bool [1, s, s]
+    """
+    # An end-of-document token belongs to the document it ends: count those strictly before.
+    document = torch.cumsum(is_eod, dim=0) - is_eod.long()  # [s]
+    return causal | (document[:, None] != document[None, :])  # [1, s, s] | [s, s] -> [1, s, s]
+
+
+def document_position_ids(is_eod: Tensor) -> Tensor:
+    """Positions that start from 0 again after every end-of-document token. bool [s] -> int64 [s]."""
+    position = torch.arange(len(is_eod))
+    start = torch.zeros_like(position)
+    start[1:] = torch.where(is_eod[:-1], position[1:], 0)
+    return position - torch.cummax(start, dim=0).values

@@ -12,8 +12,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from megatron.core.datasets.atomic_files import temporary_beside
-from megatron.core.datasets.utils import os_error_text
+from megatron.core.datasets.utils import os_error_text, temporary_beside
 from megatron.core.errors import DataError
 from megatron.core.utils import log_single_rank
 

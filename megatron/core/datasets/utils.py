@@ -1,5 +1,7 @@
-"""Small shared pieces: the split names, weights, and the ``--data-path`` word list."""
+"""Small shared pieces: the split names, weights, a blend's list of words, and files that appear complete."""
 
+import os
+import tempfile
 from enum import Enum
 from typing import Any
 
@@ -78,3 +80,24 @@ def os_error_text(error: OSError) -> str:
 def write_error(path: str, error: OSError, remedy: str) -> DataError:
     """A :class:`DataError` for a file that could not be written."""
     return DataError(f"cannot write {path}: {os_error_text(error)}. {remedy}")
+
+
+def temporary_beside(path: str) -> str:
+    """A new empty file in the directory of ``path``: renamed to it when complete, it appears at once."""
+    descriptor, name = tempfile.mkstemp(
+        prefix=f".{os.path.basename(path)}.", suffix=".partial", dir=os.path.dirname(path) or "."
+    )
+    mask = os.umask(0)
+    os.umask(mask)
+    os.fchmod(descriptor, 0o666 & ~mask)  # mkstemp makes files private; data sets and caches are shared
+    os.close(descriptor)
+    return name
+
+
+def sync_directory(directory: str) -> None:
+    """Make renames in ``directory`` durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

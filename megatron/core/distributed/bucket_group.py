@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.core import collectives
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
 from megatron.core.errors import UsageError
 from megatron.core.optimizer.multi_tensor import l2_norm
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.tensor_parallel import collectives
 
 if TYPE_CHECKING:
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucket, _ParamAndGradBuffer

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 
 from megatron.core import parallel_state
+from megatron.core.collectives import group_size
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.errors import ConfigError
-from megatron.core.tensor_parallel.collectives import group_size
 from megatron.core.utils import log_single_rank
 
 logger = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core import accelerator
+from megatron.core.collectives import group_size
 from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
 from megatron.core.distributed.bucket_group import (
     _ParamAndGradBucketGroup,
@@ -26,7 +27,6 @@ from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.errors import ConfigError, NotBuiltYetError
-from megatron.core.tensor_parallel.collectives import group_size
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 # Field of the configuration -> (feature, flag) of what has no code yet.

@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.core.distributed.bucket_group import _ParamAndGradBucketGroup, partition_buckets, shard_buffer
-from megatron.core.distributed.buffer_layout import Alignment, lay_out, sharded_alignment
-from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
-from megatron.core.tensor_parallel.collectives import (  # noqa: F401  (also importable from here)
+from megatron.core.collectives import (  # noqa: F401  (also importable from here)
     dist_all_gather_func,
     dist_reduce_scatter_func,
 )
+from megatron.core.distributed.bucket_group import _ParamAndGradBucketGroup, partition_buckets, shard_buffer
+from megatron.core.distributed.buffer_layout import Alignment, lay_out, sharded_alignment
+from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
 
 __all__ = [
     "BufferType",

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron.core import accelerator
+from megatron.core import accelerator, collectives
 from megatron.core.accelerator import row_blocks
 from megatron.core.errors import DataError
 from megatron.core.overrides import overridable
-from megatron.core.tensor_parallel import collectives
 
 
 @overridable

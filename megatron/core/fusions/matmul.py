@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron.core import accelerator
+from megatron.core import accelerator, collectives
+from megatron.core.collectives import group_size
 from megatron.core.errors import ConfigError
 from megatron.core.overrides import overridable
-from megatron.core.tensor_parallel import collectives
-from megatron.core.tensor_parallel.collectives import group_size
 from megatron.core.utils import divide
 
 

@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
+from megatron.core.collectives import tensor_group
 from megatron.core.fusions.fused_cross_entropy import (  # noqa: F401  (also importable from here)
     VocabParallelCrossEntropy,
     split_cross_entropy,
 )
-from megatron.core.tensor_parallel.collectives import tensor_group
 
 
 def vocab_parallel_cross_entropy(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from megatron.core import accelerator, parallel_state
+from megatron.core.collectives import group_rank, group_size, tensor_group
 from megatron.core.errors import DataError
-from megatron.core.tensor_parallel.collectives import group_rank, group_size, tensor_group
 
 MAX_DIMENSIONS = _MAX_DATA_DIM = 5
 # In the place of the first number of dimensions: the reading rank has found something wrong.

@@ -1,4 +1,4 @@
-"""Making the parameters of split layers: how many ranks share them, and what they hold at the start."""
+"""Making the parameters of split layers: the marks of how they are split, and their first values."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron.core import accelerator, parallel_state
-from megatron.core.errors import ConfigError
+from megatron.core.errors import ConfigError, UsageError
 from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.tensor_parallel.attributes import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.rng_tracker import (
     RngStreamError,
     get_cuda_rng_tracker,
@@ -20,6 +19,39 @@ from megatron.core.tensor_parallel.rng_tracker import (
 from megatron.core.tensor_parallel.weight_streams import seeded
 
 InitMethod = Callable[[Tensor], Any]
+# name -> value of a parameter that is not split
+_DEFAULTS = {"tensor_model_parallel": False, "partition_dim": -1, "partition_stride": 1}
+
+
+def param_is_not_tensor_parallel_duplicate(param: Tensor) -> bool:
+    """True for one copy of each element: a split parameter, or anything on tensor-parallel rank 0."""
+    return (
+        getattr(param, "tensor_model_parallel", False) or parallel_state.get_tensor_model_parallel_rank() == 0
+    )
+
+
+def set_tensor_model_parallel_attributes(tensor: Tensor, is_parallel: bool, dim: int, stride: int) -> None:
+    """Marks a parameter as split along ``dim``, in ``stride`` interleaved parts; only once."""
+    for name in _DEFAULTS:
+        if hasattr(tensor, name):
+            raise UsageError(f"parameter has {name} = {getattr(tensor, name)} already")
+    tensor.tensor_model_parallel = is_parallel
+    tensor.partition_dim = dim
+    tensor.partition_stride = stride
+
+
+def set_defaults_if_not_set_tensor_model_parallel_attributes(tensor: Tensor) -> None:
+    """Marks a parameter as not split, where nothing is said."""
+    for name, value in _DEFAULTS.items():
+        if not hasattr(tensor, name):
+            setattr(tensor, name, value)
+
+
+def copy_tensor_model_parallel_attributes(destination_tensor: Tensor, source_tensor: Tensor) -> None:
+    """Copies the attributes that ``source_tensor`` has."""
+    for name in _DEFAULTS:
+        if hasattr(source_tensor, name):
+            setattr(destination_tensor, name, getattr(source_tensor, name))
 
 
 @dataclass(frozen=True)

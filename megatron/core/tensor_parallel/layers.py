@@ -11,34 +11,32 @@ from typing import Any
 from torch import Tensor, nn
 
 from megatron.core import accelerator
-from megatron.core.errors import DataError, UsageError
-from megatron.core.fusions.embeddings import embedding_lookup
-from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.tensor_parallel.attributes import (
-    copy_tensor_model_parallel_attributes,
-    param_is_not_tensor_parallel_duplicate,
-    set_defaults_if_not_set_tensor_model_parallel_attributes,
-    set_tensor_model_parallel_attributes,
-)
-from megatron.core.tensor_parallel.collectives import (  # noqa: F401  (also importable from here)
+from megatron.core.collectives import (  # noqa: F401  (also importable from here)
     dist_all_gather_func,
     dist_reduce_scatter_func,
 )
+from megatron.core.errors import DataError, UsageError
+from megatron.core.fusions.embeddings import embedding_lookup
+from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.initial_weights import (
     InitMethod,
     Place,
     _initialize_affine_weight_cpu,  # noqa: F401  (called by code that makes its own layers)
     _initialize_affine_weight_gpu,  # noqa: F401
+    copy_tensor_model_parallel_attributes,
     new_bias,
     new_weight,
+    param_is_not_tensor_parallel_duplicate,
+    set_defaults_if_not_set_tensor_model_parallel_attributes,
+    set_tensor_model_parallel_attributes,
 )
 from megatron.core.tensor_parallel.linear import (
+    LinearThenSum,
     LinearWithFrozenWeight,
     LinearWithGradAccumulationAndAsyncCommunication,
     linear_with_frozen_weight,
     linear_with_grad_accumulation_and_async_allreduce,
 )
-from megatron.core.tensor_parallel.linear_then_sum import LinearThenSum
 from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,

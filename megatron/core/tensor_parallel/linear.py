@@ -3,13 +3,14 @@ and sends what a split layer must send while it computes."""
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
-from megatron.core import parallel_state
+from megatron.core import collectives, parallel_state
+from megatron.core.collectives import PendingResult, group_size, tensor_group
 from megatron.core.fusions.matmul import (
     accumulate_weight_gradient,
     as_rows,
@@ -17,12 +18,9 @@ from megatron.core.fusions.matmul import (
     product,
     weight_gradient,
 )
-from megatron.core.tensor_parallel import collectives, deferred_gradients
-from megatron.core.tensor_parallel.collectives import OnItsWay, group_size, tensor_group
+from megatron.core.tensor_parallel import deferred_gradients
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-
-if TYPE_CHECKING:
-    from megatron.core.tensor_parallel.overlap import OverlappedProducts
+from megatron.core.tensor_parallel.overlap import OverlappedProducts
 
 # The scratch buffer of gathered inputs is not the one of the mappings, whose results may still be in use.
 _GATHERED_INPUT = "linear_input"
@@ -51,7 +49,7 @@ def may_be_late(weight: Tensor) -> bool:
     return deferred_gradients.is_deferring() and not getattr(weight, "zero_out_wgrad", False)
 
 
-def weight_gradient_or_later(
+def maybe_defer_weight_gradient(
     weight: Tensor,
     grad_output: Tensor,
     x: Tensor,
@@ -100,7 +98,7 @@ def _start_gather(
     return whole, collectives.all_gather(whole, x, group, async_op)
 
 
-def _send_input_gradient(grad_input: Tensor, ctx: Any) -> OnItsWay:
+def _send_input_gradient(grad_input: Tensor, ctx: Any) -> PendingResult:
     """Starts to sum an input gradient over the ranks.
 
     Sequence parallelism leaves every rank its part of the sequence; otherwise all get the whole sum.
@@ -108,10 +106,10 @@ def _send_input_gradient(grad_input: Tensor, ctx: Any) -> OnItsWay:
     source = grad_input.contiguous()
     if ctx.sequence_parallel:
         part = source.new_empty(source.shape[0] // group_size(ctx.group), *source.shape[1:])
-        sending = OnItsWay(part)
+        sending = PendingResult(part)
         sending.add(collectives.reduce_scatter(part, source, ctx.group, async_op=True), source)
         return sending
-    sending = OnItsWay(source)
+    sending = PendingResult(source)
     if ctx.allreduce_dgrad:
         sending.add(collectives.all_reduce(source, ctx.group, async_op=True))
     return sending
@@ -137,7 +135,7 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
         grad_output_buffer: list[Tensor] | None,
         wgrad_deferral_limit: int | None,
         group: ProcessGroup | None = None,
-        overlap: "OverlappedProducts | None" = None,
+        overlap: OverlappedProducts | None = None,
     ) -> Tensor:
         ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight)
         ctx.group, ctx.overlap = tensor_group(group), overlap
@@ -161,11 +159,11 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
             whole, gathering = _start_gather(input, ctx.group, async_op=True)
         sending = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            sending = _input_gradient_on_its_way(ctx, grad_output, weight, gathering)
+            sending = _start_input_gradient(ctx, grad_output, weight, gathering)
         elif gathering is not None:
             gathering.wait()
         if needs_weight:
-            grad_weight = weight_gradient_or_later(
+            grad_weight = maybe_defer_weight_gradient(
                 weight, grad_output, whole, ctx.into_main_grad, late, _gatherer(ctx)
             )
         if ctx.has_bias and ctx.needs_input_grad[2]:
@@ -174,9 +172,9 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
         return grad_input, grad_weight, grad_bias, None, None, None, None, None, None, None
 
 
-def _input_gradient_on_its_way(
+def _start_input_gradient(
     ctx: Any, grad_output: Tensor, weight: Tensor, gathering: Work | None
-) -> OnItsWay:
+) -> PendingResult:
     """The input's gradient, whose sum over the ranks may go on while the weight's is computed."""
     if ctx.overlap is not None and (ctx.sequence_parallel or ctx.allreduce_dgrad):
         sending = ctx.overlap.multiply_then_reduce(
@@ -218,7 +216,7 @@ def linear_with_grad_accumulation_and_async_allreduce(
     async_grad_allreduce: bool | None = None,
     *,
     group: ProcessGroup | None = None,
-    overlap: "OverlappedProducts | None" = None,
+    overlap: OverlappedProducts | None = None,
 ) -> Tensor:
     """``input weight^T + bias``.  input: [..., in], weight: [out, in], bias: [out] -> [..., out].
 
@@ -252,6 +250,46 @@ def linear_with_grad_accumulation_and_async_allreduce(
         group,
         overlap,
     )
+
+
+class LinearThenSum(torch.autograd.Function):
+    """``x weight^T``, summed over the ranks; under sequence parallelism each keeps its part of the sum.
+
+    There, backward gathers the output's gradient while it computes the input's.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        gradient_accumulation_fusion: bool,
+        sequence_parallel: bool,
+        group: ProcessGroup,
+        overlap: OverlappedProducts,
+    ) -> Tensor:
+        ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight)
+        ctx.into_main_grad, ctx.sequence_parallel = gradient_accumulation_fusion, sequence_parallel
+        ctx.group, ctx.overlap = group, overlap
+        return overlap.multiply_then_reduce(input, weight.t(), group, scatter=sequence_parallel).wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        needs_weight = ctx.needs_input_grad[1]
+        whole = grad_output
+        if ctx.sequence_parallel:
+            # [s/TP, b, out] -> [s, b, in/TP], and [s, b, out]
+            grad_input, whole = ctx.overlap.gather_then_multiply(
+                grad_output, weight, None, ctx.group, keep=needs_weight
+            )
+        else:
+            grad_input = input_gradient(grad_output, weight)
+        grad_weight = None
+        if needs_weight:
+            late = may_be_late(weight)
+            grad_weight = maybe_defer_weight_gradient(weight, whole, input, ctx.into_main_grad, late)
+        return grad_input, grad_weight, None, None, None, None
 
 
 class LinearWithFrozenWeight(torch.autograd.Function):

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel import collectives
-from megatron.core.tensor_parallel.collectives import group_rank, group_size, tensor_group
+from megatron.core import collectives, parallel_state
+from megatron.core.collectives import group_rank, group_size, tensor_group
 from megatron.core.utils import divide
 
 Step = Callable[[Tensor, ProcessGroup | None], Tensor]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.core import collectives
 from megatron.core.errors import UsageError
-from megatron.core.tensor_parallel import collectives
 from megatron.core.tensor_parallel.rng_tracker import RngSnapshot
 from megatron.core.tensor_parallel.utils import gather_split_1d_tensor, split_tensor_into_1d_equal_chunks
 

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel import collectives
+from megatron.core import collectives, parallel_state
 from megatron.core.utils import divide
 
 

@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.context_parallel.plan import visible_band
-from megatron.core.context_parallel.traffic import SplitSizes, attention_traffic
 from tests.distributed.pool import run_ranks
+from tests.unit_tests.context_parallel.split_traffic import SplitSizes, attention_traffic
 from tests.unit_tests.context_parallel.split_world import (
     BATCH,
     HEADS,

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel import collectives, mappings
+from megatron.core import collectives, parallel_state
+from megatron.core.tensor_parallel import mappings
 from tests.distributed.pool import run_ranks
 
 SHAPE = (8, 3, 16)

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from megatron.core import parallel_state
 from megatron.core.errors import UsageError
-from megatron.core.tensor_parallel import attributes
+from megatron.core.tensor_parallel import initial_weights
 from megatron.core.tensor_parallel.initial_weights import (
     _initialize_affine_weight_cpu,
     _initialize_affine_weight_gpu,
@@ -27,16 +27,16 @@ def marks(tensor):
 
 def test_marks_of_parameters():
     split, whole, copied = (torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(3))
-    attributes.set_tensor_model_parallel_attributes(split, True, 1, 2)
+    initial_weights.set_tensor_model_parallel_attributes(split, True, 1, 2)
     assert marks(split) == (True, 1, 2)
     with pytest.raises(UsageError, match="tensor_model_parallel = True already"):
-        attributes.set_tensor_model_parallel_attributes(split, True, 0, 1)
+        initial_weights.set_tensor_model_parallel_attributes(split, True, 0, 1)
     for parameter in (split, whole):
-        attributes.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        initial_weights.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     assert marks(split) == (True, 1, 2) and marks(whole) == (False, -1, 1)
-    attributes.copy_tensor_model_parallel_attributes(copied, torch.zeros(1))
+    initial_weights.copy_tensor_model_parallel_attributes(copied, torch.zeros(1))
     assert marks(copied) == (None, None, None)
-    attributes.copy_tensor_model_parallel_attributes(copied, split)
+    initial_weights.copy_tensor_model_parallel_attributes(copied, split)
     assert marks(copied) == (True, 1, 2)
 
 
@@ -45,7 +45,7 @@ def test_each_element_is_counted_once(rank, counted, monkeypatch):
     monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_rank", lambda: rank)
     split, whole = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
     split.tensor_model_parallel = True
-    found = tuple(attributes.param_is_not_tensor_parallel_duplicate(p) for p in (split, whole))
+    found = tuple(initial_weights.param_is_not_tensor_parallel_duplicate(p) for p in (split, whole))
     assert found == counted
 
 

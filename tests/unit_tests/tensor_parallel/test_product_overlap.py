@@ -12,12 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron.core import parallel_state
+from megatron.core import collectives, parallel_state
 from megatron.core.errors import ConfigError
-from megatron.core.tensor_parallel import chunked_overlap, collectives, deferred_gradients, linear
-from megatron.core.tensor_parallel.chunked_overlap import ChunkedProducts
+from megatron.core.tensor_parallel import deferred_gradients, linear, overlap
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.overlap import FusedProducts, overlap_of
+from megatron.core.tensor_parallel.overlap import ChunkedProducts, FusedProducts, overlap_of
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from tests.distributed.pool import run_ranks
@@ -241,7 +240,7 @@ def order_of_work(ranks, sp):
             (collectives, "all_gather"),
             (collectives, "reduce_scatter"),
             (collectives, "all_reduce"),
-            (chunked_overlap, "product"),
+            (overlap, "product"),
             (linear, "_weight_gradient"),
         ):
             stack.enter_context(mock.patch.object(module, name, noted(name, getattr(module, name))))

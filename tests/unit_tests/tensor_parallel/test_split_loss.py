@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from megatron.core import parallel_state
+from megatron.core.collectives import all_reduce
 from megatron.core.extensions.transformer_engine import te_parallel_cross_entropy
 from megatron.core.fusions import fused_cross_entropy
-from megatron.core.tensor_parallel.collectives import all_reduce
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from tests.distributed.pool import run_ranks
 

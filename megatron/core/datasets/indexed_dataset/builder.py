@@ -11,14 +11,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megatron.core.datasets.atomic_files import sync_directory, temporary_beside
 from megatron.core.datasets.indexed_dataset.layout import (
     _IndexReader,
     _IndexWriter,
     get_bin_path,
     get_idx_path,
 )
-from megatron.core.datasets.utils import write_error
+from megatron.core.datasets.utils import sync_directory, temporary_beside, write_error
 from megatron.core.errors import ConfigError, DataError
 
 _BUFFER_BYTES = 1 << 20

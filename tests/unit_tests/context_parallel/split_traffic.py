@@ -1,4 +1,4 @@
-"""Bytes that one attention sends between context-parallel ranks: closed forms, held to by a test."""
+"""Bytes that one attention sends between context-parallel ranks: closed forms."""
 
 from dataclasses import dataclass
 

@@ -72,7 +72,7 @@ def reduce_scatter(
     return getattr(dist, _REDUCE_SCATTER)(output, input_.contiguous(), op=op, group=group, async_op=async_op)
 
 
-class OnItsWay:
+class PendingResult:
     """A result that asynchronous collectives are still writing; keeps what they send."""
 
     def __init__(self, result: Tensor):
