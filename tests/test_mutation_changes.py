@@ -100,7 +100,7 @@ def test_tests_that_evaluate_a_change_come_first_and_quickest(tmp_path):
     names = [f"{room}/test_a.py::slow", f"{room}/test_b.py::quick"]
     record = tmp_path / "record.json"
     record.write_text(json.dumps({"tests": {change.key: names}, "seconds": seconds}))
-    assert sample.room_of(change.path) == (room,)
+    assert sample.room_of(change.path)[0] == room
     order = sample.Evaluations(record).order(change, (room,))
     assert order == [f"{room}/test_b.py::quick", f"{room}/test_a.py::slow", f"{room}/test_a.py::other"]
     record.write_text(json.dumps({"tests": {change.key: [""]}, "seconds": seconds}))  # on import
@@ -119,4 +119,6 @@ def test_tests_that_evaluate_a_change_come_first_and_quickest(tmp_path):
     ],
 )
 def test_rooms_of_files(path, rooms):
-    assert sample.room_of(path) == tuple(f"tests/unit_tests/{room}" for room in rooms)
+    names = (*rooms, "test_private_names.py", "test_private_names_of_data.py")
+    assert sample.room_of(path) == tuple(f"tests/unit_tests/{name}" for name in names)
+    assert all((sample.ROOT / name).exists() for name in sample.room_of(path))
