@@ -92,6 +92,13 @@ class OptimizerParamScheduler:
         wsd_decay_steps: int | None = None,
         lr_wsd_decay_style: str | None = None,
     ):
+        rates = {"init_lr": init_lr, "max_lr": max_lr, "min_lr": min_lr}
+        missing = [name for name, rate in rates.items() if rate is None]
+        if missing:
+            raise ConfigError(
+                f"learning-rate schedule: {' and '.join(missing)} None is no rate: give numbers, for example "
+                "init_lr=0.0, max_lr=1e-4 and min_lr=0.0"
+            )
         self.optimizer = optimizer
         self.init_lr = init_lr
         self.max_lr = float(max_lr)

@@ -1,8 +1,9 @@
 """Named timers and their report over all ranks."""
 
+import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -280,3 +281,21 @@ def _gather(values: list[float]) -> list[list[float]]:
     gathered = [torch.empty_like(own) for _ in range(_world_size())]  # [world, timers]
     dist.all_gather(gathered, own)
     return torch.stack(gathered).tolist()
+
+
+def timed(config: Any, name: str, log_level: int = 1) -> contextlib.AbstractContextManager[None]:
+    """Context measured by the timer ``name`` of ``config.timers``; by nothing where that is None.
+
+    Timers of level 1 wait for all ranks first where ``config.barrier_with_L1_time`` says so.
+    """
+    if config.timers is None:
+        return contextlib.nullcontext()
+    barrier = log_level == 1 and config.barrier_with_L1_time
+    return _timed(config.timers(name, log_level=log_level), barrier)
+
+
+@contextlib.contextmanager
+def _timed(timer: Timer | DummyTimer, barrier: bool) -> Iterator[None]:
+    timer.start(barrier=barrier)
+    yield
+    timer.stop()

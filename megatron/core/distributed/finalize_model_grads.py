@@ -7,7 +7,7 @@ from torch import Tensor
 from megatron import unbuilt
 from megatron.core import accelerator, parallel_state
 from megatron.core.errors import NotBuiltYetError, UsageError
-from megatron.core.optimizer.timing import timed
+from megatron.core.timers import timed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 

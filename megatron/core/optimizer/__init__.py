@@ -21,6 +21,6 @@ from megatron.core.optimizer.param_groups import (
     _get_param_groups_and_buffers,
     _update_min_and_max_lr_in_param_groups,
 )
-from megatron.core.optimizer.untraced import SGD
+from megatron.core.optimizer.torch_optimizers import SGD
 
 __getattr__ = unbuilt.names_of(__name__)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.core.optimizer.untraced import Untraced
+from megatron.core.optimizer.torch_optimizers import Untraced
 from megatron.core.overrides import overridable
 
 
@@ -135,25 +135,22 @@ class Adam(Untraced, torch.optim.AdamW):
                 result = closure()
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
+            beta1, beta2 = group["betas"]
             for step, members in self._count_step(params).items():
-                self._update(group, step, members)
+                states = [self.state[param] for param in members]
+                adamw_step(
+                    members,
+                    [param.grad for param in members],
+                    [state["exp_avg"] for state in states],
+                    [state["exp_avg_sq"] for state in states],
+                    step=step,
+                    lr=float(group["lr"]),
+                    beta1=beta1,
+                    beta2=beta2,
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                )
         return result
-
-    def _update(self, group: dict[str, Any], step: int, params: list[Tensor]) -> None:
-        states = [self.state[param] for param in params]
-        beta1, beta2 = group["betas"]
-        adamw_step(
-            params,
-            [param.grad for param in params],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            step=step,
-            lr=float(group["lr"]),
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-        )
 
     def _count_step(self, params: list[Tensor]) -> dict[int, list[Tensor]]:
         """Adds one to the parameters' step counts and sorts them by the result, normally a single value.

@@ -1,4 +1,4 @@
-"""What all of the library's optimizers share: the order of a step, and the statistics of gradients."""
+"""What all optimizers of the library share, such as the order of a step, and the simplest one, for fp32."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -9,15 +9,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core import accelerator, parallel_state
-from megatron.core.errors import NotBuiltYetError, UsageError
+from megatron.core.errors import ConfigError, NotBuiltYetError, UsageError
 from megatron.core.optimizer.clip_grads import (
     clip_grad_by_total_norm_fp32,
     count_zeros_fp32,
+    counts_once,
     get_grad_norm_fp32,
 )
-from megatron.core.optimizer.filters import counts_once
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
-from megatron.core.optimizer.timing import timed
+from megatron.core.optimizer.torch_optimizers import load_inner_state
+from megatron.core.timers import timed
 
 
 def _create_nothing(optimizer: torch.optim.Optimizer) -> None:
@@ -46,6 +47,11 @@ class MegatronOptimizer(ABC):
         self.is_stub_optimizer = False
         # Ranks that hold the other parts of what this optimizer updates; None for all of the model.
         self.grad_stats_parallel_group: dist.ProcessGroup | None = None
+
+    @property
+    def chained_optimizers(self) -> "list[MegatronOptimizer]":
+        """The optimizers that step together: this one alone, or the members of a chain."""
+        return [self]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -188,3 +194,73 @@ class MegatronOptimizer(ABC):
             "--ckpt-format torch_dist",
             "Use --ckpt-format torch.",
         )
+
+    def get_parameter_state_dp_zero(self) -> Any:
+        """The state that the distributed optimizer keeps in shards, collected on one rank.
+
+        Raises:
+            ConfigError: this is no distributed optimizer.
+        """
+        raise no_sharded_state()
+
+    def save_parameter_state(self, filename: str) -> None:
+        """Writes ``distrib_optim.pt``, the state that the distributed optimizer keeps in shards.
+
+        Raises:
+            ConfigError: this is no distributed optimizer.
+        """
+        raise no_sharded_state()
+
+    def load_parameter_state(self, filename: str, *, update_legacy_format: bool = False) -> None:
+        """Reads what :meth:`save_parameter_state` wrote.
+
+        Raises:
+            ConfigError: this is no distributed optimizer.
+        """
+        raise no_sharded_state()
+
+
+def no_sharded_state() -> ConfigError:
+    """What to raise where state in shards is asked of an optimizer that has none."""
+    return ConfigError(
+        "only the distributed optimizer has sharded state to save or load: add --use-distributed-optimizer"
+    )
+
+
+class FP32Optimizer(MegatronOptimizer):
+    """No copies, no loss scale."""
+
+    def prepare_grads(self) -> bool:
+        return self.unscale_grads()
+
+    def unscale_grads(self) -> bool:
+        with timed(self.config, "optimizer-copy-to-main-grad"):
+            for param in self.get_parameters():
+                if hasattr(param, "main_grad"):
+                    param.grad = param.main_grad
+        return False
+
+    def update_loss_scale(self, found_inf: bool) -> None:
+        """There is no loss scale."""
+
+    def step_with_ready_grads(self) -> bool:
+        self.require_rates()
+        with timed(self.config, "optimizer-inner-step"):
+            self.optimizer.step()
+        for param in self.get_parameters():
+            if hasattr(param, "main_grad"):
+                # Or the next backward would add into the main gradient behind the wrapper's back.
+                param.grad = None
+        return True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def reload_model_params(self) -> None:
+        """The model's parameters are the optimizer's own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        load_inner_state(self.optimizer, state_dict)

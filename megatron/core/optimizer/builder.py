@@ -12,15 +12,14 @@ from megatron.core import accelerator, parallel_state
 from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
 from megatron.core.errors import ConfigError, NotBuiltYetError
 from megatron.core.optimizer.adamw import Adam, create_adam_state
-from megatron.core.optimizer.base import MegatronOptimizer
+from megatron.core.optimizer.base import FP32Optimizer, MegatronOptimizer
 from megatron.core.optimizer.chained import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.fp32 import FP32Optimizer
 from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler, MegatronGradScaler
 from megatron.core.optimizer.mixed_precision import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
-from megatron.core.optimizer.param_groups import ParamCondition, _get_param_groups, empty_group
-from megatron.core.optimizer.untraced import SGD
+from megatron.core.optimizer.param_groups import ParamCondition, empty_group, groups_of_config
+from megatron.core.optimizer.torch_optimizers import SGD
 from megatron.core.utils import log_single_rank
 
 logger = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ def get_megatron_optimizer(
     scale_lr_cond: ParamCondition | None = None,
     lr_mult: float = 1.0,
     use_gloo_process_groups: bool = True,
-) -> ChainedOptimizer:
+) -> MegatronOptimizer:
     """Optimizer over all trainable parameters of ``model_chunks``.
 
     All ranks of the model call this together. Chunks that are wrapped for DDP hand over their main gradients,
@@ -58,9 +57,10 @@ def get_megatron_optimizer(
         use_gloo_process_groups: collect sharded state over host memory; on the device otherwise.
 
     Returns:
-        A chain of one member for dense parameters and, with expert parallelism, one for expert parameters.
-        The latter also on a pipeline stage without experts, and the former on one whose parameters are all
-        frozen: norms and overflows are found together.
+        The optimizer of the configured kind; with expert parallelism a chain of one for dense and one for
+        expert parameters. The latter also on a pipeline stage without experts, and the former on one whose
+        parameters are all frozen: norms and overflows are found together. Its ``chained_optimizers`` are the
+        members, a single optimizer's itself.
 
     Raises:
         NotBuiltYetError: a setting whose code does not exist yet.
@@ -76,16 +76,7 @@ def get_megatron_optimizer(
     if has_config_logger_enabled(config):
         log_config_to_disk(config, {"config": config}, prefix="get_megatron_optimizer")
     log_single_rank(logger, logging.INFO, "optimizer: %s", _describe(config))
-    groups = _get_param_groups(
-        model_chunks,
-        no_weight_decay_cond,
-        scale_lr_cond,
-        lr_mult,
-        lr=config.lr,
-        min_lr=config.min_lr,
-        decoupled_lr=config.decoupled_lr,
-        decoupled_min_lr=config.decoupled_min_lr,
-    )
+    groups = groups_of_config(config, model_chunks, no_weight_decay_cond, scale_lr_cond, lr_mult)
     if not _some_rank_says(bool(groups)):
         raise ConfigError(
             "the model has no parameter that requires a gradient: unfreeze some, or do not train it"
@@ -100,7 +91,7 @@ def get_megatron_optimizer(
             collects_on_host = config.use_distributed_optimizer and use_gloo_process_groups
             places = _Places.of(model_chunks, is_expert, collects_on_host)
             members.append(_build_member(config, chosen, model_chunks, places))
-    return ChainedOptimizer(members)
+    return members[0] if len(members) == 1 else ChainedOptimizer(members)
 
 
 def _describe(config: OptimizerConfig) -> str:
@@ -130,7 +121,7 @@ def _get_megatron_optimizer_based_on_param_groups(
     data_parallel_group_idx: int | None = None,
     distributed_optimizer_instance_id: int | None = 0,
 ) -> MegatronOptimizer:
-    """The optimizer of one set of param groups: one member of what :func:`get_megatron_optimizer` chains.
+    """The optimizer of one set of param groups: what :func:`get_megatron_optimizer` returns or chains.
 
     Args:
         config: settings.

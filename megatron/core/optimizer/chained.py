@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.core.errors import CheckpointError, ConfigError
-from megatron.core.optimizer.base import MegatronOptimizer
+from megatron.core.errors import CheckpointError
+from megatron.core.optimizer.base import MegatronOptimizer, no_sharded_state
 
 
 class ProxyDict:
@@ -49,9 +49,13 @@ class ChainedOptimizer(MegatronOptimizer):
 
     def __init__(self, chained_optimizers: list[MegatronOptimizer]):
         # Not the base class's constructor: there is no torch optimizer of the chain's own to wrap.
-        self.chained_optimizers = chained_optimizers
+        self._members = chained_optimizers
         self.config = getattr(chained_optimizers[0], "config", None) if chained_optimizers else None
         self.is_stub_optimizer = False
+
+    @property
+    def chained_optimizers(self) -> list[MegatronOptimizer]:
+        return self._members
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -192,8 +196,5 @@ class ChainedOptimizer(MegatronOptimizer):
 
     def _sharded_members(self) -> list[MegatronOptimizer]:
         if not self.config.use_distributed_optimizer:
-            raise ConfigError(
-                "only the distributed optimizer has sharded state to save or load: add "
-                "--use-distributed-optimizer"
-            )
+            raise no_sharded_state()
         return self.chained_optimizers

@@ -1,4 +1,4 @@
-"""Global gradient norm, clipping, and the count of zeros."""
+"""Statistics of gradients over all ranks of a model: norm, clipping, and the count of zeros."""
 
 from collections.abc import Iterable
 
@@ -6,8 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.core import accelerator
-from megatron.core.optimizer.filters import counts_once
+from megatron.core import accelerator, parallel_state
 from megatron.core.optimizer.multi_tensor import count_zeros, l2_norm, scale_gradients
 
 
@@ -64,6 +63,17 @@ def count_zeros_fp32(
     grads = _gradients([param for param in listed if counts_once(param)], use_decoupled_grad)
     zeros = count_zeros(grads) if grads else torch.zeros((), device=accelerator.current_device())
     return reduce_over(zeros.float(), dist.ReduceOp.SUM, grad_stats_parallel_group).item()
+
+
+def counts_once(param: Tensor) -> bool:
+    """True where ``param`` counts: of tied copies the first, of tensor-parallel replicas rank 0's."""
+    return not getattr(param, "shared", False) and not _is_tensor_parallel_duplicate(param)
+
+
+def _is_tensor_parallel_duplicate(param: Tensor) -> bool:
+    if getattr(param, "tensor_model_parallel", False) or not parallel_state.model_parallel_is_initialized():
+        return False
+    return parallel_state.get_tensor_model_parallel_rank() != 0
 
 
 def is_alone(group: dist.ProcessGroup | None) -> bool:

@@ -12,14 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core.errors import CheckpointError
-from megatron.core.optimizer import param_state
 from megatron.core.optimizer.base import _create_nothing
-from megatron.core.optimizer.bucket_shard import BucketShard, Range
 from megatron.core.optimizer.grad_scaler import MegatronGradScaler
-from megatron.core.optimizer.inner_state import merge_group
 from megatron.core.optimizer.mixed_precision import MixedPrecisionOptimizer, copy_attributes
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
-from megatron.core.optimizer.timing import timed
+from megatron.core.optimizer.sharded_state import BucketShard, Range, ShardedState
+from megatron.core.optimizer.torch_optimizers import merge_group
+from megatron.core.timers import timed
 
 if TYPE_CHECKING:
     from megatron.core.distributed.bucket_group import _ParamAndGradBucketGroup
@@ -207,6 +206,16 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         """True on the first rank of the group."""
         return self.data_parallel_group is None or self.data_parallel_group.rank() == 0
 
+    def _sharded_state(self) -> ShardedState:
+        return ShardedState(
+            self.buffers,
+            self.shards,
+            self.optimizer,
+            self.config.optimizer,
+            self.data_parallel_group,
+            self.data_parallel_group_gloo,
+        )
+
     def get_parameter_state_dp_zero(self) -> dict[Any, Any] | None:
         """Main parameters and moments of all ranks on the first one, as ``distrib_optim.pt`` holds them.
 
@@ -218,7 +227,7 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
             other ranks.
         """
         self.init_state_fn(self.optimizer)
-        return param_state.gather(self)
+        return self._sharded_state().gather()
 
     def load_parameter_state_from_dp_zero(
         self, state_dict: dict[Any, Any] | None, *, update_legacy_format: bool = False
@@ -231,7 +240,7 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
             NotBuiltYetError: ``update_legacy_format``.
         """
         self.init_state_fn(self.optimizer)
-        param_state.scatter(self, state_dict, update_legacy_format)
+        self._sharded_state().scatter(state_dict, update_legacy_format)
 
     def sharded_state_dict(
         self,

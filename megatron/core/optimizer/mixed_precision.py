@@ -13,10 +13,10 @@ from megatron.core.errors import CheckpointError, ConfigError
 from megatron.core.optimizer.base import MegatronOptimizer, _create_nothing
 from megatron.core.optimizer.clip_grads import reduce_over
 from megatron.core.optimizer.grad_scaler import MegatronGradScaler
-from megatron.core.optimizer.inner_state import load_inner_state
 from megatron.core.optimizer.multi_tensor import unscale_and_check, watch_overflow
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
-from megatron.core.optimizer.timing import timed
+from megatron.core.optimizer.torch_optimizers import load_inner_state
+from megatron.core.timers import timed
 from megatron.core.utils import log_single_rank
 
 logger = logging.getLogger(__name__)

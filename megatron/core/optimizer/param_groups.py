@@ -1,6 +1,7 @@
 """Which parameters share a learning rate and a weight decay."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,16 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 
 # (name, parameter) -> bool
 ParamCondition = Callable[[str, torch.nn.Parameter], bool]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What the parameters of a group have in common."""
+
+    wd_mult: float
+    lr_mult: float
+    is_expert_parallel: bool
+    is_decoupled_lr: bool
 
 
 def _get_param_groups(
@@ -35,26 +46,47 @@ def _get_param_groups(
             ``decoupled_min_lr`` its floor (None: ``min_lr``).
     """
     no_decay = no_weight_decay_cond or _is_bias_or_vector
-    groups: dict[tuple[float, float, bool, bool], list[torch.nn.Parameter]] = {}
+    groups: dict[_Kind, list[torch.nn.Parameter]] = {}
     for chunk in model_chunks:
         for name, param in chunk.named_parameters():
             if not param.requires_grad:
                 continue
-            key = (
-                0.0 if no_decay(name, param) else 1.0,
-                lr_mult if scale_lr_cond is not None and scale_lr_cond(name, param) else 1.0,
-                not getattr(param, "allreduce", True),
-                decoupled_lr is not None and getattr(param, "is_embedding_or_output_parameter", False),
+            is_embedding = getattr(param, "is_embedding_or_output_parameter", False)
+            kind = _Kind(
+                wd_mult=0.0 if no_decay(name, param) else 1.0,
+                lr_mult=lr_mult if scale_lr_cond is not None and scale_lr_cond(name, param) else 1.0,
+                is_expert_parallel=not getattr(param, "allreduce", True),
+                is_decoupled_lr=decoupled_lr is not None and is_embedding,
             )
-            groups.setdefault(key, []).append(param)
-    ordinary = (lr, min_lr)
-    decoupled = (decoupled_lr, min_lr if decoupled_min_lr is None else decoupled_min_lr)
-    return [_describe(key, params, decoupled if key[3] else ordinary) for key, params in groups.items()]
+            groups.setdefault(kind, []).append(param)
+    described = [_describe(kind, params) for kind, params in groups.items()]
+    return _update_min_and_max_lr_in_param_groups(described, lr, min_lr, decoupled_lr, decoupled_min_lr)
+
+
+def groups_of_config(
+    config: OptimizerConfig,
+    model_chunks: Iterable[torch.nn.Module],
+    no_weight_decay_cond: ParamCondition | None,
+    scale_lr_cond: ParamCondition | None,
+    lr_mult: float,
+) -> list[dict[str, Any]]:
+    """:func:`_get_param_groups` with the rates of ``config``."""
+    return _get_param_groups(
+        model_chunks,
+        no_weight_decay_cond,
+        scale_lr_cond,
+        lr_mult,
+        lr=config.lr,
+        min_lr=config.min_lr,
+        decoupled_lr=config.decoupled_lr,
+        decoupled_min_lr=config.decoupled_min_lr,
+    )
 
 
 def empty_group(is_expert: bool, lr: float | None, min_lr: float | None) -> dict[str, Any]:
     """A group without parameters, for a rank that takes part in statistics only."""
-    return _describe((1.0, 1.0, is_expert, False), [], (lr, min_lr))
+    kind = _Kind(wd_mult=1.0, lr_mult=1.0, is_expert_parallel=is_expert, is_decoupled_lr=False)
+    return {**_describe(kind, []), "max_lr": lr, "min_lr": min_lr}
 
 
 def _get_param_groups_and_buffers(
@@ -77,16 +109,7 @@ def _get_param_groups_and_buffers(
     Returns:
         (groups, number of the chunk -> its buffers).
     """
-    groups = _get_param_groups(
-        model_chunks,
-        no_weight_decay_cond,
-        scale_lr_cond,
-        lr_mult,
-        lr=config.lr,
-        min_lr=config.min_lr,
-        decoupled_lr=config.decoupled_lr,
-        decoupled_min_lr=config.decoupled_min_lr,
-    )
+    groups = groups_of_config(config, model_chunks, no_weight_decay_cond, scale_lr_cond, lr_mult)
     buffers = {
         number: getattr(chunk, buffer_name) for number, chunk in enumerate(model_chunks, model_chunk_offset)
     }
@@ -114,18 +137,6 @@ def _is_bias_or_vector(name: str, param: torch.nn.Parameter) -> bool:
     return name.endswith(".bias") or param.dim() == 1
 
 
-def _describe(
-    key: tuple[float, float, bool, bool],
-    params: list[torch.nn.Parameter],
-    limits: tuple[float | None, float | None],
-) -> dict[str, Any]:
-    wd_mult, lr_mult, is_expert_parallel, is_decoupled_lr = key
-    return {
-        "params": params,
-        "wd_mult": wd_mult,
-        "lr_mult": lr_mult,
-        "is_expert_parallel": is_expert_parallel,
-        "is_decoupled_lr": is_decoupled_lr,
-        "max_lr": limits[0],
-        "min_lr": limits[1],
-    }
+def _describe(kind: _Kind, params: list[torch.nn.Parameter]) -> dict[str, Any]:
+    """A group for a torch optimizer, without limits of the learning rate."""
+    return {"params": params, **asdict(kind)}

@@ -22,7 +22,7 @@ def _members(optimizer: Any) -> list[Any]:
 
 def is_sharded(optimizer: Any) -> bool:
     """True for an optimizer whose state is spread over data-parallel ranks."""
-    return any(hasattr(member, "get_parameter_state_dp_zero") for member in _members(optimizer))
+    return any(hasattr(member, "collects_state") for member in _members(optimizer))
 
 
 def gathered_state(optimizer: Any) -> Any | None:

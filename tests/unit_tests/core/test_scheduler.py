@@ -164,6 +164,8 @@ def test_a_different_decoupled_rate_is_refused() -> None:
         ({"lr_warmup_steps": 1280}, ["1280", "shorten"]),
         ({"min_lr": 1e-2}, ["below min_lr"]),
         ({"init_lr": 1.0}, ["init_lr"]),
+        ({"min_lr": None}, ["min_lr None is no rate", "min_lr=0.0"]),
+        ({"max_lr": None, "init_lr": None}, ["init_lr and max_lr None"]),
         ({"lr_decay_steps": 0}, ["lr_decay_steps 0"]),
         ({"lr_decay_style": "WSD"}, ["wsd_decay_steps", "lr_wsd_decay_style"]),
         ({"end_wd": 0.1}, ["constant weight decay"]),

@@ -9,9 +9,9 @@ from megatron.core import accelerator, parallel_state
 from megatron.core.optimizer.clip_grads import (
     clip_grad_by_total_norm_fp32,
     count_zeros_fp32,
+    counts_once,
     get_grad_norm_fp32,
 )
-from megatron.core.optimizer.filters import counts_once
 from megatron.core.optimizer.multi_tensor import l2_norm, unscale_and_check
 
 

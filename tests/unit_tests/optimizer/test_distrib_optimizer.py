@@ -12,11 +12,7 @@ from torch import Tensor
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.errors import CheckpointError, ConfigError, NotBuiltYetError
-from megatron.core.optimizer import (
-    OptimizerConfig,
-    get_megatron_optimizer,
-    param_state,
-)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, sharded_state
 from megatron.core.optimizer.distrib_optimizer import Range
 from tests.distributed.pool import run_ranks
 from tests.unit_tests.distributed.small_training import WIDTH, Net, Training, make_config
@@ -200,7 +196,7 @@ def collect_in_pieces(at_once: int, on_host: bool) -> dict[str, Any]:
         return call
 
     with (
-        mock.patch.object(param_state, "_AT_ONCE", at_once),
+        mock.patch.object(sharded_state, "_AT_ONCE", at_once),
         mock.patch.object(dist, "gather", measured(gather)),
         mock.patch.object(dist, "scatter", measured(scatter)),
     ):

@@ -50,7 +50,7 @@ def test_original_optimizer_state_is_loaded_by_parameter(golden_run: GPTRun, gol
     stored = golden_file["optimizer"]["state"]
     assert len(stored) == len(names) == 15
     for number, name in enumerate(names):
-        state = golden_run.optimizer.state[(0, by_name[name])]
+        state = golden_run.optimizer.chained_optimizers[0].state[by_name[name]]
         assert torch.equal(state["exp_avg"], stored[number]["exp_avg"]), name
         assert torch.equal(state["exp_avg_sq"], stored[number]["exp_avg_sq"]), name
         assert float(state["step"]) == 4

@@ -1,5 +1,9 @@
-"""Loading the state of the wrapped torch optimizer, in every layout that checkpoints hold it in."""
+"""Torch's optimizers as the library uses them: without the import of torch's compiler, and with state that
+loads from every layout that checkpoints hold it in.
+"""
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +14,30 @@ from megatron.core.errors import CheckpointError
 _IMPLEMENTATION_KEYS = ("foreach", "fused", "capturable", "differentiable")
 # Keys that fused Adam kernels keep per group instead of per parameter.
 _FUSED_ADAM_KEYS = ("step", "bias_correction")
+
+
+class Untraced(torch.optim.Optimizer):
+    """Mix-in that calls the bookkeeping methods as they were before torch marked them for its compiler.
+
+    torch marks them as not to be traced by ``torch.compile``. The first call of a method so marked imports
+    the whole compiler: 1 to 3 s at the start of every process, for a run that compiles nothing.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+class SGD(Untraced, torch.optim.SGD):
+    """``torch.optim.SGD``."""
+
+    _untraced_step = inspect.unwrap(torch.optim.SGD.step)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every parameter that has a gradient; returns what ``closure`` returned."""
+        return self._untraced_step(closure)
 
 
 def load_inner_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
