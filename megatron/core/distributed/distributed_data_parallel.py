@@ -12,11 +12,6 @@ from torch import Tensor
 from megatron.core import accelerator
 from megatron.core.collectives import group_size
 from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
-from megatron.core.distributed.bucket_group import (
-    _ParamAndGradBucketGroup,
-    missing_gradients,
-    partition_buckets,
-)
 from megatron.core.distributed.buffer_building import (
     ReductionGroups,
     build_buffers,
@@ -25,7 +20,12 @@ from megatron.core.distributed.buffer_building import (
 )
 from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
-from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+from megatron.core.distributed.param_and_grad_buffer import (
+    _ParamAndGradBucketGroup,
+    _ParamAndGradBuffer,
+    missing_gradients,
+    partition_buckets,
+)
 from megatron.core.errors import ConfigError, NotBuiltYetError
 from megatron.core.transformer.transformer_config import TransformerConfig
 

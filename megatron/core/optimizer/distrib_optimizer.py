@@ -21,8 +21,7 @@ from megatron.core.optimizer.torch_optimizers import merge_group
 from megatron.core.timers import timed
 
 if TYPE_CHECKING:
-    from megatron.core.distributed.bucket_group import _ParamAndGradBucketGroup
-    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup, _ParamAndGradBuffer
 
 __all__ = ["DistributedOptimizer", "Range"]
 
