@@ -13,8 +13,8 @@ KEPT_DEFAULTS = {
     _CORE
     + "fusions.fused_layer_norm.layer_norm": "F.layer_norm is the NPU's fused kernel, forward and backward",
     _CORE + "fusions.matmul.accumulate_weight_gradient": "torch_npu has no matmul that adds into fp32",
-    _CORE + "optimizer.multi_tensor.count_zeros": "count_nonzero has an NPU kernel",
+    _CORE + "fusions.multi_tensor.count_zeros": "count_nonzero has an NPU kernel",
     _CORE
-    + "optimizer.multi_tensor.l2_norm": "foreach norms have an NPU kernel that takes all gradients at once",
-    _CORE + "optimizer.multi_tensor.scale_gradients": "foreach products have an NPU kernel",
+    + "fusions.multi_tensor.l2_norm": "foreach norms have an NPU kernel that takes all gradients at once",
+    _CORE + "fusions.multi_tensor.scale_gradients": "foreach products have an NPU kernel",
 }

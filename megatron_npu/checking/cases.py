@@ -108,9 +108,9 @@ CASES: list[Case] = [
     Case(_FUSIONS + "fused_cross_entropy.cross_entropy", "some tokens without loss", _cross_entropy),
     Case(_OPTIMIZER + "adamw.adamw_step", "first step", _adamw(1), _updated),
     Case(_OPTIMIZER + "adamw.adamw_step", "step 1000", _adamw(1000), _updated),
-    Case(_OPTIMIZER + "multi_tensor.unscale_and_check", "no overflow", _scaled, _unscaled, pinned=True),
+    Case(_FUSIONS + "multi_tensor.unscale_and_check", "no overflow", _scaled, _unscaled, pinned=True),
     Case(
-        _OPTIMIZER + "multi_tensor.watch_overflow",
+        _FUSIONS + "multi_tensor.watch_overflow",
         "nothing changes",
         lambda draw: Call((draw.positive(1).float(),)),
         lambda result, call: [call.args[0]],

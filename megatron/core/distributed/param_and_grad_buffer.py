@@ -21,7 +21,7 @@ from megatron.core.collectives import (  # noqa: F401  (also importable from her
 from megatron.core.distributed.buffer_layout import Alignment, lay_out, sharded_alignment
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
 from megatron.core.errors import UsageError
-from megatron.core.optimizer.multi_tensor import l2_norm
+from megatron.core.fusions.multi_tensor import l2_norm
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core import accelerator, parallel_state
-from megatron.core.optimizer.multi_tensor import count_zeros, l2_norm, scale_gradients
+from megatron.core.fusions.multi_tensor import count_zeros, l2_norm, scale_gradients
 
 
 def get_grad_norm_fp32(

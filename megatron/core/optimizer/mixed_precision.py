@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core.errors import CheckpointError, ConfigError
+from megatron.core.fusions.multi_tensor import unscale_and_check, watch_overflow
 from megatron.core.optimizer.base import MegatronOptimizer, _create_nothing
 from megatron.core.optimizer.clip_grads import reduce_over
 from megatron.core.optimizer.grad_scaler import MegatronGradScaler
-from megatron.core.optimizer.multi_tensor import unscale_and_check, watch_overflow
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.torch_optimizers import load_inner_state
 from megatron.core.timers import timed

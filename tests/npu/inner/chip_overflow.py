@@ -5,10 +5,10 @@ import torch
 
 import megatron_npu
 from megatron.core import overrides
+from megatron.core.fusions.multi_tensor import unscale_and_check
 from megatron.core.optimizer.adamw import Adam
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.optimizer.mixed_precision import Float16OptimizerWithFloat16Params
-from megatron.core.optimizer.multi_tensor import unscale_and_check
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron_npu import activation, chip
 from megatron_npu.registry import replacements
@@ -72,7 +72,7 @@ def test_a_saturated_gradient_is_found_and_the_step_skipped() -> None:
 
 def test_the_default_would_have_missed_it() -> None:
     saturated = [torch.full((4,), 65504.0)]
-    default = overrides.default_of("megatron.core.optimizer.multi_tensor.unscale_and_check")
+    default = overrides.default_of("megatron.core.fusions.multi_tensor.unscale_and_check")
     OverflowFlag.raised = True
     assert default([t.clone() for t in saturated], torch.ones(1)).item() == 0.0
     assert unscale_and_check(saturated, torch.ones(1)).item() == 1.0

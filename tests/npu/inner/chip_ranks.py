@@ -12,7 +12,7 @@ def check(rank: int, directory: str, overflowing: int) -> None:
     import torch_npu  # noqa: F401
 
     import megatron_npu
-    from megatron.core.optimizer.multi_tensor import unscale_and_check, watch_overflow
+    from megatron.core.fusions.multi_tensor import unscale_and_check, watch_overflow
     from megatron_npu.virtual.kernels.optimizer import OverflowFlag
     from tests.npu.cpu_kernels import install_on_cpu
 

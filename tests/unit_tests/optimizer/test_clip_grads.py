@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from megatron.core import accelerator, parallel_state
+from megatron.core.fusions.multi_tensor import l2_norm, unscale_and_check
 from megatron.core.optimizer.clip_grads import (
     clip_grad_by_total_norm_fp32,
     count_zeros_fp32,
     counts_once,
     get_grad_norm_fp32,
 )
-from megatron.core.optimizer.multi_tensor import l2_norm, unscale_and_check
 
 
 def make_params(*gradients: torch.Tensor) -> list[torch.nn.Parameter]:

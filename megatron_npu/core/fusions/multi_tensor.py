@@ -21,7 +21,7 @@ def _why_not_needed() -> str | None:
 
 
 @replaces(
-    "megatron.core.optimizer.multi_tensor.watch_overflow",
+    "megatron.core.fusions.multi_tensor.watch_overflow",
     operators=_OPERATORS,
     since="5.0.rc3",
     only_if=_why_not_needed,
@@ -33,7 +33,7 @@ def watch_overflow(inv_scale: Tensor) -> None:
 
 
 @replaces(
-    "megatron.core.optimizer.multi_tensor.unscale_and_check",
+    "megatron.core.fusions.multi_tensor.unscale_and_check",
     operators=_OPERATORS,
     since="5.0.rc3",
     only_if=_why_not_needed,
