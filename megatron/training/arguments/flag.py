@@ -269,6 +269,11 @@ class Flag:
         return self.is_plain and (self.not_built is None or self.not_built.asks is not None)
 
     @property
+    def is_missing(self) -> bool:
+        """Whether whatever is given for the flag asks for a missing feature; of a count, 0 does not."""
+        return self.not_built is not None and self.not_built.asks in (None, bool)
+
+    @property
     def default(self) -> Any:
         """The value when the flag is not given; a list is a new one every time."""
         default = self.options["default"]
@@ -285,6 +290,11 @@ class Flag:
             return False
         asks = self.not_built.asks
         return bool(asks(value)) if asks else value != self.default
+
+    def missing_choices(self) -> list[str]:
+        """The choices that ask for the feature that is not built."""
+        choices = self.options.get("choices", ())
+        return [str(choice) for choice in choices if self.asks_for_missing(choice)]
 
     def words(self, value: Any) -> str:
         """What to type so that the argument gets ``value``: the flag with it, or to leave the flag out."""

@@ -180,7 +180,7 @@ def _not_built_mark(action: argparse.Action) -> str:
     flag = _flag(action)
     if flag is None or flag.not_built is None:
         return ""
-    if flag.not_built.asks in (None, bool):
+    if flag.is_missing:
         return "[not built yet]"
-    values = [str(choice) for choice in action.choices or () if flag.asks_for_missing(choice)]
+    values = flag.missing_choices()
     return f"[not built yet: {', '.join(values)}]" if values else "[partly not built yet]"
