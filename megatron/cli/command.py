@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron.core.package_info import __version__
-from megatron.training import stop_signals
 from megatron.training.entry import run_main
+from megatron.training.processes import stop_signals
 
 # For programs that work in many processes, each with a thread: libraries would add threads that fight over
 # the cores. Some tokenizers import torch; none needs a device.

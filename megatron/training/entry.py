@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.errors import MegatronError
-from megatron.training import launcher_environment, stop_signals
-from megatron.training.output_streams import tolerate_failing_streams
+from megatron.training.processes import launcher, stop_signals
+from megatron.training.processes.output_streams import tolerate_failing_streams
 
 if TYPE_CHECKING:
     from megatron.training.ranks.watcher import FailureWatcher
@@ -24,7 +24,7 @@ def run_main(main: Callable[[], object]) -> None:
     launcher. ``MEGATRON_TRACEBACK=1`` keeps the traceback, for whoever debugs the program itself.
     """
     tolerate_failing_streams()
-    launcher_environment.adopt()
+    launcher.set_rank_variables()
     found = stop_signals.installed()
     signals = stop_signals.install()
     watcher = _watch_ranks_of_environment()
@@ -91,7 +91,7 @@ def _leave_process_groups() -> None:
 
 def _watch_ranks_of_environment() -> "FailureWatcher | None":
     """A watcher where there are other ranks and it is known where to meet them."""
-    if not launcher_environment.has_other_ranks():
+    if not launcher.has_other_ranks():
         return None
     return watch_ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
@@ -147,7 +147,7 @@ def _fail(error: Exception, watcher: "FailureWatcher | None") -> None:
 def _print_alone(text: str) -> None:
     """Print where ranks cannot agree who does: once per machine, if each fails for this reason."""
     sys.stdout.flush()
-    if launcher_environment.has_other_ranks():
+    if launcher.has_other_ranks():
         from megatron.training.ranks.failure import HOLD_S, FirstOnHost
 
         first = FirstOnHost(f"{os.getppid()} {text}")
@@ -177,6 +177,6 @@ def _tell(text: str, own: bool) -> None:
     """Print why all ranks end; ``own`` if the reason lies in this one."""
     sys.stdout.flush()
     headline = text.strip().splitlines()[-1] if text.startswith("Traceback") else f"error: {text}"
-    launcher_environment.hand_over_failure(headline, time.time())
-    where = f"[{launcher_environment.describe()}] " if own else ""
+    launcher.write_torchrun_error(headline, time.time())
+    where = f"[{launcher.describe()}] " if own else ""
     print(f"{where}{text if text.startswith('Traceback') else headline}", file=sys.stderr, flush=True)

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from megatron.training import stop_signals
 from megatron.training.agreement import any_rank
 from megatron.training.checkpointing import get_checkpoint_tracker_filename, save_checkpoint
 from megatron.training.global_vars import get_args, get_signal_handler, get_timers
 from megatron.training.logging.progress import append_checkpoint_line
+from megatron.training.processes import stop_signals
 from megatron.training.schedule_hooks import gathered_parameters
 from megatron.training.utils import print_datetime
 

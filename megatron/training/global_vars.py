@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron.core.errors import ConfigError, UsageError
 from megatron.core.timers import Timers
-from megatron.training import stop_signals
+from megatron.training.processes import stop_signals
 from megatron.training.tokenizer import build_tokenizer
 
 _REGISTRY: dict[str, Any] = {}

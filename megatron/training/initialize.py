@@ -20,13 +20,13 @@ from megatron.core.errors import ConfigError
 from megatron.core.process_groups import communicator_options, device_backend
 from megatron.core.rerun_state_machine import initialize_rerun_state_machine
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.training import launcher_environment
 from megatron.training.arguments import parse_args, print_args, validate_args
 from megatron.training.buffer_sizes import communicator_buffers
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.entry import watch_ranks
 from megatron.training.global_vars import get_args, get_tensorboard_writer, set_global_variables
 from megatron.training.log_handler import CustomHandler
+from megatron.training.processes import launcher
 from megatron.training.ranks.rendezvous import comparable
 from megatron.training.utils import print_datetime, print_rank_0
 
@@ -174,7 +174,7 @@ def _meet(args: Namespace) -> torch.distributed.Store:
     """Wait for the other ranks; the store for process groups."""
     if args.world_size == 1:  # needs no port and no host name
         return torch.distributed.HashStore()
-    launcher_environment.check_network()
+    launcher.check_network()
     watcher = watch_ranks(args.rank, args.world_size)
     if watcher is None:
         found = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")}

@@ -24,7 +24,6 @@ from megatron.core.rerun_state_machine import (
     get_rerun_state_machine,
 )
 from megatron.core.utils import get_model_config
-from megatron.training import stop_signals
 from megatron.training.agreement import failing_together
 from megatron.training.checkpointing import check_save_directory
 from megatron.training.checkpointing.state import preprocess_common_state_dict
@@ -68,6 +67,7 @@ from megatron.training.model_setup import (
     setup_model_and_optimizer,
     update_train_iters,
 )
+from megatron.training.processes import stop_signals
 from megatron.training.schedule_hooks import (
     connect,
     disable_forward_pre_hook,

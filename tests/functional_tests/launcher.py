@@ -60,8 +60,8 @@ def _child(argv: list[str], cwd: str, env: dict[str, str], output: str, trace: s
     import torch
 
     import pretrain_gpt
-    from megatron.training import stop_signals
     from megatron.training.entry import run_main
+    from megatron.training.processes import stop_signals
 
     torch.set_num_threads(1)
     if "PAUSE_AT" in os.environ:

@@ -71,7 +71,7 @@ def pause_where_asked() -> None:
 
 if __name__ == "__main__":
     # What pretrain_gpt.py does as a script, so that a launcher can start it.
-    from megatron.training import stop_signals
+    from megatron.training.processes import stop_signals
 
     stop_signals.install(stop_signals.BEFORE_TRAINING)
     import pretrain_gpt

@@ -103,7 +103,7 @@ def test_the_launch_script_passes_signals_on(repo_root: Path, tmp_path: Path, nu
 
 def test_training_ends_with_the_launch_script_that_waits_for_it(repo_root: Path, tmp_path: Path):
     code = (
-        "import os, time; from megatron.training import stop_signals\n"
+        "import os, time; from megatron.training.processes import stop_signals\n"
         "stop_signals.install('in a test'); print(os.getpid(), flush=True); time.sleep(600)"
     )
     script = f'source {repo_root}/tests_gpt/launch.sh; pass_signals "$@"'
@@ -123,7 +123,7 @@ def test_training_ends_with_the_launch_script_that_waits_for_it(repo_root: Path,
 
 def test_a_rank_started_by_hand_outlives_its_shell(repo_root: Path):
     code = (
-        "import os, sys, time; from megatron.training import stop_signals\n"
+        "import os, sys, time; from megatron.training.processes import stop_signals\n"
         "stop_signals.install(); print(os.getpid(), flush=True); sys.stdin.read(); print('done')"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "MEGATRON_LA"))}

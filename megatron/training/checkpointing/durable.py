@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from megatron.core.errors import CheckpointError
-from megatron.training import stop_signals
+from megatron.training.processes import stop_signals
 
 _STAGING_SUFFIX = ".saving"
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from megatron.core import parallel_state
-from megatron.training import stop_signals
 from megatron.training.agreement import extremes, failing_together, world_size
 from megatron.training.checkpointing import durable, layout
 from megatron.training.checkpointing.state import to_host
+from megatron.training.processes import stop_signals
 from megatron.training.shared_storage import lowest_rank_that_shares
 
 

@@ -7,9 +7,9 @@ from typing import Any
 from megatron.core import parallel_state
 from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.training.agreement import any_rank_each, failing_together
-from megatron.training.child_processes import starting_workers
 from megatron.training.data.samplers import build_pretraining_data_loader
 from megatron.training.global_vars import get_args
+from megatron.training.processes.workers import starting_workers
 from megatron.training.utils import print_rank_0
 
 

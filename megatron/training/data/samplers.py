@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from megatron.core.errors import ConfigError, DataError
-from megatron.training.child_processes import obey_the_rank_alone, starting_workers
+from megatron.training.processes.workers import follow_only_the_rank, starting_workers
 
 __all__ = [
     "MegatronPretrainingRandomSampler",
@@ -46,7 +46,7 @@ def build_pretraining_data_loader(dataset: Dataset | None, consumed_samples: int
                 "--dataloader-type single or cyclic"
             )
         if isinstance(dataset, DataLoader):
-            dataset.worker_init_fn = partial(obey_the_rank_alone, further=dataset.worker_init_fn)
+            dataset.worker_init_fn = partial(follow_only_the_rank, further=dataset.worker_init_fn)
         return dataset
     if len(dataset) == 0:  # only possible where no sample was asked for
         return None
@@ -71,7 +71,7 @@ def build_pretraining_data_loader(dataset: Dataset | None, consumed_samples: int
         num_workers=args.num_workers,
         pin_memory=accelerator.is_accelerated(),
         persistent_workers=args.num_workers > 0,
-        worker_init_fn=obey_the_rank_alone,
+        worker_init_fn=follow_only_the_rank,
         # One of its own: otherwise making an iterator would draw from the generator that dropout uses,
         # and a resumed run would no longer repeat the uninterrupted one.
         generator=torch.Generator().manual_seed(args.seed),

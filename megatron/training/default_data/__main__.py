@@ -4,9 +4,9 @@ import argparse
 import shlex
 from pathlib import Path
 
-from megatron.training import stop_signals
 from megatron.training.default_data.recipe import ensure_default_data
 from megatron.training.entry import run_main
+from megatron.training.processes import stop_signals
 
 
 def main() -> None:

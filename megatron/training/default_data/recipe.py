@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.core.errors import ConfigError, DataError
-from megatron.training import stop_signals
 from megatron.training.default_data.corpus import (
     VOCABULARY_SIZE,
     corpus_texts,
@@ -24,6 +23,7 @@ from megatron.training.default_data.corpus import (
     train_vocabulary,
     write_corpus,
 )
+from megatron.training.processes import stop_signals
 
 # Part of the cache key: raise it when the same sources should give other files.
 RECIPE_VERSION = 1

@@ -16,8 +16,8 @@ import numpy as np
 
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.errors import ConfigError, DataError
-from megatron.training import stop_signals
 from megatron.training.preprocessing.encoding import EncodedBlock, Packed
+from megatron.training.processes import stop_signals
 
 SUFFIXES = (".bin", ".idx")
 _Path = str | Path

@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from megatron.core.errors import MegatronError
-from megatron.training.child_processes import ignore_signals, starting_workers
+from megatron.training.processes.workers import ignore_signals, starting_workers
 
 _ALIGNMENT = 64
 

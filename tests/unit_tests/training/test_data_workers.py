@@ -7,7 +7,7 @@ import sys
 PROGRAM = """
 import torch
 from torch.utils.data import DataLoader
-from megatron.training.child_processes import starting_workers
+from megatron.training.processes.workers import starting_workers
 
 # Without the sockets no batch comes, and this is then an error instead of a wait without end.
 loader = DataLoader([torch.arange(4)] * 3, num_workers=1, timeout=30)

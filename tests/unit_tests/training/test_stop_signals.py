@@ -13,7 +13,10 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def run(code: str, **options) -> subprocess.CompletedProcess:
     """Run Python code that may end by a signal."""
-    code = f"import os, signal, sys, threading, time\nfrom megatron.training import stop_signals\n{code}"
+    imports = (
+        "import os, signal, sys, threading, time\nfrom megatron.training.processes import stop_signals\n"
+    )
+    code = imports + code
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -33,7 +36,7 @@ def test_a_signal_ends_with_a_line_and_its_status(name: str):
     assert done.stderr == f"error: stopped by {name} early\n"
 
 
-def test_what_the_user_ignores_or_handles_is_left_alone():
+def test_ignored_and_handled_signals_keep_their_handlers():
     done = run(
         "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
         "signal.signal(signal.SIGUSR1, lambda *_: print('mine', flush=True))\n"
@@ -43,7 +46,7 @@ def test_what_the_user_ignores_or_handles_is_left_alone():
     assert (done.returncode, done.stdout, done.stderr) == (0, "mine\nalive\n", "")
 
 
-def test_a_handler_that_python_does_not_know_is_left_alone():
+def test_handlers_of_native_libraries_are_kept():
     done = run(
         "import faulthandler; faulthandler.register(signal.SIGUSR1)\n"
         "stop_signals.install(); os.kill(os.getpid(), signal.SIGUSR1); time.sleep(0.5); print('alive')"
@@ -52,7 +55,7 @@ def test_a_handler_that_python_does_not_know_is_left_alone():
     assert "most recent call first" in done.stderr
 
 
-def test_a_program_without_our_entry_point_is_answered_for_during_its_run():
+def test_answered_handles_signals_during_a_run_without_run_main():
     code = (
         "@stop_signals.answered\n"
         "def pretrain(wait):\n"
@@ -84,7 +87,7 @@ def test_a_stop_unwinds_the_run_and_is_held_back_where_asked():
     assert done.stderr == "error: stopped by SIGTERM\n"
 
 
-def test_an_error_made_of_a_stop_is_told_as_the_stop():
+def test_an_error_made_of_a_stop_is_reported_as_the_stop():
     done = run(
         "from megatron.training.entry import run_main\n"
         "def main():\n"
@@ -97,7 +100,7 @@ def test_an_error_made_of_a_stop_is_told_as_the_stop():
     assert (done.returncode, done.stderr) == (130, "error: stopped by SIGINT\n")
 
 
-def test_a_main_thread_that_does_not_come_back_is_left(tmp_path: Path):
+def test_the_process_ends_although_its_main_thread_does_not_return(tmp_path: Path):
     done = run(
         "from megatron.training.entry import run_main\n"
         "def main():\n"
@@ -114,7 +117,7 @@ def test_a_main_thread_that_does_not_come_back_is_left(tmp_path: Path):
     assert not (tmp_path / "half").exists()
 
 
-def test_a_second_interrupt_leaves_at_once_and_one_key_press_counts_once():
+def test_a_second_interrupt_ends_at_once_and_one_key_press_counts_once():
     code = (
         "class Recorder:\n"
         "    def record(self, number): print(number, flush=True)\n"
@@ -130,7 +133,7 @@ def test_a_second_interrupt_leaves_at_once_and_one_key_press_counts_once():
     assert "error: stopped at once by a second SIGINT" in twice.stderr and "in a save" in twice.stderr
 
 
-def test_a_forked_process_has_the_handlers_from_before():
+def test_a_forked_process_has_the_previous_handlers():
     done = run(
         "stop_signals.install('parent')\n"
         "for _ in range(50):\n"  # at every moment of its first milliseconds
@@ -144,10 +147,10 @@ def test_a_forked_process_has_the_handlers_from_before():
     assert (done.returncode, done.stdout, done.stderr) == (0, 50 * "15 ", "")
 
 
-def test_a_process_without_standard_streams_still_hears():
+def test_a_process_without_standard_streams_handles_signals():
     code = (
         "import os; os.closerange(0, 3)\n"
-        "import signal, time; from megatron.training import stop_signals\n"
+        "import signal, time; from megatron.training.processes import stop_signals\n"
         "stop_signals.install(); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -1,7 +1,7 @@
-"""Worker processes and signals: a signal to a whole group is answered by the process that has the workers.
+"""Worker processes and signals: a signal to a whole process group is handled by the owner of the workers.
 
-Schedulers, terminals and torchrun send a signal to all processes of a rank. Workers that died of it would
-take away the data that the last step before a save needs; they end when their rank tells them to, or is gone.
+Schedulers, terminals and torchrun send a signal to all processes of a rank. Workers that ended at once would
+take away the data that the last step before a save needs; they end when their rank ends them, or is gone.
 """
 
 import multiprocessing
@@ -24,15 +24,15 @@ _FOR_THE_GROUP = {
     signal.SIGUSR1,
     signal.SIGUSR2,
 }
-_LOOK_S = 1.0
+_POLL_S = 1.0
 # Bytes of the path of a Unix socket that Linux takes, and of what multiprocessing adds to the directory.
 _LONGEST_ADDRESS = 107
 _SOCKET_NAME = len("/pymp-12345678/listener-12345678")
 _SHORT_DIRECTORY = "/tmp"
 
 
-def keep_sockets_in_reach() -> None:
-    """Let multiprocessing keep its sockets in a directory whose name fits into an address.
+def shorten_socket_directory() -> None:
+    """Let multiprocessing keep its sockets in a directory whose name fits into a socket address.
 
     Workers pass tensors through sockets under the temporary directory. Where its name is too long the error
     stays in a thread of the worker, and the rank waits for the batch without end.
@@ -58,11 +58,11 @@ def keep_sockets_in_reach() -> None:
 
 @contextmanager
 def starting_workers() -> Iterator[None]:
-    """Context to start workers in: signals reach them only once they have decided what to do with them.
+    """Context to start workers in: signals are blocked until the workers have set their handlers.
 
-    What this process itself receives meanwhile comes at the end of the context, or to another thread.
+    Signals to this process meanwhile arrive at the end of the context, or in another thread.
     """
-    keep_sockets_in_reach()
+    shorten_socket_directory()
     kept = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_GROUP)
     try:
         yield
@@ -77,34 +77,34 @@ def ignore_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_GROUP)
 
 
-def obey_the_rank_alone(worker_id: int, further: Callable[[int], object] | None = None) -> None:
+def follow_only_the_rank(worker_id: int, further: Callable[[int], object] | None = None) -> None:
     """In a data-loading worker (``worker_init_fn``): leave signals to the rank, and end when it is gone.
 
     SIGTERM from the rank itself ends the worker, as torch's loader and ``multiprocessing`` expect.
 
     Args:
         worker_id: number of the worker.
-        further: what else is to be called with it.
+        further: another function to call with ``worker_id``.
     """
-    _leave_signals_to_the_rank()
+    _leave_signals_to_rank()
     if further is not None:
         further(worker_id)
 
 
-def _leave_signals_to_the_rank() -> None:
+def _leave_signals_to_rank() -> None:
     for number in _FOR_THE_GROUP - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     rank = multiprocessing.parent_process()
     if rank is None or not hasattr(signal, "sigtimedwait"):  # as on a Mac: torch's handler stays
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_GROUP)
         return
-    # Who sent a signal is told to those who wait for it, and not to Python's handlers.
+    # Waiting for a signal gives its sender, which a Python handler does not get.
     signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
-    threading.Thread(target=_wait_for_the_rank, args=(rank.pid,), name="signals", daemon=True).start()
+    threading.Thread(target=_wait_for_end_of_rank, args=(rank.pid,), name="signals", daemon=True).start()
 
 
-def _wait_for_the_rank(pid: int) -> None:
+def _wait_for_end_of_rank(pid: int) -> None:
     while True:
-        told = signal.sigtimedwait({signal.SIGTERM}, _LOOK_S)
-        if os.getppid() != pid or (told is not None and told.si_pid == pid):
+        received = signal.sigtimedwait({signal.SIGTERM}, _POLL_S)
+        if os.getppid() != pid or (received is not None and received.si_pid == pid):
             os._exit(0)

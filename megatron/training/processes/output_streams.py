@@ -1,7 +1,7 @@
 """Standard streams whose failure does not end a run.
 
-A log goes to a pipe whose reader leaves, to a disk that fills up, or to a terminal that is closed. A
-``print`` would then raise, on one rank of many and at any moment, and end a run that is otherwise well.
+A log may go to a pipe whose reader exits, to a disk that fills up, or to a terminal that is closed. ``print``
+would then raise, on one rank of many and at any moment, and end a run that is otherwise healthy.
 """
 
 import contextlib
@@ -12,12 +12,12 @@ import sys
 
 
 class _TolerantFile(io.FileIO):
-    """A file descriptor that takes everything; what the system refuses is dropped."""
+    """A file descriptor that drops what the system refuses to write."""
 
     def __init__(self, descriptor: int, label: str):
         super().__init__(descriptor, "wb", closefd=False)
         self._label = label
-        self._told = False
+        self._warned = False
 
     def write(self, data: memoryview | bytes) -> int:
         """Write ``data``, in part or whole, or drop it; returns the number of bytes that are done with."""
@@ -25,18 +25,18 @@ class _TolerantFile(io.FileIO):
             try:
                 written = super().write(data)
             except OSError as error:
-                self._tell(error)
+                self._warn(error)
                 return memoryview(data).nbytes
             if written is not None:
                 return written
             # The other side has made the pipe non-blocking, and it is full.
             select.select([], [self], [])
 
-    def _tell(self, error: OSError) -> None:
-        """One line on the other stream, which may work."""
-        if self._told:
+    def _warn(self, error: OSError) -> None:
+        """Print one warning on the other stream, which may work."""
+        if self._warned:
             return
-        self._told = True
+        self._warned = True
         # Not through Python's stream over it, whose buffer may be in the middle of the same failure.
         other = 2 if self.fileno() == 1 else 1
         line = (
@@ -50,7 +50,7 @@ class _TolerantFile(io.FileIO):
 def tolerate_failing_streams() -> None:
     """Let stdout and stderr drop what cannot be written, instead of raising. Calling it again is harmless.
 
-    A stream that somebody has replaced, such as a notebook or a test's capture, is left alone. Descriptors
+    A stream that was replaced, such as a notebook or a test's capture, is left alone. Descriptors
     that were closed before the process began are opened on the null device; otherwise the next file that
     the run opens would get the number of stdout, and what libraries print would land in it.
     """

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron.core.errors import ConfigError
-from megatron.training.launcher_environment import adopt, check_network
+from megatron.training.processes.launcher import check_network, set_rank_variables
 
 SRUN = {
     "SLURM_PROCID": "5",
@@ -21,14 +21,14 @@ MPIRUN = {
 }
 
 
-def adopted(**environment: str) -> dict[str, str]:
+def variables_set(**environment: str) -> dict[str, str]:
     before = dict(environment)
-    adopt(environment)
+    set_rank_variables(environment)
     return {key: value for key, value in environment.items() if key not in before}
 
 
-def test_srun():
-    assert adopted(**SRUN) == {
+def test_variables_follow_from_srun():
+    assert variables_set(**SRUN) == {
         "RANK": "5",
         "WORLD_SIZE": "8",
         "LOCAL_RANK": "1",
@@ -42,27 +42,27 @@ def test_srun():
     ("nodes", "first"),
     [("a1,a2", "a1"), ("gpu[3,9-12],b", "gpu3"), ("rack1-n[01-02]-ib,x", "rack1-n01-ib"), ("solo", "solo")],
 )
-def test_first_node_of_a_list(nodes, first):
-    assert adopted(**(SRUN | {"SLURM_STEP_NODELIST": nodes}))["MASTER_ADDR"] == first
+def test_master_address_is_the_first_node_of_the_list(nodes, first):
+    assert variables_set(**(SRUN | {"SLURM_STEP_NODELIST": nodes}))["MASTER_ADDR"] == first
 
 
-def test_mpirun_on_one_machine():
-    found = adopted(**MPIRUN)
+def test_variables_follow_from_mpirun_on_one_machine():
+    found = variables_set(**MPIRUN)
     assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("1", "2", "1")
     assert found["MASTER_ADDR"] == "localhost"
 
 
 def test_mpirun_on_several_machines_needs_an_address():
     several = MPIRUN | {"OMPI_COMM_WORLD_SIZE": "4"}
-    assert "MASTER_ADDR" not in adopted(**several)
-    assert adopted(MASTER_ADDR="head", **several)["RANK"] == "1"
+    assert "MASTER_ADDR" not in variables_set(**several)
+    assert variables_set(MASTER_ADDR="head", **several)["RANK"] == "1"
 
 
-def test_torchrun_and_single_tasks_are_left_alone():
-    assert adopted(RANK="0", WORLD_SIZE="2", **SRUN) == {}
-    assert adopted(**(SRUN | {"SLURM_STEP_NUM_TASKS": "1"})) == {}
+def test_variables_of_torchrun_and_single_tasks_are_not_changed():
+    assert variables_set(RANK="0", WORLD_SIZE="2", **SRUN) == {}
+    assert variables_set(**(SRUN | {"SLURM_STEP_NUM_TASKS": "1"})) == {}
     # The script of a batch job has a task number, but is no step.
-    assert adopted(SLURM_PROCID="0", SLURM_NTASKS="8", SLURM_JOB_ID="1") == {}
+    assert variables_set(SLURM_PROCID="0", SLURM_NTASKS="8", SLURM_JOB_ID="1") == {}
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
-"""What a signal does to a run: it ends, with one line that says why and an exit status that everybody knows.
+"""Signals that end a run: one line says why, and the exit status is that of a shell.
 
 Python calls handlers in the main thread only, between two of its instructions, and a main thread that waits
-for another rank may never come back from there. A thread therefore hears of every signal too: it ends the
-process where the main thread has not done so after a moment, and at once at the second Ctrl-C.
+for another rank may never return from there. A second thread therefore receives every signal, too: it ends
+the process where the main thread has not done so in time, and at once at the second Ctrl-C.
 
 While a run trains with ``--exit-signal-handler``, signals are recorded instead, see ``dist_signal_handler``.
 
-This module does without torch, so that a script can call :func:`install` before that long import.
+This module does not import torch, so that a script can call :func:`install` before that long import.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
-from megatron.training import launcher_environment
+from megatron.training.processes import launcher
 from megatron.training.ranks.failure import FirstOnHost
 
 if TYPE_CHECKING:
@@ -33,15 +33,15 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 BEFORE_TRAINING = "before training began: nothing to save"
-# Stands for the end of the launcher among the numbers of signals, all of which are below it.
+# The end of the launcher, as a number among those of signals, which are all below it.
 LAUNCHER_GONE = 100
-# What a user, a scheduler, a closed terminal or a launcher sends to end a run.
+# Signals with which a user, a scheduler, a closed terminal or a launcher ends a run.
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# Time for the main thread to leave what it is in, and for the imports of a rank that was just started.
-_UNWIND_S, _IMPORT_S, _LAST_WORDS_S = 2.0, 15.0, 6.0
+# Time for the main thread to unwind, for the imports of a rank that was just started, and for the report.
+_UNWIND_S, _IMPORT_S, _REPORT_S = 2.0, 15.0, 6.0
 # One key press may arrive twice, from the terminal and from a program that passes it on.
 _SAME_PRESS_S = 0.1
-_LOOK_S, _BRIEFLY_S, _HOLD_S, _AT_ONCE_S = 1.0, 0.5, 1.5, 4.0
+_POLL_S, _BRIEFLY_S, _HOLD_S, _AT_ONCE_S = 1.0, 0.5, 1.5, 4.0
 
 
 class StoppedBySignal(SystemExit):
@@ -52,7 +52,7 @@ class StoppedBySignal(SystemExit):
 
 
 class Recorder(Protocol):
-    """Takes note of signals that shall not end the run at once."""
+    """Records signals that do not end the run at once."""
 
     def record(self, number: int) -> None: ...
 
@@ -63,12 +63,12 @@ def exit_status(number: int) -> int:
 
 
 def describe_signal(number: int) -> str:
-    """What happened, for messages."""
+    """Name of a signal, for messages."""
     return "the end of its launcher" if number == LAUNCHER_GONE else signal.Signals(number).name
 
 
 def installed() -> "StopSignals | None":
-    """The one that answers signals in this process, found where the system's handlers are kept."""
+    """The object that handles signals in this process, found through Python's registered handlers."""
     for number in _ENDING:
         owner = getattr(signal.getsignal(number), "__self__", None)
         if isinstance(owner, StopSignals):
@@ -77,23 +77,23 @@ def installed() -> "StopSignals | None":
 
 
 def install(description: str = "") -> "StopSignals | None":
-    """Answer signals from now on, where nobody else does; see :class:`StopSignals`.
+    """Handle signals from now on, unless another handler does; see :class:`StopSignals`.
 
     Args:
-        description: what is said about a stop until :attr:`StopSignals.describe` is replaced.
+        description: end of the line about a stop until :attr:`StopSignals.describe` is replaced.
 
     Returns:
-        The one in force; None outside the main thread, where Python allows no handlers.
+        The object in force; None outside the main thread, where Python allows no handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         return None
-    launcher_environment.adopt()
+    launcher.set_rank_variables()
     return installed() or StopSignals(description)
 
 
 @contextlib.contextmanager
 def unfinished(directory: str) -> Iterator[None]:
-    """Context in which a directory is filled that shall not be left behind half."""
+    """Context in which a directory is filled; an error or a signal removes it."""
     signals = installed()
     if signals is not None:
         signals.unfinished.add(directory)
@@ -109,7 +109,7 @@ def unfinished(directory: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Context that a signal does not interrupt: the stop comes at its end. For steps of milliseconds."""
+    """Context that a signal does not interrupt: the stop comes at its end. For blocks of milliseconds."""
     signals = installed()
     if signals is None:
         yield
@@ -119,7 +119,7 @@ def held_back() -> Iterator[None]:
 
 
 def answered(run: Callable[P, R]) -> Callable[P, R]:
-    """Decorator of a whole run: signals are answered in it too where no entry point of ours has begun to."""
+    """Decorator of a whole run: handles signals in it where no entry point of ours does already."""
 
     @functools.wraps(run)
     def run_with_signals(*args: P.args, **options: P.kwargs) -> R:
@@ -142,7 +142,7 @@ def answered(run: Callable[P, R]) -> Callable[P, R]:
 
 
 def raise_again() -> None:
-    """Raise the stop whose consequence an error may be: some libraries make errors of their own of it."""
+    """Raise the pending stop instead of an error: some libraries turn it into an error of their own."""
     signals = installed()
     if signals is not None and signals.has_stopped():
         raise StoppedBySignal(signals.received)
@@ -151,17 +151,17 @@ def raise_again() -> None:
 class StopSignals:
     """Ends this process when a signal asks for it.
 
-    Signals that are ignored (``nohup``), or that have a handler of somebody else's, stay as they are. A
-    process that is forked from this one has the handlers from before.
+    Signals that are ignored (``nohup``), or that have another handler, stay as they are. A process that is
+    forked from this one gets the previous handlers.
 
     Args:
-        description: first answer of :attr:`describe`.
+        description: first result of :attr:`describe`.
 
     Attributes:
-        describe: tells how far the run is and what was saved; the end of the line about a stop.
+        describe: gives the end of the line about a stop: how far the run is and what was saved.
         recorder: takes the signals instead, while a run can save and stop by itself; None ends the run.
         received: number of the signal that ends this process, 0 before one has come.
-        unfinished: directories that go with the process, where the main thread does not come to remove them.
+        unfinished: directories to remove where the main thread cannot.
     """
 
     def __init__(self, description: str):
@@ -192,13 +192,13 @@ class StopSignals:
         self._former_hook = sys.unraisablehook
         sys.unraisablehook = self._report_unraisable
 
-    # In the main thread.
+    # Called in the main thread.
 
     def run(self, watcher: "FailureWatcher | None") -> None:
-        """The entry point has been reached: from now on a signal raises :class:`StoppedBySignal` there.
+        """Let signals raise :class:`StoppedBySignal` in the main thread from now on.
 
         Args:
-            watcher: through which the ranks agree on who speaks and end together.
+            watcher: through which the ranks agree on the one that reports, and end together.
 
         Raises:
             StoppedBySignal: a signal has come before.
@@ -208,11 +208,11 @@ class StopSignals:
         self._raise_if_due()
 
     def end_with(self, watcher: "FailureWatcher | None") -> None:
-        """From now on the ranks agree on who reports, and end together."""
+        """Let the ranks agree on the one that reports, and end together, from now on."""
         self._watcher = watcher
 
     def run_is_over(self) -> None:
-        """The run has ended, or failed, and says so itself: signals only make sure that it does end."""
+        """Note that the run has ended or failed, and reports it itself: signals then only ensure its end."""
         self._over, self.recorder = True, None
 
     def has_stopped(self) -> bool:
@@ -220,25 +220,25 @@ class StopSignals:
         return self._raised
 
     def finish(self) -> int:
-        """Say what happened, if this rank is the one to do so; returns the exit status.
+        """Report the stop, if this rank is chosen to; returns the exit status.
 
         With other ranks, or when the thread was faster, the process ends in here.
         """
         self._over = True
         self.recorder = None
         if not self._ending.acquire(blocking=False):
-            while True:  # the thread is at it
-                time.sleep(_LOOK_S)
-        self._deadline = time.monotonic() + _LAST_WORDS_S + _UNWIND_S
+            while True:  # the other thread is ending the process
+                time.sleep(_POLL_S)
+        self._deadline = time.monotonic() + _REPORT_S + _UNWIND_S
         with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the end of data workers is no error any more
-        self._say_together()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # data workers that end are no error any more
+        self._report_together()
         if self._watcher is not None:
             self._leave(exit_status(self.received))
         return exit_status(self.received)
 
     def release(self) -> None:
-        """Put the handlers from before back."""
+        """Restore the previous handlers."""
         for number, handler in self._previous.items():
             if getattr(signal.getsignal(number), "__self__", None) is self:
                 signal.signal(number, handler)
@@ -260,8 +260,8 @@ class StopSignals:
             self._raise_if_due()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        while self._leaving:  # nothing more is done or said here
-            time.sleep(_LOOK_S)
+        while self._leaving:  # the other thread is ending the process
+            time.sleep(_POLL_S)
         self._note(number)
         self._raise_if_due()
 
@@ -271,7 +271,7 @@ class StopSignals:
             raise StoppedBySignal(self.received)
 
     def _report_unraisable(self, unraisable: Any) -> None:
-        """Raised in a destructor a stop does not get far; the thread knows of it all the same."""
+        """Ignore a stop raised in a destructor, where Python drops it; the other thread knows of it."""
         if not isinstance(unraisable.exc_value, StoppedBySignal):
             self._former_hook(unraisable)
 
@@ -290,7 +290,7 @@ class StopSignals:
             self._previous, self._wakeup = {}, -1
         self._after_fork()
 
-    # In both threads: the order in which they hear of a signal is not known.
+    # Called in both threads: the order in which they receive a signal is not known.
 
     def _note(self, number: int) -> None:
         if number == signal.SIGQUIT:
@@ -299,56 +299,56 @@ class StopSignals:
             self.recorder.record(number)
         elif not self.received:
             self.received, self._is_early = number, not self._running
-            self._deadline = time.monotonic() + self._patience()
+            self._deadline = time.monotonic() + self._grace_s()
 
-    def _patience(self) -> float:
+    def _grace_s(self) -> float:
         """How long the main thread may take to end the process by itself."""
         if self._running:
-            return _LAST_WORDS_S if self._over else _UNWIND_S
-        # Alone, nobody has to be told through what is being imported.
-        return _IMPORT_S if launcher_environment.has_other_ranks() else 0.0
+            return _REPORT_S if self._over else _UNWIND_S
+        # A single process need not wait until its imports are done to end together with others.
+        return _IMPORT_S if launcher.has_other_ranks() else 0.0
 
-    # In the thread.
+    # Called in the second thread.
 
     def _listen(self) -> None:
-        """Start the thread; signals are written into a pipe by the system's handler itself."""
+        """Start the thread; Python's handler writes each signal into a pipe."""
         self._wakeup = self._former_wakeup = -1
-        heard, wakeup = map(launcher_environment.above_standard_streams, os.pipe())
+        reading, wakeup = map(launcher.above_standard_streams, os.pipe())
         os.set_blocking(wakeup, False)
         self._former_wakeup = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         self._wakeup = wakeup
-        watch = launcher_environment.LauncherWatch()
-        threading.Thread(target=self._watch, args=(heard, watch), name="signals", daemon=True).start()
+        watch = launcher.LauncherWatch()
+        threading.Thread(target=self._watch, args=(reading, watch), name="signals", daemon=True).start()
 
-    def _watch(self, heard: int, launcher: launcher_environment.LauncherWatch) -> None:
+    def _watch(self, reading: int, launcher_watch: launcher.LauncherWatch) -> None:
         poll = select.poll()
-        poll.register(heard, select.POLLIN)
-        for descriptor in launcher.descriptors:
+        poll.register(reading, select.POLLIN)
+        for descriptor in launcher_watch.descriptors:
             poll.register(descriptor, select.POLLIN)
         while True:
-            ready = dict(poll.poll(self._time_to_look() * 1000))
-            if heard in ready:
-                numbers = os.read(heard, 4096)
+            ready = dict(poll.poll(self._poll_timeout() * 1000))
+            if reading in ready:
+                numbers = os.read(reading, 4096)
                 if not numbers:
-                    os.close(heard)
+                    os.close(reading)
                     return
                 for number in numbers:
-                    self._hear(number)
-            if launcher.is_gone():
-                for descriptor in launcher.descriptors:
+                    self._receive(number)
+            if launcher_watch.is_gone():
+                for descriptor in launcher_watch.descriptors:
                     poll.unregister(descriptor)
-                launcher.forget()
-                self._hear(LAUNCHER_GONE)
+                launcher_watch.forget()
+                self._receive(LAUNCHER_GONE)
             if self._deadline is not None and time.monotonic() >= self._deadline and not self._held:
                 self._end_here()
 
-    def _time_to_look(self) -> float:
-        """Seconds until there is something to do that no descriptor tells."""
+    def _poll_timeout(self) -> float:
+        """Seconds until the next check that no descriptor triggers."""
         if self._deadline is None:
-            return _LOOK_S
-        return min(_LOOK_S, max(0.01, self._deadline - time.monotonic()))
+            return _POLL_S
+        return min(_POLL_S, max(0.01, self._deadline - time.monotonic()))
 
-    def _hear(self, number: int) -> None:
+    def _receive(self, number: int) -> None:
         if number != LAUNCHER_GONE and number not in self._previous:
             return
         if self._is_second_press(number):
@@ -369,54 +369,54 @@ class StopSignals:
         return again
 
     def _end_here(self) -> None:
-        """End the process in place of the main thread, which has not come back, or not come to its end."""
+        """End the process in place of the main thread, which has not returned or not finished."""
         if self._ending.acquire(blocking=False):
-            said_elsewhere, self._over = self._over, True
-            if not said_elsewhere:
-                self._say_together()
+            reported_elsewhere, self._over = self._over, True
+            if not reported_elsewhere:
+                self._report_together()
         for directory in list(self.unfinished):
             shutil.rmtree(directory, ignore_errors=True)
         self._leave(exit_status(self.received))
 
     def _leave_at_once(self, number: int, launcher_gone: bool = False) -> None:
         self._over = True
-        self._ending.acquire(blocking=False)  # the main thread says nothing from here on
+        self._ending.acquire(blocking=False)  # the main thread reports nothing from here on
         self._leaving = True
         signal.pthread_kill(threading.main_thread().ident, number)
         event = "a second SIGINT" if number == signal.SIGINT else describe_signal(number)
         line = f"stopped at once by {event}, whatever was being done; {self._description()}"
         if self._watcher is None:
-            self._say(line)
+            self._print_line(line)
         elif launcher_gone:  # and the store with it
             if os.environ.get("LOCAL_RANK", "0") == "0":
-                self._say(line)
+                self._print_line(line)
         else:
-            # The other ranks would call this one lost; that they end too takes no more than a moment.
+            # Otherwise the other ranks would report this one as lost; ending them takes only a moment.
             self._watcher.stop_all(exit_status(number), lambda: line, _BRIEFLY_S, _AT_ONCE_S)
-            self._say(line)
+            self._print_line(line)
         self._leave(exit_status(number))
 
-    # The last words.
+    # The report.
 
-    def _say_together(self) -> None:
+    def _report_together(self) -> None:
         """Print the line on one rank, and end all."""
         number, watcher = self.received, self._watcher
         if watcher is not None and number != LAUNCHER_GONE:
-            # Ranks that a signal finds importing come here one after the other.
+            # Ranks that receive a signal during their imports reach this one after the other.
             if self._is_early and not self._first_on_host.claim():
                 return
-            watcher.stop_all(exit_status(number), self._line, _UNWIND_S, _LAST_WORDS_S)
-            self._say(self._line())
+            watcher.stop_all(exit_status(number), self._line, _UNWIND_S, _REPORT_S)
+            self._print_line(self._line())
             return
-        # Ranks that have not met, or whose store has gone with the launcher, each see for themselves.
+        # Ranks without a rendezvous, or whose store has gone with the launcher, decide each on its own.
         if number == LAUNCHER_GONE:
             if os.environ.get("LOCAL_RANK", "0") == "0":
-                self._say(self._line())
-        elif not launcher_environment.has_other_ranks():
-            self._say(self._line())
+                self._print_line(self._line())
+        elif not launcher.has_other_ranks():
+            self._print_line(self._line())
         elif self._first_on_host.claim():
-            self._say(self._line())
-            time.sleep(_HOLD_S)  # others come to speak a little later
+            self._print_line(self._line())
+            time.sleep(_HOLD_S)  # others reach this a little later
 
     def _line(self) -> str:
         return f"stopped by {describe_signal(self.received)} {self._description()}".strip()
@@ -428,10 +428,10 @@ class StopSignals:
             return f"(how far the run was is not known: {error!r})"
 
     @staticmethod
-    def _say(line: str) -> None:
-        """One line to stderr, after what is waiting for stdout; no lock of an interrupted print is needed."""
+    def _print_line(line: str) -> None:
+        """Print one line to stderr after flushing stdout, without the lock of an interrupted print."""
         _within(_BRIEFLY_S, lambda: bool(sys.stdout.flush()))
-        where = f"[{launcher_environment.describe()}] " if launcher_environment.has_other_ranks() else ""
+        where = f"[{launcher.describe()}] " if launcher.has_other_ranks() else ""
         with contextlib.suppress(OSError):
             os.write(2, f"{where}error: {line}\n".encode())
 
@@ -443,7 +443,7 @@ class StopSignals:
 
 
 def _has_native_handler(number: int) -> bool:
-    """Whether a library catches a signal of which Python knows nothing, as ``faulthandler.register`` does."""
+    """Whether a library catches a signal without Python's knowledge, as ``faulthandler.register`` does."""
     with contextlib.suppress(OSError), open("/proc/self/status") as status:
         for line in status:
             if line.startswith("SigCgt:"):
@@ -452,7 +452,7 @@ def _has_native_handler(number: int) -> bool:
 
 
 def _within(seconds: float, ask: Callable[[], bool]) -> bool:
-    """The answer to a question, or True where it takes too long: the other end may be gone or stuck."""
+    """Result of ``ask``, or True where it takes too long: the other end may be gone or stuck."""
     answers = []
 
     def answer() -> None:

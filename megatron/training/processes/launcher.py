@@ -1,4 +1,4 @@
-"""What processes and their launcher tell each other: which rank this is, and why it failed."""
+"""The launcher of this process: which rank it makes of it, how it learns of failures, and when it ends."""
 
 import contextlib
 import fcntl
@@ -22,8 +22,8 @@ _TORCHRUN = (b"torchrun", b"torch.distributed.run", b"torch.distributed.launch")
 _FIRST_PORT, _PORTS = 20000, 10000
 
 
-def adopt(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set torchrun's variables from those of srun or mpirun, where nobody has set them.
+def set_rank_variables(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set torchrun's variables from those of srun or mpirun, where they are not set.
 
     MASTER_ADDR comes from the list of the step's nodes (Slurm), or is this machine where all ranks are local;
     across machines under mpirun it must be given. MASTER_PORT follows from the number of the job.
@@ -89,15 +89,15 @@ def check_network() -> None:
 
 
 def describe() -> str:
-    """Where this process runs, for messages."""
+    """Rank and host of this process, for messages."""
     return f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
 
 
-def hand_over_failure(message: str, failed_at: float) -> None:
-    """Give torchrun the cause of a failure, so that it stands at the end of what torchrun prints.
+def write_torchrun_error(message: str, failed_at: float) -> None:
+    """Give torchrun the cause of a failure, which it prints at its end.
 
-    Torchrun names a file to its processes, and takes the earliest of what they wrote for the root cause.
-    Without it nothing happens.
+    Torchrun gives its processes the name of a file, and takes the earliest error there as the root cause.
+    Without that name nothing is written.
 
     Args:
         message: what to show.
@@ -112,27 +112,27 @@ def hand_over_failure(message: str, failed_at: float) -> None:
 
 
 def above_standard_streams(descriptor: int) -> int:
-    """The same file under a number that no standard stream has, for a process that began without those."""
+    """Move a descriptor to a number above the standard streams, which may be closed in this process."""
     moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 10)
     os.close(descriptor)
     return moved
 
 
 class LauncherWatch:
-    """Notices the end of the torchrun, or of the launch script, that this process is to end with.
+    """Detects the end of torchrun, or of the launch script, with which this process ends.
 
-    Of no other launcher, and of no shell: a rank that was started by hand shall outlive its shell, and srun
+    Other launchers and shells are not watched: a rank that was started by hand outlives its shell, and srun
     and mpirun end their ranks themselves.
 
     Attributes:
-        descriptors: readable when a launcher has ended; none where the system has no such thing.
+        descriptors: readable when a launcher has ended; empty where the system does not support that.
     """
 
     def __init__(self) -> None:
         self._parent = os.getppid()
         self._pids = [_torchrun()] if "TORCHELASTIC_RUN_ID" in os.environ else []
         script = os.environ.get("MEGATRON_LAUNCHER_PID", "")
-        if script.isdigit() and int(script) in _above():
+        if script.isdigit() and int(script) in _ancestors():
             self._pids.append(int(script))
         self.descriptors: list[int] = []
         for pid in self._pids if hasattr(os, "pidfd_open") else []:
@@ -146,7 +146,7 @@ class LauncherWatch:
         return any(not self._exists(pid) for pid in self._pids)
 
     def forget(self) -> None:
-        """The end has been noticed."""
+        """Stop watching."""
         self._pids, self.descriptors = [], []
 
     def _exists(self, pid: int) -> bool:
@@ -156,24 +156,24 @@ class LauncherWatch:
             os.kill(pid, 0)
         except ProcessLookupError:
             return False
-        except OSError:  # somebody else's
+        except OSError:  # of another user
             return True
         return True
 
 
 def _torchrun() -> int:
-    """The process that is torchrun among those above this one; else the one right above it.
+    """The nearest ancestor that is torchrun; without one, the parent process.
 
-    A shell or a program such as numactl may stand between, and outlives torchrun.
+    A shell or a program such as numactl may be between, and outlives torchrun.
     """
-    for pid, words in _above().items():
+    for pid, words in _ancestors().items():
         if any(os.path.basename(word) in _TORCHRUN for word in words):
             return pid
     return os.getppid()
 
 
-def _above() -> dict[int, list[bytes]]:
-    """Processes above this one with their command lines, the nearest first."""
+def _ancestors() -> dict[int, list[bytes]]:
+    """Ancestors of this process with their command lines, the nearest first."""
     found: dict[int, list[bytes]] = {}
     pid = os.getppid()
     while pid > 0:

@@ -1,0 +1,1 @@
+"""This process, its launcher, its workers and its streams. Nothing here imports torch."""
