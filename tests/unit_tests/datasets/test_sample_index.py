@@ -57,3 +57,11 @@ def test_documented_names_and_types():
 def test_fewer_tokens_than_a_sample():
     sizes, order = np.array([2], dtype=np.int32), np.array([0], dtype=np.int32)
     assert helpers.build_sample_idx(sizes, order, 8, 1, 2).tolist() == [[0, 0]]
+
+
+def test_rows_widen_only_where_a_position_in_a_sequence_does_not_fit():
+    order = np.array([0], dtype=np.int32)
+    for length, dtype in ((2**31 - 1, np.int32), (2**31, np.int64)):
+        sizes = np.array([length], dtype=np.int64)
+        rows = helpers.build_sample_idx(sizes, order, 2**30, 1, length)
+        assert (rows.dtype, rows[1].tolist()) == (dtype, [0, 2**30])

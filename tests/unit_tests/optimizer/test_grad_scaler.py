@@ -70,6 +70,7 @@ def test_constant() -> None:
         {"min_scale": 1e6},
         {"growth_factor": 1.0},
         {"backoff_factor": 1.0},
+        {"backoff_factor": 0.0},
         {"growth_interval": 0},
         {"hysteresis": 0},
     ],

@@ -1,11 +1,13 @@
 """The public transfer functions, in a schedule written by hand, on two and four stages."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
 from toy_stages import make_config
 
-from megatron.core import parallel_state
+from megatron.core import accelerator, parallel_state
 from megatron.core.pipeline_parallel import p2p_communication as p2p
 from megatron.core.pipeline_parallel import schedules
 from tests.distributed.pool import run_ranks
@@ -126,6 +128,35 @@ def lengths_differ():
 
 def test_variable_shapes_are_announced():
     assert run_ranks(2, lengths_differ) == [(4, 5, 6), (9, 1, 2)]
+
+
+def many_dimensions():
+    config, rank, _ = begin(variable_seq_lengths=True)
+    shape = (1, 2, 1, 2, 1, 2, 3)
+    if rank == 0:
+        return p2p.send_forward(value(1, shape), config)
+    return tuple(p2p.recv_forward(SHAPE, config).shape)
+
+
+def test_shapes_of_seven_dimensions_are_announced():
+    assert run_ranks(2, many_dimensions)[1] == (1, 2, 1, 2, 1, 2, 3)
+
+
+def synchronisations(batched, asked):
+    """How often the device is waited for after one message."""
+    config, rank, _ = begin(batch_p2p_comm=batched, batch_p2p_sync=asked)
+    with mock.patch.object(accelerator, "synchronize") as synchronize:
+        if rank == 0:
+            p2p.send_forward(value(1), config)
+        else:
+            p2p.recv_forward(SHAPE, config)
+    return synchronize.call_count
+
+
+def test_only_batched_receiving_synchronises_and_only_where_asked():
+    assert run_ranks(2, synchronisations, True, True) == [0, 1]
+    for other in ((True, False), (False, True), (False, False)):
+        assert run_ranks(2, synchronisations, *other) == [0, 0]
 
 
 def half_precision():

@@ -66,6 +66,15 @@ def test_same_bits(policy, backend):
     assert_same(gradients(backend, **POLICIES[policy]), plain)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_norms_inside_linear_layers_are_recomputed_alone_where_asked(policy):
+    model_parallel_cuda_manual_seed(8)
+    config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=2, **POLICIES[policy])
+    model = GPTModel(config, get_gpt_layer_with_transformer_engine_spec(), 32, 24)
+    alone = {module.recompute_norm for module in model.modules() if hasattr(module, "recompute_norm")}
+    assert alone == {policy in ("layernorm", "all parts")}
+
+
 def test_same_bits_with_norm_inside_linear():
     make_spec = get_gpt_layer_with_transformer_engine_spec
     assert_same(gradients(make_spec=make_spec, **POLICIES["all parts"]), gradients(make_spec=make_spec))
