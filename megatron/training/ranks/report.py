@@ -1,5 +1,6 @@
 """The report of a failure: which rank makes it, what every rank was doing, and the sentence about it."""
 
+import contextlib
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -66,10 +67,17 @@ def mark_reported(session: Session) -> None:
     session.shared().set("reported", "1")
 
 
-def leave_last(session: Session) -> None:
-    """Wait, in the process that keeps the store, until the others have read it."""
-    if session.address.hosted_here:
-        time.sleep(2 * max(session.interval_s, INTERVAL_S) + 0.5)
+def leave(session: Session) -> None:
+    """End the part of this rank in a report; a rank whose end takes the store away waits for the others.
+
+    A rank that lost the store before it could read that the cause is reported would report it again.
+    """
+    with contextlib.suppress(RuntimeError):  # the store is gone: nobody needs to be waited for
+        shared = session.shared()
+        left = shared.add("left", 1)
+        if session.address.ends_with_this_rank and left < session.world_size:
+            limit_s = CLAIM_S + 2 * max(session.interval_s, INTERVAL_S) + 0.5
+            session.wait(limit_s, lambda: shared.add("left", 0) >= session.world_size)
 
 
 def _claim(session: Session, shared: WatchedStore, failure: Failure) -> None:

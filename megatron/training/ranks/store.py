@@ -36,12 +36,15 @@ class StoreAddress:
         host, port: MASTER_ADDR and MASTER_PORT.
         hosted_here: this process keeps it.
         by_launcher: torchrun keeps it.
+        ends_with_this_rank: it ends when this process does: this process keeps it, or torchrun on this host
+            does, which ends with its ranks, and other hosts have ranks that need it.
     """
 
     host: str
     port: int
     hosted_here: bool
     by_launcher: bool
+    ends_with_this_rank: bool = False
 
     @classmethod
     def of_environment(cls, rank: int) -> "StoreAddress | None":
@@ -50,7 +53,12 @@ class StoreAddress:
         if not host or not port.isdigit() or not 0 < int(port) < 2**16:
             return None
         by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return cls(host, int(port), rank == 0 and not by_launcher, by_launcher)
+        hosted_here = rank == 0 and not by_launcher
+        # The torchrun that started the first group of ranks keeps it.
+        of_first_host = by_launcher and os.environ.get("GROUP_RANK") == "0"
+        has_other_hosts = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
+        ends = hosted_here or (of_first_host and has_other_hosts)
+        return cls(host, int(port), hosted_here, by_launcher, ends)
 
     @property
     def keeper(self) -> str:

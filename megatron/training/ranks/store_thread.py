@@ -204,7 +204,7 @@ class StoreThread:
         if reports:
             self._owner.report()
             report.mark_reported(session)
-        report.leave_last(session)
+        report.leave(session)
         end_process(status)
 
     def _leave(self, session: Session) -> None:

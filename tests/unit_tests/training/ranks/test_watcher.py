@@ -13,9 +13,9 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from megatron.training.ranks import failure, store, store_thread, watcher
+from megatron.training.ranks import failure, report, store, store_thread, watcher
 from megatron.training.ranks.failure import FirstOnHost
-from megatron.training.ranks.heartbeat import Heartbeat, Process, _status
+from megatron.training.ranks.heartbeat import Heartbeat, Process, Session, _status
 from megatron.training.ranks.rendezvous import ArgumentComparison, comparable
 from megatron.training.ranks.report import Finding, explain, missing_ranks, rank_list, rank_numbers
 from megatron.training.ranks.stack_location import StackLocation
@@ -144,6 +144,59 @@ def test_invalid_ports_give_no_store_address(port: str, monkeypatch: pytest.Monk
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", port)
     assert StoreAddress.of_environment(0) is None
+
+
+@pytest.mark.parametrize(
+    ("rank", "environment", "ends"),
+    [
+        (0, {}, True),
+        (1, {}, False),
+        (1, {"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, True),
+        (2, {"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, False),
+        (0, {"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "4"}, False),
+    ],
+    ids=["rank 0 keeps it", "another rank", "on torchrun's first host", "on its second host", "one host"],
+)
+def test_ranks_know_whether_the_store_ends_with_them(
+    rank: int, environment: dict[str, str], ends: bool, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("TORCHELASTIC_USE_AGENT_STORE", "GROUP_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    fixed = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "WORLD_SIZE": "4"}
+    for name, value in {**fixed, **environment}.items():
+        monkeypatch.setenv(name, value)
+    assert StoreAddress.of_environment(rank).ends_with_this_rank == ends
+
+
+def test_a_rank_that_takes_the_store_away_leaves_after_the_others(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(report, "CLAIM_S", float(LIMIT_S))
+    shared = WatchedStore(dist.HashStore(), NoProbe())
+    keeping, other = (
+        Session(shared, rank, 2, StoreAddress("", 1, False, True, rank == 0), lambda: None) for rank in (0, 1)
+    )
+    other.attempt = keeping.attempt
+    leaving = threading.Thread(target=report.leave, args=(keeping,))
+    leaving.start()
+    leaving.join(0.5)
+    assert leaving.is_alive()
+    report.leave(other)  # waits for nobody
+    leaving.join(LIMIT_S / 2)
+    assert not leaving.is_alive()
+
+
+def test_nobody_waits_for_ranks_that_do_not_come_or_for_a_store_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(report, "CLAIM_S", 0.0)
+    monkeypatch.setattr(report, "INTERVAL_S", 0.0)
+    address = StoreAddress("", 1, False, True, True)
+    report.leave(Session(WatchedStore(dist.HashStore(), NoProbe()), 0, 2, address, lambda: None))
+
+    class Gone(NoProbe):
+        def check(self) -> None:
+            raise RuntimeError("its process has ended")
+
+    report.leave(Session(WatchedStore(dist.HashStore(), Gone()), 0, 2, address, lambda: None))
 
 
 def first_problem(host: str, port: int) -> str:
