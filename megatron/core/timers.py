@@ -296,6 +296,6 @@ def timed(config: Any, name: str, log_level: int = 1) -> contextlib.AbstractCont
 
 @contextlib.contextmanager
 def _timed(timer: Timer | DummyTimer, barrier: bool) -> Iterator[None]:
-    timer.start(barrier=barrier)
+    timer.start(barrier=True) if barrier else timer.start()
     yield
     timer.stop()

@@ -5,7 +5,7 @@ virtual stage ``c * p + r``, which orders the parts of the model as data flows t
 """
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, Flag, auto
 
 
 class Work(Enum):
@@ -27,6 +27,15 @@ class Compute:
     chunk: int
 
 
+class Direction(Flag):
+    """What a transfer carries, and which way, seen from one of its two ends."""
+
+    ACTIVATION_OUT = auto()
+    ACTIVATION_IN = auto()
+    GRADIENT_OUT = auto()
+    GRADIENT_IN = auto()
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One transfer, seen from one of its two ends.
@@ -45,6 +54,13 @@ class Message:
     microbatch: int
     chunk: int
     peer: int
+
+    @property
+    def direction(self) -> Direction:
+        """Activation or gradient, out or in."""
+        if self.gradient:
+            return Direction.GRADIENT_OUT if self.send else Direction.GRADIENT_IN
+        return Direction.ACTIVATION_OUT if self.send else Direction.ACTIVATION_IN
 
 
 @dataclass(frozen=True, slots=True)

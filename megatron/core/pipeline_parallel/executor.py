@@ -1,4 +1,4 @@
-"""Runs a schedule: any list of actions, on one rank.
+"""Runs the schedule of a pipeline stage: any list of actions.
 
 Transfers are waited for where what they bring is needed, never where they are started; what is sent stays
 in memory until it has left. So each transfer has as long as the schedule leaves it, and a rank never
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from megatron.core import parallel_state
 from megatron.core.errors import UsageError
-from megatron.core.pipeline_parallel.actions import Action, Compute, Exchange, Message, StartSync, Work
-from megatron.core.pipeline_parallel.microbatch import (
-    averages_per_token,
-    backward_step,
-    check_first_val_step,
-    deallocate_output_tensor,
-    forward_step,
-    timed,
+from megatron.core.pipeline_parallel.actions import (
+    Action,
+    Compute,
+    Direction,
+    Exchange,
+    Message,
+    StartSync,
+    Work,
 )
 from megatron.core.pipeline_parallel.transport import (
     Pending,
@@ -34,7 +34,8 @@ from megatron.core.pipeline_parallel.transport import (
 )
 from megatron.core.tensor_parallel import deferred_gradients
 from megatron.core.tensor_parallel.replica_streams import replica_streams
-from megatron.core.utils import make_viewless_tensor
+from megatron.core.timers import timed
+from megatron.core.utils import assert_viewless_tensor, make_viewless_tensor
 
 # (micro-batch, chunk)
 _Place = tuple[int, int]
@@ -43,25 +44,25 @@ _Place = tuple[int, int]
 # when that is without being waited for; waiting is safe: every exchange can end before the next one starts.
 _MOST_PENDING = 4
 
-# Timers by what an exchange (sends activation, receives activation, sends gradient, receives gradient).
 _TIMERS = {
-    (True, False, False, False): "forward-send",
-    (False, True, False, False): "forward-recv",
-    (False, False, True, False): "backward-send",
-    (False, False, False, True): "backward-recv",
-    (True, True, False, False): "forward-send-forward-recv",
-    (True, False, False, True): "forward-send-backward-recv",
-    (False, True, True, False): "backward-send-forward-recv",
-    (False, False, True, True): "backward-send-backward-recv",
+    Direction.ACTIVATION_OUT: "forward-send",
+    Direction.ACTIVATION_IN: "forward-recv",
+    Direction.GRADIENT_OUT: "backward-send",
+    Direction.GRADIENT_IN: "backward-recv",
+    Direction.ACTIVATION_OUT | Direction.ACTIVATION_IN: "forward-send-forward-recv",
+    Direction.ACTIVATION_OUT | Direction.GRADIENT_IN: "forward-send-backward-recv",
+    Direction.GRADIENT_OUT | Direction.ACTIVATION_IN: "backward-send-forward-recv",
+    Direction.GRADIENT_OUT | Direction.GRADIENT_IN: "backward-send-backward-recv",
 }
 _TIMER_OF_THE_REST = "forward-backward-send-forward-backward-recv"
 
 
 @dataclass(frozen=True)
-class Step:
+class StepInputs:
     """What a schedule is run on.
 
     Attributes:
+        forward_step, backward_step: those of :mod:`schedules`: one micro-batch on one chunk.
         forward_step_func: ``(data_iterator, model) -> (output, loss_func)``.
         data_iterators, models: one per chunk of this rank.
         num_microbatches: of the step.
@@ -70,6 +71,8 @@ class Step:
         forward_only, collect_non_loss_data, first_val_step: as of the public functions.
     """
 
+    forward_step: Callable
+    backward_step: Callable
     forward_step_func: Callable
     data_iterators: Sequence[Iterator | None]
     models: Sequence[torch.nn.Module]
@@ -81,7 +84,7 @@ class Step:
     first_val_step: bool | None = None
 
 
-def run_schedule(actions: Sequence[Action], step: Step) -> list[Any]:
+def run_schedule(actions: Sequence[Action], step: StepInputs) -> list[Any]:
     """Runs all actions of this rank, then finalizes the gradients.
 
     Returns:
@@ -104,7 +107,7 @@ def run_schedule(actions: Sequence[Action], step: Step) -> list[Any]:
 class _Runner:
     """The tensors and transfers of one step on one rank."""
 
-    def __init__(self, step: Step, actions: Sequence[Action]):
+    def __init__(self, step: StepInputs, actions: Sequence[Action]):
         self.step, self.config = step, step.config
         self.reports: list[Any] = []
         self.total_tokens = torch.zeros((), dtype=torch.int64)
@@ -143,12 +146,11 @@ class _Runner:
 
     def exchange(self, exchange: Exchange) -> None:
         """Starts transfers; frees outputs that are on their way."""
-        kinds = [(m.send, m.gradient) for m in exchange.messages]
-        name = _TIMERS.get(
-            tuple(kind in kinds for kind in ((True, False), (False, False), (True, True), (False, True))),
-            _TIMER_OF_THE_REST,
-        )
-        with timed(self.config, name):
+        directions = Direction(0)
+        for message in exchange.messages:
+            directions |= message.direction
+        name = _TIMERS.get(directions, _TIMER_OF_THE_REST)
+        with timed(self.config, name, log_level=2):
             self.pending = [pending for pending in self.pending if not pending.is_done()]
             while len(self.pending) >= _MOST_PENDING:
                 self.pending.pop(0).wait()
@@ -180,14 +182,13 @@ class _Runner:
         """Waits for the last transfers, then hands the gradients to be finalized."""
         for pending in self.pending:
             pending.wait()
-        if self.config.finalize_model_grads_func is not None and not self.step.forward_only:
-            tokens = self.total_tokens if averages_per_token(self.config) else None
-            self.config.finalize_model_grads_func(list(self.step.models), tokens)
+        if not self.step.forward_only:
+            finalize_gradients(self.config, self.step.models, self.total_tokens)
 
     def _forward(self, microbatch: int, chunk: int) -> None:
         step = self.step
         inputs = self._received(False, microbatch, chunk) or [None]
-        output, num_tokens = forward_step(
+        output, num_tokens = step.forward_step(
             step.forward_step_func,
             step.data_iterators[chunk],
             step.models[chunk],
@@ -219,7 +220,7 @@ class _Runner:
         splits = action.work is Work.INPUT_GRADIENT
         before = deferred_gradients.pending()
         with deferred_gradients.deferring() if splits else contextlib.nullcontext():
-            input_grads = backward_step(inputs, outputs, grads, None, self.config)
+            input_grads = self.step.backward_step(inputs, outputs, grads, None, self.config)
         if splits:
             self.put_off[place] = deferred_gradients.pending() - before
         if inputs[0] is not None:
@@ -253,7 +254,7 @@ class _Runner:
         if found is None:
             return None
         tensors, pending = found
-        with timed(self.config, "backward-recv" if gradient else "forward-recv"):
+        with timed(self.config, "backward-recv" if gradient else "forward-recv", log_level=2):
             pending.wait_received()
         return tensors
 
@@ -303,3 +304,38 @@ def _pipeline_rank() -> int:
 
 def _pipeline_size() -> int:
     return parallel_state.get_pipeline_model_parallel_world_size() if parallel_state.is_initialized() else 1
+
+
+# --- also of a step without a pipeline ----------------------------------------------------------------------
+
+
+def finalize_gradients(config: Any, models: Sequence[torch.nn.Module], num_tokens: Tensor) -> None:
+    """Hands the gradients of all chunks to ``config.finalize_model_grads_func``, where there is one."""
+    if config.finalize_model_grads_func is not None:
+        tokens = num_tokens if averages_per_token(config) else None
+        config.finalize_model_grads_func(list(models), tokens)
+
+
+def averages_per_token(config: Any) -> bool:
+    """Whether gradients are divided by the tokens of the whole step; a plain ModelParallelConfig says no."""
+    return getattr(config, "calculate_per_token_loss", False)
+
+
+def check_first_val_step(first_val_step: bool | None, forward_only: bool, cond: bool) -> bool:
+    """``cond``, but in an evaluation that says so only during its first step."""
+    if first_val_step is not None and forward_only:
+        return first_val_step and cond
+    return cond
+
+
+def deallocate_output_tensor(out: Tensor | None, deallocate_pipeline_outputs: bool = False) -> None:
+    """Shrinks the data of an output that has been sent to one element; its place in the graph stays.
+
+    Args:
+        out: not a view of another tensor: freeing it would free nothing.
+        deallocate_pipeline_outputs: do nothing if False.
+    """
+    if out is None or not deallocate_pipeline_outputs:
+        return
+    assert_viewless_tensor(out, "a stage's output that is to be freed")
+    out.data = torch.empty((1,), device=out.device, dtype=out.dtype)

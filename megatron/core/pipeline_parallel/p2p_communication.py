@@ -13,7 +13,6 @@ from torch import Tensor
 from megatron.core import parallel_state
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel.actions import Message
-from megatron.core.pipeline_parallel.microbatch import timed
 from megatron.core.pipeline_parallel.planning import place_in_exchange
 from megatron.core.pipeline_parallel.transport import (
     Pending,
@@ -23,6 +22,7 @@ from megatron.core.pipeline_parallel.transport import (
     receive_buffer,
     start,
 )
+from megatron.core.timers import timed
 
 Shape = Sequence[int]
 
@@ -31,7 +31,7 @@ def recv_forward(tensor_shape: Shape, config: ModelParallelConfig) -> Tensor | N
     """Activations from the previous stage, None on the first."""
     if parallel_state.is_pipeline_first_stage():
         return None
-    with timed(config, "forward-recv"):
+    with timed(config, "forward-recv", log_level=2):
         received, pending = _exchange(None, None, True, False, tensor_shape, config)
         pending.wait()
     return received[False]
@@ -41,7 +41,7 @@ def recv_backward(tensor_shape: Shape, config: ModelParallelConfig) -> Tensor | 
     """Gradients of this stage's output from the next stage, None on the last."""
     if parallel_state.is_pipeline_last_stage():
         return None
-    with timed(config, "backward-recv"):
+    with timed(config, "backward-recv", log_level=2):
         received, pending = _exchange(None, None, False, True, tensor_shape, config)
         pending.wait()
     return received[True]
@@ -50,14 +50,14 @@ def recv_backward(tensor_shape: Shape, config: ModelParallelConfig) -> Tensor | 
 def send_forward(output_tensor: Tensor | None, config: ModelParallelConfig) -> None:
     """Activations to the next stage; nothing on the last."""
     if not parallel_state.is_pipeline_last_stage():
-        with timed(config, "forward-send"):
+        with timed(config, "forward-send", log_level=2):
             _exchange(output_tensor, None, False, False, None, config)[1].wait()
 
 
 def send_backward(input_tensor_grad: Tensor | None, config: ModelParallelConfig) -> None:
     """Gradients to the previous stage; nothing on the first."""
     if not parallel_state.is_pipeline_first_stage():
-        with timed(config, "backward-send"):
+        with timed(config, "backward-send", log_level=2):
             _exchange(None, input_tensor_grad, False, False, None, config)[1].wait()
 
 
@@ -67,7 +67,7 @@ def send_forward_recv_backward(
     """Both with the next stage at once; None on the last."""
     if parallel_state.is_pipeline_last_stage():
         return None
-    with timed(config, "forward-send-backward-recv"):
+    with timed(config, "forward-send-backward-recv", log_level=2):
         received, pending = _exchange(output_tensor, None, False, True, tensor_shape, config)
         pending.wait()
     return received[True]
@@ -79,7 +79,7 @@ def send_backward_recv_forward(
     """Both with the previous stage at once; None on the first."""
     if parallel_state.is_pipeline_first_stage():
         return None
-    with timed(config, "backward-send-forward-recv"):
+    with timed(config, "backward-send-forward-recv", log_level=2):
         received, pending = _exchange(None, input_tensor_grad, True, False, tensor_shape, config)
         pending.wait()
     return received[False]
@@ -98,7 +98,7 @@ def send_forward_recv_forward(
         The activations or None; with ``overlap_p2p_comm`` together with a list of handles to ``wait()`` for
         before they are used.
     """
-    with timed(config, "forward-send-forward-recv"):
+    with timed(config, "forward-send-forward-recv", log_level=2):
         received, pending = _exchange(output_tensor, None, recv_prev, False, tensor_shape, config)
         if not overlap_p2p_comm:
             pending.wait()
@@ -117,7 +117,7 @@ def send_backward_recv_backward(
     Returns:
         As of :func:`send_forward_recv_forward`.
     """
-    with timed(config, "backward-send-backward-recv"):
+    with timed(config, "backward-send-backward-recv", log_level=2):
         received, pending = _exchange(None, input_tensor_grad, False, recv_next, tensor_shape, config)
         if not overlap_p2p_comm:
             pending.wait()
@@ -133,7 +133,7 @@ def send_forward_backward_recv_forward_backward(
     config: ModelParallelConfig,
 ) -> tuple[Tensor | None, Tensor | None]:
     """All four at once; returns the activations and the gradients received."""
-    with timed(config, "forward-backward-send-forward-backward-recv"):
+    with timed(config, "forward-backward-send-forward-backward-recv", log_level=2):
         received, pending = _exchange(
             output_tensor, input_tensor_grad, recv_prev, recv_next, tensor_shape, config
         )

@@ -1,30 +1,47 @@
-"""The public functions that run the micro-batches of one step through the pipeline.
+"""The functions that run the micro-batches of one step: forward to an output or a loss, and backward from it.
 
-Each makes the schedule of this rank (:mod:`planning`) and runs it (:mod:`executor`).
+On one stage that is a loop over micro-batches. With several stages each function makes the schedule of this
+rank (:mod:`planning`), a list of forward and backward passes and transfers, and runs it (:mod:`executor`).
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
-from megatron.core.errors import NotBuiltYetError, UsageError
-from megatron.core.pipeline_parallel import p2p_communication as p2p
-from megatron.core.pipeline_parallel.executor import Step, run_schedule
-from megatron.core.pipeline_parallel.microbatch import (
-    backward_step,
-    check_first_val_step,
-    custom_backward,
-    deallocate_output_tensor,
-    forward_step,
-    set_current_microbatch,
+from megatron.core.errors import UsageError
+from megatron.core.pipeline_parallel.compat import (
+    clear_embedding_activation_buffer,
+    convert_schedule_table_to_order,
+    finish_embedding_wgrad_compute,
+    get_pp_rank_microbatches,
+    get_schedule_table,
+    recv_backward,
+    recv_forward,
+    send_backward,
+    send_backward_recv_forward,
+    send_forward,
+    send_forward_recv_backward,
 )
-from megatron.core.pipeline_parallel.orders import num_warmup, schedule_table
+from megatron.core.pipeline_parallel.executor import (
+    StepInputs,
+    averages_per_token,
+    check_first_val_step,
+    deallocate_output_tensor,
+    finalize_gradients,
+    run_schedule,
+)
 from megatron.core.pipeline_parallel.planning import make_schedule
-from megatron.core.utils import drain_embedding_wgrad_compute, get_attr_wrapped_model, get_model_config
+from megatron.core.pipeline_parallel.transport import Shapes, get_tensor_shapes
+from megatron.core.tensor_parallel import deferred_gradients
+from megatron.core.tensor_parallel.replica_streams import replica_streams
+from megatron.core.timers import timed
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 __all__ = [
     "backward_step",
@@ -52,7 +69,7 @@ __all__ = [
 ]
 
 Report = dict[str, Any]
-Shapes = list[tuple[int, ...]]
+Tensors = Tensor | None | list[Tensor | None]
 
 
 def get_forward_backward_func() -> Callable[..., list[Report]]:
@@ -67,6 +84,9 @@ def get_forward_backward_func() -> Callable[..., list[Report]]:
     return forward_backward_pipelining_without_interleaving
 
 
+# --- one stage ----------------------------------------------------------------------------------------------
+
+
 def forward_backward_no_pipelining(
     *,
     forward_step_func: Callable,
@@ -79,6 +99,7 @@ def forward_backward_no_pipelining(
     forward_only: bool = False,
     collect_non_loss_data: bool = False,
     first_val_step: bool | None = None,
+    config: Any = None,
 ) -> list[Report]:
     """Run all micro-batches of a step on one stage.
 
@@ -87,13 +108,14 @@ def forward_backward_no_pipelining(
     Args:
         forward_step_func: ``(data_iterator, model) -> (output, loss_func)``.
         data_iterator: micro-batches, bare or in a list with one per chunk.
-        model: the model, bare or in a list of chunks; ``config`` of the first holds the hooks used here.
+        model: the model, bare or in a list of chunks.
         num_microbatches: micro-batches per step.
         seq_length, micro_batch_size: of every micro-batch, before it is split over ranks.
         decoder_seq_length: of models with an encoder.
         forward_only: no backward (evaluation).
         collect_non_loss_data: collect ``loss_func(output, non_loss_data=True)`` instead of losses.
         first_val_step: in an evaluation, whether this is its first step.
+        config: settings and hooks of the schedule; those of the first chunk if None.
 
     Returns:
         One report per micro-batch on the last stage, [] on others.
@@ -101,21 +123,226 @@ def forward_backward_no_pipelining(
     Raises:
         UsageError: numbers of chunks or micro-batches that cannot work; shapes other than announced.
     """
-    models, iterators = _per_chunk(model, data_iterator, 1)
-    return run_schedule(
-        make_schedule("1f1b", 1, 0, num_microbatches, forward_only=forward_only),
-        Step(
-            forward_step_func,
-            iterators,
-            models,
-            num_microbatches,
-            (),
-            get_model_config(models[0]),
-            forward_only,
-            collect_non_loss_data,
-            first_val_step,
-        ),
+    (model,), (data_iterator,) = _per_chunk(model, data_iterator, 1)
+    config = get_model_config(model) if config is None else config
+    if num_microbatches < 1:
+        raise UsageError(f"a step of {num_microbatches} micro-batches: it must have at least 1")
+    reports: list[Report] = []
+    total_tokens = torch.zeros((), dtype=torch.int64)
+    deferred_gradients.discard()
+    _only(config.param_sync_func)(model.parameters())
+    # An evaluation draws nothing, and leaves the streams as they are.
+    with contextlib.nullcontext() if forward_only else replica_streams():
+        for microbatch in range(num_microbatches):
+            is_last = microbatch == num_microbatches - 1
+            hold_reduction_back = contextlib.nullcontext if is_last else _only(config.no_sync_func)
+            with hold_reduction_back():
+                output, num_tokens = forward_step(
+                    forward_step_func,
+                    data_iterator,
+                    model,
+                    num_microbatches,
+                    None,
+                    reports,
+                    config,
+                    collect_non_loss_data,
+                    _recomputes(config, microbatch, forward_only),
+                    check_first_val_step(first_val_step, forward_only, microbatch == 0),
+                    microbatch,
+                )
+            # The loss function's count is on the device. Asking for its value would stop the host.
+            total_tokens = num_tokens + total_tokens
+            if not forward_only:
+                with hold_reduction_back():
+                    backward_step(None, output, None, None, config)
+    if not forward_only:
+        finalize_gradients(config, [model], total_tokens)
+    return reports
+
+
+def _only(hook: Any) -> Callable:
+    """The function of a hook that may be None, for nothing to do, or a list with one function per chunk."""
+    if hook is None:
+        return contextlib.nullcontext
+    return hook[0] if isinstance(hook, list | tuple) else hook
+
+
+def _recomputes(config: Any, microbatch: int, forward_only: bool) -> bool | None:
+    """Third argument of the forward function: whether to recompute this micro-batch in full; None: left out.
+
+    The first so many micro-batches of those in flight keep their activations. Backward follows each forward
+    pass here, so one is in flight; in an evaluation all are.
+    """
+    partial = config.num_microbatches_with_partial_activation_checkpoints
+    if partial is None:
+        return None
+    return (microbatch if forward_only else 0) >= partial
+
+
+# --- one micro-batch on one chunk ---------------------------------------------------------------------------
+
+
+def custom_backward(output: Tensor, grad_output: Tensor | None) -> None:
+    """Backward from an output whose data may have been shrunk by :func:`deallocate_output_tensor`.
+
+    ``torch.autograd.backward`` compares the shapes of output and gradient; the engine itself looks at the
+    shape the graph remembers.
+    """
+    if grad_output is None:
+        if output.numel() != 1:
+            raise UsageError(f"no gradient given for an output of {output.numel()} elements")
+        grad_output = torch.ones_like(output, memory_format=torch.preserve_format)
+    Variable._execution_engine.run_backward(
+        tensors=(output,),
+        grad_tensors=(grad_output,),
+        keep_graph=False,
+        create_graph=False,
+        inputs=(),
+        allow_unreachable=True,
+        accumulate_grad=True,
     )
+
+
+def set_current_microbatch(model: torch.nn.Module, microbatch_id: int) -> None:
+    """Tells the decoder's layers the number of the micro-batch; a model without a decoder is left alone."""
+    try:
+        decoder = get_attr_wrapped_model(model, "decoder")
+    except UsageError:
+        return
+    for layer in getattr(decoder, "layers", ()):
+        layer.current_microbatch = microbatch_id
+
+
+def is_last_stage() -> bool:
+    """Whether the chunk being run makes the loss; True without process groups."""
+    return not parallel_state.is_initialized() or parallel_state.is_pipeline_last_stage()
+
+
+def forward_step(
+    forward_step_func: Callable,
+    data_iterator: Iterator,
+    model: torch.nn.Module,
+    num_microbatches: int,
+    input_tensor: Tensors,
+    forward_data_store: list[Any],
+    config: Any,
+    collect_non_loss_data: bool = False,
+    checkpoint_activations_microbatch: bool | None = None,
+    is_first_microbatch: bool = False,
+    current_microbatch: int | None = None,
+    encoder_decoder_xattn: bool = False,
+) -> tuple[Any, Tensor]:
+    """Run one micro-batch forward; on the last stage turn its loss into the value to differentiate.
+
+    Args:
+        forward_step_func: ``(data_iterator, model) -> (output, loss_func)``; with
+            ``checkpoint_activations_microbatch`` not None it gets that as a third argument.
+        input_tensor: what the previous stage sent, bare or in a list; None on the first stage.
+        forward_data_store: receives the report (or the data that is not a loss) on the last stage.
+        is_first_microbatch: tell the model that weights have changed since its last forward pass.
+        current_microbatch: number told to the layers.
+        encoder_decoder_xattn: of models with an encoder, which do not exist yet.
+
+    Returns:
+        The output, in a list if the input was one, and the number of tokens its loss counted, an int64
+        scalar, 0 where the loss function does not tell.
+    """
+    with timed(config, "forward-compute", log_level=2):
+        if is_first_microbatch and hasattr(model, "set_is_first_microbatch"):
+            model.set_is_first_microbatch()
+        if current_microbatch is not None:
+            set_current_microbatch(model, current_microbatch)
+        inputs = input_tensor if isinstance(input_tensor, list) else [input_tensor]
+        if inputs[0] is not None:
+            get_attr_wrapped_model(model, "set_input_tensor")(inputs)
+        arguments = (data_iterator, model)
+        if checkpoint_activations_microbatch is not None:
+            arguments += (checkpoint_activations_microbatch,)
+        with _autocast(model, config):
+            output, loss_func = forward_step_func(*arguments)
+        num_tokens = torch.zeros((), dtype=torch.int64)
+        if is_last_stage():
+            if collect_non_loss_data:
+                forward_data_store.append(loss_func(output, non_loss_data=True))
+            else:
+                output, num_tokens, report = _loss_and_report(loss_func(output), num_microbatches, config)
+                forward_data_store.append(report)
+    if isinstance(input_tensor, list) and not isinstance(output, list):
+        output = [output]
+    return output, num_tokens
+
+
+def _autocast(model: torch.nn.Module, config: Any) -> contextlib.AbstractContextManager[Any]:
+    """Autocast only when it is asked for: entering it costs time on every micro-batch."""
+    if not config.enable_autocast:
+        return contextlib.nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, config.autocast_dtype)
+
+
+def _loss_and_report(result: tuple, num_microbatches: int, config: Any) -> tuple[Any, Tensor, Any]:
+    """Scale what a loss function returned: tensors, or in an evaluation also plain numbers.
+
+    A pair is (loss, report): the loss is averaged over micro-batches. A triple is (sum of losses, number
+    of tokens, report): the sum is divided by the tokens too, unless gradients are divided by the token
+    count of the whole step at its end (``calculate_per_token_loss``). Gradients that are averaged over the
+    data- and context-parallel ranks need a loss times the context-parallel size: these ranks hold parts of
+    the same sequences, so their gradients add up.
+    """
+    if not isinstance(result, tuple | list) or len(result) not in (2, 3):
+        raise UsageError(
+            "a loss function returns (loss, report) or (sum of losses, number of tokens, report), not "
+            f"{len(result) if isinstance(result, tuple | list) else type(result).__name__} of something else"
+        )
+    per_token = averages_per_token(config)
+    if len(result) == 2:
+        loss, report = result
+        num_tokens = torch.zeros((), dtype=torch.int64)
+        loss = loss / num_microbatches
+    else:
+        loss, counted, report = result
+        num_tokens = torch.as_tensor(counted).detach()
+        if not per_token:
+            loss = loss / num_tokens.clamp(min=1) / num_microbatches
+    if not per_token and parallel_state.is_initialized():
+        parts = parallel_state.get_context_parallel_world_size()
+        loss = loss if parts <= 1 else loss * parts
+    return loss, num_tokens, report
+
+
+def backward_step(
+    input_tensor: Tensors, output_tensor: Any, output_tensor_grad: Tensors, model_type: Any, config: Any
+) -> Any:
+    """Run one micro-batch backward.
+
+    Args:
+        input_tensor: inputs of the forward pass, bare or in a list, None where there was none.
+        output_tensor: its outputs, bare or in a list.
+        output_tensor_grad: gradients of the outputs; None for the loss, which is scaled by
+            ``config.grad_scale_func``.
+        model_type: one kind of model exists.
+
+    Returns:
+        Gradients of the inputs, in the form of ``input_tensor``.
+    """
+    with timed(config, "backward-compute", log_level=2):
+        inputs = input_tensor if isinstance(input_tensor, list) else [input_tensor]
+        for tensor in inputs:
+            if tensor is not None:
+                tensor.retain_grad()
+        output = output_tensor[0] if isinstance(output_tensor, list) else output_tensor
+        grad = output_tensor_grad[0] if isinstance(output_tensor_grad, list) else output_tensor_grad
+        if grad is None and config.grad_scale_func is not None:
+            output = config.grad_scale_func(output)
+        # What has no graph of its own (a stage without layers) has not been shrunk.
+        if config.deallocate_pipeline_outputs and getattr(output, "grad_fn", None) is not None:
+            custom_backward(output, grad)
+        else:
+            torch.autograd.backward(output, grad_tensors=grad)
+        grads = [None if tensor is None else tensor.grad for tensor in inputs]
+    return grads if isinstance(input_tensor, list) else grads[0]
+
+
+# --- several stages -----------------------------------------------------------------------------------------
 
 
 def forward_backward_pipelining_without_interleaving(
@@ -130,25 +357,28 @@ def forward_backward_pipelining_without_interleaving(
     forward_only: bool = False,
     collect_non_loss_data: bool = False,
     first_val_step: bool | None = None,
+    config: Any = None,
 ) -> list[Report]:
     """1F1B, or ZB-H1 where ``config.pipeline_schedule`` says ``zb-h1``: one model chunk per rank.
 
     Arguments, result and errors as of :func:`forward_backward_no_pipelining`.
     """
     models, iterators = _per_chunk(model, data_iterator, 1)
-    config = get_model_config(models[0])
-    name = config.pipeline_schedule or "1f1b"
-    return _run_pipelined(
-        name,
-        forward_step_func,
-        iterators,
-        models,
-        num_microbatches,
-        _shapes(models[0], seq_length, micro_batch_size, decoder_seq_length),
-        forward_only,
-        collect_non_loss_data,
-        first_val_step,
+    config = get_model_config(models[0]) if config is None else config
+    step = StepInputs(
+        forward_step=forward_step,
+        backward_step=backward_step,
+        forward_step_func=forward_step_func,
+        data_iterators=iterators,
+        models=models,
+        num_microbatches=num_microbatches,
+        tensor_shapes=_shapes(models[0], seq_length, micro_batch_size, decoder_seq_length),
+        config=config,
+        forward_only=forward_only,
+        collect_non_loss_data=collect_non_loss_data,
+        first_val_step=first_val_step,
     )
+    return _run_pipelined(config.pipeline_schedule or "1f1b", step)
 
 
 def forward_backward_pipelining_with_interleaving(
@@ -163,6 +393,7 @@ def forward_backward_pipelining_with_interleaving(
     forward_only: bool = False,
     collect_non_loss_data: bool = False,
     first_val_step: bool | None = None,
+    config: Any = None,
 ) -> list[Report]:
     """Interleaved 1F1B: several model chunks per rank, each with a data iterator of its own.
 
@@ -176,40 +407,33 @@ def forward_backward_pipelining_with_interleaving(
         )
     num_chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or len(model)
     models, iterators = _per_chunk(model, data_iterator, num_chunks)
-    name = get_model_config(models[0]).pipeline_schedule or "interleaved"
-    return _run_pipelined(
-        name,
-        forward_step_func,
-        iterators,
-        models,
-        num_microbatches,
-        _shapes(models[0], seq_length, micro_batch_size, decoder_seq_length),
-        forward_only,
-        collect_non_loss_data,
-        first_val_step,
+    config = get_model_config(models[0]) if config is None else config
+    step = StepInputs(
+        forward_step=forward_step,
+        backward_step=backward_step,
+        forward_step_func=forward_step_func,
+        data_iterators=iterators,
+        models=models,
+        num_microbatches=num_microbatches,
+        tensor_shapes=_shapes(models[0], seq_length, micro_batch_size, decoder_seq_length),
+        config=config,
+        forward_only=forward_only,
+        collect_non_loss_data=collect_non_loss_data,
+        first_val_step=first_val_step,
     )
+    return _run_pipelined(config.pipeline_schedule or "interleaved", step)
 
 
-def _run_pipelined(
-    name: str,
-    forward_step_func: Callable,
-    iterators: list[Iterator],
-    models: list[torch.nn.Module],
-    num_microbatches: int,
-    tensor_shapes: Shapes,
-    *flags: Any,
-) -> list[Report]:
-    config = get_model_config(models[0])
+def _run_pipelined(name: str, step: StepInputs) -> list[Report]:
     actions = make_schedule(
         name,
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_rank(),
-        num_microbatches,
-        len(models),
-        config.microbatch_group_size_per_vp_stage if name == "interleaved" else None,
-        forward_only=flags[0],
+        step.num_microbatches,
+        len(step.models),
+        step.config.microbatch_group_size_per_vp_stage if name == "interleaved" else None,
+        forward_only=step.forward_only,
     )
-    step = Step(forward_step_func, iterators, models, num_microbatches, tensor_shapes, config, *flags)
     return run_schedule(actions, step)
 
 
@@ -236,161 +460,3 @@ def _shapes(
         config=get_model_config(model),
         encoder_decoder_xattn=False,
     )
-
-
-def get_tensor_shapes(
-    *,
-    rank: int,
-    model_type: ModelType,
-    seq_length: int,
-    micro_batch_size: int,
-    decoder_seq_length: int | None,
-    config: Any,
-    encoder_decoder_xattn: bool,
-) -> Shapes:
-    """Shapes of what a stage receives: [s / cp (/ tp under sequence parallelism), b, h].
-
-    Raises:
-        NotBuiltYetError: a model of encoder and decoder, whose stages exchange two tensors.
-    """
-    if model_type is ModelType.encoder_and_decoder or encoder_decoder_xattn:
-        raise NotBuiltYetError("a pipeline of encoder and decoder stages")
-    parts = config.context_parallel_size
-    if config.sequence_parallel:
-        parts *= config.tensor_model_parallel_size
-    # Where shapes are announced before each transfer, only the number of tensors matters.
-    hidden_size = getattr(config, "hidden_size", 0)
-    if seq_length % parts and not config.variable_seq_lengths:
-        raise UsageError(
-            f"seq_length {seq_length} is not divisible by the {parts} ranks that share a sequence"
-        )
-    if not hidden_size and not config.variable_seq_lengths:
-        raise UsageError(
-            f"the model's {type(config).__name__} has no hidden_size, the width of what stages send: set "
-            "config.hidden_size, or variable_seq_lengths=True"
-        )
-    return [(seq_length // parts, micro_batch_size, hidden_size)]
-
-
-def get_pp_rank_microbatches(
-    num_microbatches: int,
-    num_model_chunks: int,
-    microbatch_group_size_per_vp_stage: int,
-    forward_only: bool = False,
-) -> tuple[int, bool, int, int]:
-    """How this rank's forward passes divide: (total, all of them warm-up?, warm-up, others)."""
-    total = num_microbatches * num_model_chunks
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    if stages == 1 and not forward_only:
-        warmup = min(1, total)
-    else:
-        interleaved = parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None
-        warmup = num_warmup(
-            stages,
-            parallel_state.get_pipeline_model_parallel_rank(),
-            num_microbatches,
-            num_model_chunks if interleaved or forward_only else None,
-            microbatch_group_size_per_vp_stage,
-            forward_only,
-        )
-    return total, warmup == total, warmup, total - warmup
-
-
-def clear_embedding_activation_buffer(config: Any, model: Any) -> torch.nn.Module | None:
-    """Empties the buffer of activations that a model keeps for its output layer's late weight gradient.
-
-    Returns:
-        The model inside its wrappers, for :func:`finish_embedding_wgrad_compute`; None on other stages than
-        the last and without ``config.defer_embedding_wgrad_compute``.
-    """
-    if not _keeps_output_layer_for_the_flush(config):
-        return None
-    last = model[-1] if isinstance(model, list) else model
-    embedding_module = get_attr_wrapped_model(last, "post_process", return_model_obj=True)
-    embedding_module.embedding_activation_buffer.clear()
-    return embedding_module
-
-
-def finish_embedding_wgrad_compute(config: Any, embedding_module: torch.nn.Module | None) -> None:
-    """Computes the weight gradients of the output layer that the model's buffers hold the operands of."""
-    if not _keeps_output_layer_for_the_flush(config) or embedding_module is None:
-        return
-    weight = (
-        embedding_module.shared_embedding_or_output_weight()
-        if embedding_module.share_embeddings_and_output_weights
-        else embedding_module.output_layer.weight
-    )
-    buffers = embedding_module.embedding_activation_buffer, embedding_module.grad_output_buffer
-    drain_embedding_wgrad_compute(config, *buffers, weight)
-
-
-def _keeps_output_layer_for_the_flush(config: Any) -> bool:
-    return config.defer_embedding_wgrad_compute and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-
-
-def get_schedule_table(
-    num_microbatches: int, num_model_chunks: int, microbatch_group_size_per_vp_stage: int
-) -> list[tuple[int, int]]:
-    """(micro-batch, chunk) of the forward passes of a rank, in order."""
-    return schedule_table(num_microbatches, num_model_chunks, microbatch_group_size_per_vp_stage)
-
-
-def convert_schedule_table_to_order(
-    num_warmup_microbatches: int, num_model_chunks: int, schedule_table: list[tuple[int, int]]
-) -> list[int]:
-    """Chunks in the order a rank computes them, counted from 1: forward positive, backward negative.
-
-    Backward passes go through the table with the chunks counted from the last.
-    """
-    forwards = [chunk + 1 for _, chunk in schedule_table]
-    backwards = [chunk - num_model_chunks for _, chunk in schedule_table]
-    order = forwards[:num_warmup_microbatches]
-    for pair in zip(forwards[num_warmup_microbatches:], backwards, strict=False):
-        order += pair
-    return order + backwards[len(forwards) - num_warmup_microbatches :]
-
-
-def recv_forward(tensor_shapes: Shapes, config: Any) -> list[Tensor | None]:
-    """Receive activations from the previous stage, one per shape."""
-    return [p2p.recv_forward(shape, config) for shape in tensor_shapes]
-
-
-def recv_backward(tensor_shapes: Shapes, config: Any) -> list[Tensor | None]:
-    """Receive gradients of the outputs from the next stage, one per shape."""
-    return [p2p.recv_backward(shape, config) for shape in tensor_shapes]
-
-
-def send_forward(output_tensors: Any, tensor_shapes: Shapes, config: Any) -> None:
-    """Send activations to the next stage."""
-    for tensor, _ in zip(_listed(output_tensors), tensor_shapes, strict=True):
-        p2p.send_forward(tensor, config)
-
-
-def send_backward(input_tensor_grads: Any, tensor_shapes: Shapes, config: Any) -> None:
-    """Send gradients of the inputs to the previous stage."""
-    for tensor, _ in zip(_listed(input_tensor_grads), tensor_shapes, strict=True):
-        p2p.send_backward(tensor, config)
-
-
-def send_forward_recv_backward(
-    output_tensors: Any, tensor_shapes: Shapes, config: Any
-) -> list[Tensor | None]:
-    """Exchange activations for gradients with the next stage."""
-    return [
-        p2p.send_forward_recv_backward(tensor, shape, config)
-        for tensor, shape in zip(_listed(output_tensors), tensor_shapes, strict=True)
-    ]
-
-
-def send_backward_recv_forward(
-    input_tensor_grads: Any, tensor_shapes: Shapes, config: Any
-) -> list[Tensor | None]:
-    """Exchange gradients for activations with the previous stage."""
-    return [
-        p2p.send_backward_recv_forward(tensor, shape, config)
-        for tensor, shape in zip(_listed(input_tensor_grads), tensor_shapes, strict=True)
-    ]
-
-
-def _listed(tensors: Any) -> list[Tensor | None]:
-    return tensors if isinstance(tensors, list) else [tensors]

@@ -13,8 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core import accelerator, parallel_state
+from megatron.core.enums import ModelType
 from megatron.core.errors import NotBuiltYetError, UsageError
 
+Shapes = list[tuple[int, ...]]
 # Dimensions of the longest shape that can be announced.
 _MAX_DIMS = 7
 
@@ -103,6 +105,40 @@ def wire_dtype(config: Any) -> torch.dtype:
     if config.pipeline_dtype is None:
         raise UsageError("pipeline_dtype is unset: set it in the model's config, usually to params_dtype")
     return config.pipeline_dtype
+
+
+def get_tensor_shapes(
+    *,
+    rank: int,
+    model_type: ModelType,
+    seq_length: int,
+    micro_batch_size: int,
+    decoder_seq_length: int | None,
+    config: Any,
+    encoder_decoder_xattn: bool,
+) -> Shapes:
+    """Shapes of what a stage receives: [s / cp (/ tp under sequence parallelism), b, h].
+
+    Raises:
+        NotBuiltYetError: a model of encoder and decoder, whose stages exchange two tensors.
+    """
+    if model_type is ModelType.encoder_and_decoder or encoder_decoder_xattn:
+        raise NotBuiltYetError("a pipeline of encoder and decoder stages")
+    parts = config.context_parallel_size
+    if config.sequence_parallel:
+        parts *= config.tensor_model_parallel_size
+    # Where shapes are announced before each transfer, only the number of tensors matters.
+    hidden_size = getattr(config, "hidden_size", 0)
+    if seq_length % parts and not config.variable_seq_lengths:
+        raise UsageError(
+            f"seq_length {seq_length} is not divisible by the {parts} ranks that share a sequence"
+        )
+    if not hidden_size and not config.variable_seq_lengths:
+        raise UsageError(
+            f"the model's {type(config).__name__} has no hidden_size, the width of what stages send: set "
+            "config.hidden_size, or variable_seq_lengths=True"
+        )
+    return [(seq_length // parts, micro_batch_size, hidden_size)]
 
 
 def receive_buffer(shape: Sequence[int], config: Any) -> Tensor:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from toy_stages import BATCH, HIDDEN, LENGTH, Stage, expected, forward_func, make_batches, make_config
 
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import executor, get_forward_backward_func
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel import schedules as public
 from megatron.core.tensor_parallel import deferred_gradients
 from tests.distributed.pool import run_ranks
@@ -291,17 +291,17 @@ def test_weight_gradients_wait_as_long_as_the_rank_is_late():
 def sizes_at_backward(deallocate):
     """Elements that each stage's outputs still have when their backward pass starts."""
     _, models = start("1f1b", 1, deallocate_pipeline_outputs=deallocate)
-    sizes, real = [], executor.backward_step
+    sizes, real = [], public.backward_step
 
     def logged(inputs, outputs, *rest):
         sizes.append(outputs[0].numel())
         return real(inputs, outputs, *rest)
 
-    executor.backward_step = logged
+    public.backward_step = logged
     try:
         step(models, 3)
     finally:
-        executor.backward_step = real
+        public.backward_step = real
     return sizes
 
 
