@@ -50,13 +50,13 @@ def _table() -> int:
 def _check(points: list[str] | None, dtypes: list[str] | None) -> int:
     from megatron.core import accelerator
     from megatron_npu import versions
-    from megatron_npu.checking import compare, ranks
+    from megatron_npu.checking import compare
 
     reason = versions.why_no_npu()
     if reason is not None:
         raise compare.NothingToCheckError(reason)
     megatron_npu.activate()
-    with ranks.joined():
+    with compare.process_group():
         return compare.main(accelerator.current_device(), points, dtypes)
 
 

@@ -1,4 +1,4 @@
-"""``megatron-npu COMMAND``: every program of this package, by a name that any installation has."""
+"""``megatron-npu COMMAND``: runs every program of this package."""
 
 import difflib
 import importlib
@@ -11,8 +11,8 @@ from megatron.core.package_info import __version__
 from megatron.training.entry import run_main
 from megatron.training.processes import stop_signals
 
-# For programs that work in many processes, each with a thread: libraries would add threads that fight over
-# the cores. Some tokenizers import torch; none needs a device.
+# For programs with many processes of one thread each: libraries would add threads that compete for the cores.
+# Some tokenizers import torch; none needs a device.
 _ONE_THREAD = {
     "RAYON_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
@@ -27,11 +27,11 @@ class Command:
     """A program.
 
     Attributes:
-        module: whose ``main()`` it is; imported only when it is run.
+        module: whose ``main()`` is run; imported only then.
         summary: what it does, for the list of commands.
-        words: what stands before the user's words.
-        environment: variables that must have a value before anything large is imported.
-        when_stopped: what is said about a signal that comes before the program itself has words for it.
+        words: arguments put in front of the user's.
+        environment: variables to set, unless they are, before large imports.
+        when_stopped: end of the line about a signal that arrives before the program describes its own state.
     """
 
     module: str
@@ -72,7 +72,7 @@ COMMANDS = {
 
 
 def run(name: str) -> None:
-    """Run a command with the words of ``sys.argv`` and end the process as it says."""
+    """Run a command with the arguments of ``sys.argv``, and exit with its status."""
     command = COMMANDS[name]
     for variable, value in command.environment.items():
         os.environ.setdefault(variable, value)
@@ -89,10 +89,10 @@ def run(name: str) -> None:
 
 
 def main() -> int:
-    """The command that the first word names; its status, where there is none to run."""
+    """Run the command that the first argument names; returns the exit status where none is run."""
     word = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if word in COMMANDS:
-        # Programs show themselves under this name in their usage.
+        # The name of the program in its usage text.
         sys.argv[:2] = [f"megatron-npu {word}"]
         run(word)
         return 0

@@ -1,10 +1,10 @@
-"""Names that scripts import from parts which have no code yet.
+"""Names that scripts import from parts that have no code yet.
 
-``megatron/unbuilt/table.py`` lists them by part. A module of the table that has no file is made up when it is
+``megatron/unbuilt/table.py`` lists them by part. A module of the table that has no file is created when it is
 imported (``megatron/__init__.py`` asks :func:`find_spec` after every other finder, so a file always wins); a
-module that has a file hands out its rows with one line, ``__getattr__ = unbuilt.names_of(__name__)``.
+module that has a file offers its rows with one line, ``__getattr__ = unbuilt.names_of(__name__)``.
 
-What such a name gives (``placeholders.py``) can be imported, put into annotations, subclassed, caught and
+A placeholder (``placeholders.py``) can be imported, used in annotations, subclassed, caught and
 tested with ``isinstance``; calling it or making an instance raises
 :class:`~megatron.core.errors.NotBuiltYetError`.
 """
@@ -56,7 +56,7 @@ def names_of(module: str) -> Callable[[str], Any]:
 
 
 class _Loader:
-    """Fills a module that has no file."""
+    """Creates a module that has no file."""
 
     @staticmethod
     def create_module(spec: importlib.machinery.ModuleSpec) -> None:

@@ -1,4 +1,4 @@
-"""What stands for a class, a function or a value that has no code yet."""
+"""Placeholders for classes, functions and values that have no code yet."""
 
 import abc
 import enum
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from megatron.core.errors import NotBuiltYetError
 from megatron.unbuilt.table import FEATURES, Feature
-from megatron.unbuilt.values import VALUES, Answer, Enumeration, Failure, SameAs
+from megatron.unbuilt.values import VALUES, Alias, ConstantFunction, Enumeration, ExceptionClass
 
 
 class NotBuiltYetAttributeError(NotBuiltYetError, AttributeError):
@@ -19,7 +19,7 @@ class NotBuiltYetAttributeError(NotBuiltYetError, AttributeError):
 
 @functools.cache
 def make(name: str, feature: Feature) -> Any:
-    """What importing ``name`` gives: one object under all paths that a part lists it for.
+    """The object that importing ``name`` gives, the same one under all paths that a part lists it for.
 
     A row of ``VALUES`` decides. Without one, a name that begins with a capital letter is a class and any
     other a function.
@@ -28,16 +28,16 @@ def make(name: str, feature: Feature) -> Any:
     if name == "logger":
         return logging.getLogger(module)
     value = VALUES.get(f"{module}:{name}", feature)
-    if isinstance(value, Failure):
+    if isinstance(value, ExceptionClass):
         base = make(value.base, feature) if value.base else Exception
         return type(name, (base,), {"__module__": module, "__doc__": "Raised by nothing here yet."})
     if isinstance(value, Enumeration):
         return enum.Enum(name, value.members, module=module)
-    if isinstance(value, SameAs):
-        path, _, attribute = value.place.partition(":")
+    if isinstance(value, Alias):
+        path, _, attribute = value.target.partition(":")
         return getattr(importlib.import_module(path), attribute)
-    if isinstance(value, Answer):
-        return _named(lambda *args, **kwargs: value.answer, module, name)
+    if isinstance(value, ConstantFunction):
+        return _named(lambda *args, **kwargs: value.result, module, name)
     if value is not feature:
         return value
     if name.lstrip("_")[0].isupper():
@@ -55,7 +55,7 @@ def _named(function: Callable, module: str, name: str) -> Callable:
 
 
 class WithoutShardedState:
-    """What modules have in the place of their part of a distributed checkpoint."""
+    """Base of modules whose part of a distributed checkpoint is not built."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
@@ -66,7 +66,7 @@ class WithoutShardedState:
 
 
 class _Unbuilt(abc.ABCMeta):
-    """Type of placeholder classes and of what users derive from them: no instances, no attributes.
+    """Type of placeholder classes and of classes that users derive from them: no instances, no attributes.
 
     Derived from ABCMeta, so that a class may have a placeholder and an abstract class as its bases.
     """

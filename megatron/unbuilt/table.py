@@ -1,7 +1,7 @@
-"""Which names belong to parts that are not built yet, and what to use instead.
+"""Names of parts that are not built yet, and what to use instead.
 
-A row goes when its name is built: ``tests/unit_tests/test_unbuilt_names.py`` fails on rows whose module has
-such a name of its own. Names are Megatron-LM core_r0.12.1's.
+A row is removed when its name is built: ``tests/unit_tests/test_unbuilt_names.py`` fails on rows whose module
+has such a name of its own. Names are Megatron-LM core_r0.12.1's.
 """
 
 import functools
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 def names_by_module(text: str) -> dict[str, list[str]]:
-    """Reads "module: NAME NAME ..." over and over."""
+    """Parse repeated "module: NAME NAME ..."."""
     found: dict[str, list[str]] = {}
     for word in text.split():
         if word.endswith(":"):

@@ -1,4 +1,4 @@
-"""What some names of unbuilt parts give besides a class or a function without code. Values are facts."""
+"""Names of unbuilt parts that are neither a class nor a function without code, with their values."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,7 @@ from megatron.unbuilt.table import names_by_module
 
 
 @dataclass(frozen=True)
-class Failure:
+class ExceptionClass:
     """An exception class: scripts name it in ``except``; ``base`` is another one of the same part."""
 
     base: str | None = None
@@ -21,24 +21,24 @@ class Enumeration:
 
 
 @dataclass(frozen=True)
-class SameAs:
-    """Another name, as "module:name"."""
+class Alias:
+    """Another name of an object that exists, as "module:name"."""
 
-    place: str
+    target: str
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A function whose answer is known although the part is not there."""
+class ConstantFunction:
+    """A function whose result is known although its part is not built."""
 
-    answer: Any
+    result: Any
 
 
 # "module:name", by the first module that lists the name
 VALUES: dict[str, Any] = {
     "megatron.core.dist_checkpointing.core:CONFIG_FNAME": "metadata.json",
-    "megatron.core.dist_checkpointing.core:CheckpointingException": Failure(),
-    "megatron.core.dist_checkpointing.exchange_utils:is_float8tensor": Answer(False),
+    "megatron.core.dist_checkpointing.core:CheckpointingException": ExceptionClass(),
+    "megatron.core.dist_checkpointing.exchange_utils:is_float8tensor": ConstantFunction(False),
     "megatron.core.dist_checkpointing.mapping:CommonStateDict": dict[str, Any],
     "megatron.core.dist_checkpointing.mapping:ReplicaId": int | tuple[int, ...],
     "megatron.core.dist_checkpointing.mapping:ShardedStateDict": dict[str, Any],
@@ -77,11 +77,11 @@ VALUES: dict[str, Any] = {
     "megatron.core.export.model_type:ModelType": Enumeration(
         {"gpt": 1, "gptnext": 2, "llama": 3, "falcon": 4, "starcoder": 5, "mixtral": 6, "gemma": 7}
     ),
-    "megatron.core.fp8_utils:is_float8tensor": Answer(False),
-    "megatron.core.inference.contexts:ContextOverflowError": Failure(),
-    "megatron.core.inference.contexts:ChunkOverflowError": Failure("ContextOverflowError"),
-    "megatron.core.inference.contexts:RequestOverflowError": Failure("ContextOverflowError"),
-    "megatron.core.inference.contexts:TokenOverflowError": Failure("ContextOverflowError"),
+    "megatron.core.fp8_utils:is_float8tensor": ConstantFunction(False),
+    "megatron.core.inference.contexts:ContextOverflowError": ExceptionClass(),
+    "megatron.core.inference.contexts:ChunkOverflowError": ExceptionClass("ContextOverflowError"),
+    "megatron.core.inference.contexts:RequestOverflowError": ExceptionClass("ContextOverflowError"),
+    "megatron.core.inference.contexts:TokenOverflowError": ExceptionClass("ContextOverflowError"),
     "megatron.core.inference.inference_request:Status": Enumeration(
         {
             "WAITING_IN_QUEUE": 1,
@@ -90,18 +90,18 @@ VALUES: dict[str, Any] = {
             "COMPLETED": 4,
         }
     ),
-    "megatron.core.models.bert.bert_model:get_te_version": SameAs("megatron.core.utils:get_te_version"),
+    "megatron.core.models.bert.bert_model:get_te_version": Alias("megatron.core.utils:get_te_version"),
     "megatron.core.models.multimodal.llava_model:DEFAULT_IMAGE_TOKEN_INDEX": -200,
     "megatron.core.models.multimodal.llava_model:IGNORE_INDEX": -100,
     "megatron.core.models.multimodal.llava_model:IMAGE_TOKEN": "<image>",
     "megatron.core.models.multimodal.llava_model:VIDEO_TOKEN": "<video>",
-    "megatron.core.transformer.cuda_graphs:is_graph_capturing": Answer(False),
+    "megatron.core.transformer.cuda_graphs:is_graph_capturing": ConstantFunction(False),
     "megatron.core.transformer.moe.fused_a2a:HAVE_DEEP_EP": False,
-    "megatron.core.transformer.moe.grouped_gemm_util:grouped_gemm_is_available": Answer(False),
+    "megatron.core.transformer.moe.grouped_gemm_util:grouped_gemm_is_available": ConstantFunction(False),
     "megatron.core.transformer.moe.grouped_gemm_util:ops": None,
-    "megatron.legacy.fused_kernels:load": Answer(None),
-    "megatron.legacy.model.enums:AttnMaskType": SameAs("megatron.core.transformer.enums:AttnMaskType"),
-    "megatron.legacy.model.enums:AttnType": SameAs("megatron.core.transformer.enums:AttnType"),
+    "megatron.legacy.fused_kernels:load": ConstantFunction(None),
+    "megatron.legacy.model.enums:AttnMaskType": Alias("megatron.core.transformer.enums:AttnMaskType"),
+    "megatron.legacy.model.enums:AttnType": Alias("megatron.core.transformer.enums:AttnType"),
     "megatron.legacy.model.enums:LayerType": Enumeration(
         {
             "encoder": 1,
@@ -111,15 +111,11 @@ VALUES: dict[str, Any] = {
             "retro_decoder_with_retriever": 5,
         }
     ),
-    "megatron.legacy.model.module:MegatronModule": SameAs("megatron.core.transformer.module:MegatronModule"),
-    "megatron.legacy.model.module:float16_to_fp32": SameAs(
-        "megatron.core.transformer.module:float16_to_fp32"
-    ),
-    "megatron.legacy.model.module:fp32_to_float16": SameAs(
-        "megatron.core.transformer.module:fp32_to_float16"
-    ),
-    "megatron.training.async_utils:is_empty_async_queue": Answer(True),
-    "megatron.training.async_utils:maybe_finalize_async_save": Answer(None),
+    "megatron.legacy.model.module:MegatronModule": Alias("megatron.core.transformer.module:MegatronModule"),
+    "megatron.legacy.model.module:float16_to_fp32": Alias("megatron.core.transformer.module:float16_to_fp32"),
+    "megatron.legacy.model.module:fp32_to_float16": Alias("megatron.core.transformer.module:fp32_to_float16"),
+    "megatron.training.async_utils:is_empty_async_queue": ConstantFunction(True),
+    "megatron.training.async_utils:maybe_finalize_async_save": ConstantFunction(None),
 }
 # Calls at points of a run where there is nothing to do here: no service to report to, nothing to compile.
 _NOTHING_TO_DO = """
@@ -133,7 +129,7 @@ _NOTHING_TO_DO = """
         track_config_flags track_e2e_metrics
 """
 VALUES |= {
-    f"{module}:{name}": Answer(None)
+    f"{module}:{name}": ConstantFunction(None)
     for module, names in names_by_module(_NOTHING_TO_DO).items()
     for name in names
 }

@@ -1,1 +1,1 @@
-"""Every replacement against its default: the calls, and how far the results lie apart."""
+"""Comparison of every replacement with its default: the calls, and the distances of their results."""

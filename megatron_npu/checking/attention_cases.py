@@ -30,16 +30,16 @@ def _whole(
     batch: int = 2,
     value_width: int = 16,
     masks: int = 0,
-    blind: bool = False,
+    fully_masked: bool = False,
     **keywords: Any,
 ) -> Any:
     def make(draw: Draw) -> Call:
         keys, width = sk or sq, 16
         mask = None
         if masks:
-            mask = draw.hidden(masks, 1, sq, keys)
+            mask = draw.masked(masks, 1, sq, keys)
             mask[..., 0] = False
-            mask[:, :, 3] |= blind
+            mask[:, :, 3] |= fully_masked
         operands = (
             _operand(draw, sq, batch, heads, width, layout),
             _operand(draw, keys, batch, groups, width, layout),
@@ -71,7 +71,7 @@ _WHOLE_CASES = {
     "mask over causal": _whole(masks=1),
     "a mask each, over a window": _whole("BSH", masks=2, window=(7, 0)),
     "mask, not causal, fewer queries": _whole(sq=16, sk=24, causal=False, masks=2),
-    "mask that hides all from a query": _whole(causal=False, masks=1, blind=True),
+    "mask with a fully masked query": _whole(causal=False, masks=1, fully_masked=True),
     "long causal": _whole(**_LONG),
     "long causal, fewer queries": _whole(sq=2080, sk=2112, **_FEW),
     "long window 64 back SBH": _whole(**_LONG, window=(64, 0)),
@@ -116,9 +116,9 @@ _PACKED_CASES = {
 _BANDS = {
     "whole": Band(),
     "triangle": Band(None, 0),
-    "strict triangle, first row blind": Band(None, -1),
+    "strict triangle, first row fully masked": Band(None, -1),
     "window": Band(4, 0),
-    "tail of a window, last rows blind": Band(-4, None),
+    "tail of a window, last rows fully masked": Band(-4, None),
     "band beside the diagonal": Band(9, -3),
 }
 
@@ -128,7 +128,7 @@ def _block_operands(draw: Draw, sq: int = 12, sk: int = 16, groups: int = 2) -> 
 
 
 def _keywords(draw: Draw, band: Band, masks: int, sq: int, sk: int) -> dict[str, Any]:
-    mask = draw.hidden(masks, 1, sq, sk) if masks else None
+    mask = draw.masked(masks, 1, sq, sk) if masks else None
     return dict(band=band, attention_mask=mask, softmax_scale=0.25, dropout_p=0.0, dropout_seed=0)
 
 
@@ -137,7 +137,7 @@ def _block(band: Band, masks: int = 0, sq: int = 12, sk: int = 16) -> Any:
 
 
 def _block_backward(band: Band, masks: int = 0, sq: int = 12, sk: int = 16) -> Any:
-    """Gradients of a block whose queries also saw another block."""
+    """Gradients of a block whose queries also attend to another block."""
 
     def make(draw: Draw) -> Call:
         operands = _block_operands(draw, sq, sk)
@@ -160,11 +160,11 @@ def _merge(draw: Draw) -> Call:
     return Call((out.float(), lse.float(), block_out.float(), block_lse.float()))
 
 
-def _with_blind_rows_named(result: Any, call: Call) -> list[Tensor]:
-    """A query that sees nothing has a log-sum-exp far below all others: compared as a flag beside them."""
+def _with_fully_masked_rows_flagged(result: Any, call: Call) -> list[Tensor]:
+    """A fully masked query has a log-sum-exp far below all others: it is compared as a flag beside them."""
     out, lse = result
-    blind = lse < NOTHING_VISIBLE / 2
-    return [out, lse.masked_fill(blind, 0.0), blind.to(torch.float32)]
+    fully_masked = lse < NOTHING_VISIBLE / 2
+    return [out, lse.masked_fill(fully_masked, 0.0), fully_masked.to(torch.float32)]
 
 
 ATTENTION_CASES: list[Case] = [
@@ -176,21 +176,29 @@ ATTENTION_CASES: list[Case] = [
         Case(_PACKED, name, make, dtypes=_SOME_TYPES if "beyond" in name else None)
         for name, make in _PACKED_CASES.items()
     ),
-    *(Case(_BLOCK + "block_attention", n, _block(b), _with_blind_rows_named) for n, b in _BANDS.items()),
-    Case(_BLOCK + "block_attention", "masked triangle", _block(Band(None, 0), 2), _with_blind_rows_named),
-    Case(_BLOCK + "block_attention", "masked", _block(Band(), 1), _with_blind_rows_named),
+    *(
+        Case(_BLOCK + "block_attention", n, _block(b), _with_fully_masked_rows_flagged)
+        for n, b in _BANDS.items()
+    ),
+    Case(
+        _BLOCK + "block_attention",
+        "masked triangle",
+        _block(Band(None, 0), 2),
+        _with_fully_masked_rows_flagged,
+    ),
+    Case(_BLOCK + "block_attention", "masked", _block(Band(), 1), _with_fully_masked_rows_flagged),
     Case(
         _BLOCK + "block_attention",
         "long triangle",
         _block(Band(None, 0), 0, 2080, 2080),
-        _with_blind_rows_named,
+        _with_fully_masked_rows_flagged,
         dtypes=_SOME_TYPES,
     ),
     Case(
         _BLOCK + "block_attention",
         "long window",
         _block(Band(70, 3), 0, 2080, 2112),
-        _with_blind_rows_named,
+        _with_fully_masked_rows_flagged,
         dtypes=_SOME_TYPES,
     ),
     *(Case(_BLOCK + "block_attention_backward", n, _block_backward(b)) for n, b in _BANDS.items()),
@@ -201,5 +209,5 @@ ATTENTION_CASES: list[Case] = [
         _block_backward(Band(70, 3), 0, 2080, 2112),
         dtypes=_SOME_TYPES,
     ),
-    Case(_BLOCK + "merge_attention", "with parts that saw nothing", _merge, _with_blind_rows_named),
+    Case(_BLOCK + "merge_attention", "with fully masked parts", _merge, _with_fully_masked_rows_flagged),
 ]

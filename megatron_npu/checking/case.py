@@ -1,4 +1,4 @@
-"""A call of a replaceable function, written once and made in any type on any device.
+"""Test calls of replaceable functions, written once and run in any type on any device.
 
 Operands are drawn in fp64. A tensor drawn in fp64 takes the type under test; one in fp32 is fp32 whatever the
 type (a loss scale, a log-sum-exp); others stay as they are. The reference gets the same rounded numbers in
@@ -29,7 +29,7 @@ class Draw:
         """fp64 in 0..1."""
         return torch.rand(*shape, generator=self._generator, dtype=torch.float64)
 
-    def hidden(self, *shape: int, fraction: float = 0.3) -> Tensor:
+    def masked(self, *shape: int, fraction: float = 0.3) -> Tensor:
         """Bool, True for a fraction."""
         return torch.rand(*shape, generator=self._generator) < fraction
 

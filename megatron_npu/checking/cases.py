@@ -1,4 +1,4 @@
-"""The calls that every replacement is held to: a table, by room."""
+"""The calls by which every replacement is compared with its default: one table."""
 
 from typing import Any
 
@@ -6,8 +6,44 @@ from torch import Tensor
 
 from megatron_npu.checking.attention_cases import ATTENTION_CASES
 from megatron_npu.checking.case import Call, Case, Draw
-from megatron_npu.checking.collective_cases import COLLECTIVE_CASES
 from megatron_npu.checking.expert_cases import EXPERT_CASES
+
+_POINTS = "megatron.core.fusions.matmul."
+# Rows of a rank, for up to 16 ranks; inner size; columns.
+_ROWS, _INNER, _COLUMNS = 32, 256, 48
+
+
+def _gathered(transposed: bool, keep: bool):
+    def make(draw: Draw) -> Call:
+        x, shape = draw.normal(_ROWS, _INNER), (_INNER, _COLUMNS)
+        # Weights are [out, in]: transposed in forward, as they are in backward.
+        matrix = draw.normal(*reversed(shape)).t() if transposed else draw.normal(*shape)
+        return Call((x, matrix), {"keep": keep})
+
+    return make
+
+
+def _scattered(transposed: bool):
+    return lambda draw: Call(_gathered(transposed, False)(draw).args)
+
+
+def _existing_tensors(result, call: Call):
+    return [t for t in result if t is not None]
+
+
+COLLECTIVE_CASES = [
+    Case(
+        _POINTS + "all_gather_matmul", "a weight transposed", _gathered(True, False), _existing_tensors,
+        among_ranks=True,
+    ),
+    Case(
+        _POINTS + "all_gather_matmul", "a weight, what was gathered kept", _gathered(False, True),
+        _existing_tensors, among_ranks=True,
+    ),
+    Case(_POINTS + "matmul_reduce_scatter", "a weight transposed", _scattered(True), among_ranks=True),
+    Case(_POINTS + "matmul_reduce_scatter", "a weight", _scattered(False), among_ranks=True),
+]  # fmt: skip
+
 
 _FUSIONS = "megatron.core.fusions."
 _OPTIMIZER = "megatron.core.optimizer."
@@ -44,9 +80,9 @@ def _rotary(interleaved: bool, width: int, shared_by_batch: bool = True) -> Any:
 
 def _softmax(masks: int, in_fp32: bool) -> Any:
     def make(draw: Draw) -> Call:
-        hidden = draw.hidden(masks, 1, 32, 64)
-        hidden[..., 0] = False  # a row that sees nothing has another gradient, see the table's note
-        return Call((2.0 * draw.normal(2, 3, 32, 64), hidden, 0.5, in_fp32), wanted=(0,))
+        mask = draw.masked(masks, 1, 32, 64)
+        mask[..., 0] = False  # a fully masked row has another gradient, see the table's note
+        return Call((2.0 * draw.normal(2, 3, 32, 64), mask, 0.5, in_fp32), wanted=(0,))
 
     return make
 

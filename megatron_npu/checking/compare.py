@@ -1,6 +1,8 @@
-"""Replacement against default, forward and backward, in every type, with fp64 as the judge."""
+"""Comparing replacements with their defaults, forward and backward, in every type; fp64 is the reference."""
 
+import contextlib
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,17 +11,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.core import overrides
+from megatron.core import accelerator, overrides
 from megatron.core.errors import MegatronError
 from megatron_npu import activation, chip
 from megatron_npu.checking.case import Call, Case, execute
 from megatron_npu.checking.cases import CASES
-from megatron_npu.checking.ranks import is_first
 from megatron_npu.registry import Replacement, replacements
 
 
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Context with one process group of all ranks of this launch, for NPU tensors and for CPU tensors.
+
+    Without a launcher, or with one rank, there is no group.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,npu:hccl")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, which prints."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 class NothingToCheckError(MegatronError):
-    """There is no device to compare on."""
+    """No device to compare on."""
 
     exit_status = 2
 
@@ -35,7 +58,7 @@ class Distance:
     relative: float = 0.0
 
     def __or__(self, other: "Distance") -> "Distance":
-        """The larger of each."""
+        """The larger of both values."""
         return Distance(max(self.max_abs, other.max_abs), max(self.relative, other.relative))
 
 
@@ -142,7 +165,7 @@ def _has_its_ranks(case: Case) -> bool:
 
 
 def _left_out() -> str:
-    """What this process cannot compare alone, and how it is compared."""
+    """Notes on cases that this process cannot compare alone, and how to compare them."""
     names = sorted({case.path.rpartition(".")[2] for case in CASES if not _has_its_ranks(case)})
     command = "torchrun --nproc-per-node 2 -m megatron_npu check"
     return f"compared by several ranks only ({command}): {', '.join(names)}" if names else ""

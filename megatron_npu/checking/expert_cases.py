@@ -1,4 +1,4 @@
-"""Calls of what a layer of experts is made of."""
+"""Calls of the parts of a layer of experts."""
 
 from typing import Any
 
@@ -56,7 +56,7 @@ _ROUTINGS = {
 
 
 def _map(draw: Draw, topk: int | None, capacity: int | None, tokens: int = 10, experts: int = 6) -> Tensor:
-    """With a top-k, expert 2 is nobody's choice."""
+    """With a top-k, no token chooses expert 2."""
     if topk is None:
         return _ranks(draw, experts, tokens).t() < capacity
     scores = draw.normal(tokens, experts)
