@@ -9,7 +9,7 @@ import math
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Predicate = Callable[[Namespace], object]
@@ -359,6 +359,11 @@ def off_switch(name: str, dest: str, help: str = "", **facts: Any) -> Flag:
     return _flag((name,), dest, {"action": "store_false", "default": True, "help": help}, facts)
 
 
+def alike(status: Status, *flags: Flag) -> tuple[Flag, ...]:
+    """The flags, with a status that all of them have."""
+    return tuple(replace(flag, status=(*flag.status, status)) for flag in flags)
+
+
 def _flag(names: tuple[str, ...], dest: str | None, options: dict[str, Any], facts: dict[str, Any]) -> Flag:
     for name in ("status", "needs", "opponents", "no_effect"):
         entries = facts.get(name, ())
@@ -367,4 +372,4 @@ def _flag(names: tuple[str, ...], dest: str | None, options: dict[str, Any], fac
 
 
 def _dest(name: str) -> str:
-    return name.lstrip("-").replace("_", "-").replace("-", "_")
+    return name.lstrip("-").replace("-", "_")

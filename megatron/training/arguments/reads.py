@@ -1,4 +1,4 @@
-"""Which arguments and config fields code has read, found out by looking on while it runs.
+"""Which arguments and config fields code has read, recorded while it runs.
 
 Copying is no use: a namespace that is printed, saved, pickled or copied into a config has not been read, nor
 has a config that is copied, compared, printed or checked by its own rules.
@@ -23,7 +23,7 @@ class Reads:
     are; then a read costs what it did before.
 
     Args:
-        config_classes: classes whose instances, and those of their subclasses, are looked on.
+        config_classes: classes whose instances, and those of their subclasses, are watched.
 
     Attributes:
         arguments: names of arguments read so far.
@@ -42,7 +42,7 @@ class Reads:
         self._checking = 0
 
     def begin(self, args: Namespace) -> None:
-        """Look on ``args``, and on configs, from now on."""
+        """Record reads of ``args``, and of configs, from now on."""
         self._args, self._plain_class = args, type(args)
         args.__class__ = _watched_namespace(self, type(args))
         for config_class in self._config_classes:
@@ -50,7 +50,7 @@ class Reads:
         self._configs_are_watched = True
 
     def end_configs(self) -> None:
-        """Look on configs no more."""
+        """Record no more reads of configs."""
         if not self._configs_are_watched:
             return
         self._configs_are_watched = False
@@ -61,7 +61,7 @@ class Reads:
                 del config_class._unwatched_post_init
 
     def end(self) -> None:
-        """Look on nothing any more."""
+        """Record nothing any more."""
         self.end_configs()
         if self._args is not None:
             self._args.__class__ = self._plain_class

@@ -6,6 +6,7 @@ from megatron.training.arguments.flag import (
     Group,
     NotBuilt,
     Refused,
+    alike,
     at_least,
     off_switch,
     switch,
@@ -50,20 +51,11 @@ DATA = Group(
             read="while the arguments are checked",
             help="encoder tokens (exclusive with --seq-length)",
         ),
-        value("--decoder-seq-length", type=int, status=ENCODER_MODELS, help="decoder tokens"),
-        value(
-            "--mask-prob",
-            type=float,
-            default=0.15,
-            status=ENCODER_MODELS,
-            help="token masking probability (BERT/T5)",
-        ),
-        value(
-            "--short-seq-prob",
-            type=float,
-            default=0.1,
-            status=ENCODER_MODELS,
-            help="chance of a shorter sequence (BERT/T5)",
+        *alike(
+            ENCODER_MODELS,
+            value("--decoder-seq-length", type=int, help="decoder tokens"),
+            value("--mask-prob", type=float, default=0.15, help="token masking probability (BERT/T5)"),
+            value("--short-seq-prob", type=float, default=0.1, help="chance of a shorter sequence (BERT/T5)"),
         ),
         value(
             "--num-workers", type=int, default=2, bounds=at_least(0), most=1024, help="data loader processes"

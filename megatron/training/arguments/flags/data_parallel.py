@@ -5,6 +5,7 @@ from megatron.training.arguments.flag import (
     NotBuilt,
     Notice,
     Opponent,
+    alike,
     at_least,
     need,
     off_switch,
@@ -93,18 +94,18 @@ DATA_PARALLEL = Group(
             status=NotBuilt("several copies of the sharded optimizer"),
             help="copies of the sharded optimizer over DP",
         ),
-        switch("--use-custom-fsdp", status=FULLY_SHARDED, help="Megatron's own FSDP in the DDP class"),
-        switch(
-            "--init-model-with-meta-device", status=FULLY_SHARDED, help="build the model on the meta device"
+        *alike(
+            FULLY_SHARDED,
+            switch("--use-custom-fsdp", help="Megatron's own FSDP in the DDP class"),
+            switch("--init-model-with-meta-device", help="build the model on the meta device"),
+            value(
+                "--data-parallel-sharding-strategy",
+                default="no_shard",
+                choices=("no_shard", "optim", "optim_grads", "optim_grads_params"),
+                help="what custom FSDP shards",
+            ),
+            switch("--use-torch-fsdp2", help="PyTorch fully_shard instead of DDP"),
         ),
-        value(
-            "--data-parallel-sharding-strategy",
-            default="no_shard",
-            choices=("no_shard", "optim", "optim_grads", "optim_grads_params"),
-            status=FULLY_SHARDED,
-            help="what custom FSDP shards",
-        ),
-        switch("--use-torch-fsdp2", status=FULLY_SHARDED, help="PyTorch fully_shard instead of DDP"),
         off_switch(
             "--no-gradient-reduce-div-fusion",
             "gradient_reduce_div_fusion",

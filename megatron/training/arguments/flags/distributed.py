@@ -9,6 +9,7 @@ from megatron.training.arguments.flag import (
     NotBuilt,
     Notice,
     Refused,
+    alike,
     always,
     at_least,
     need,
@@ -357,14 +358,11 @@ DISTRIBUTED = Group(
             help="separate backend for pipeline traffic (nccl/ucc)",
         ),
         switch("--use-ring-exchange-p2p", status=OTHER_LIBRARY, help="custom torch build feature"),
-        value(
-            "--cp-window-size",
-            type=int,
-            default=1,
-            status=OWN_KERNEL,
-            help="inner window of double-ring attention",
+        *alike(
+            OWN_KERNEL,
+            value("--cp-window-size", type=int, default=1, help="inner window of double-ring attention"),
+            switch("--use-cp-send-recv-overlap", help="ring send/recv overlap"),
+            switch("--megatron-cp-in-bnsd", help="layout of ring attention"),
         ),
-        switch("--use-cp-send-recv-overlap", status=OWN_KERNEL, help="ring send/recv overlap"),
-        switch("--megatron-cp-in-bnsd", status=OWN_KERNEL, help="layout of ring attention"),
     ),
 )

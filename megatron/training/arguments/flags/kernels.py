@@ -8,6 +8,7 @@ from megatron.training.arguments.flag import (
     NotBuilt,
     Notice,
     Refused,
+    alike,
     always,
     at_least,
     need,
@@ -121,61 +122,31 @@ RECOMPUTE = Group(
 
 OVERLAP = Group(
     "overlap of tensor-parallel communication",
-    (
-        switch(
-            "--tp-comm-overlap",
-            status=NO_TE_OVERLAP,
-            help="TE user-buffer overlap of TP collectives and GEMM",
-        ),
-        value("--tp-comm-overlap-cfg", status=NO_TE_OVERLAP, help="YAML for TE user buffers"),
+    alike(
+        NO_TE_OVERLAP,
+        switch("--tp-comm-overlap", help="TE user-buffer overlap of TP collectives and GEMM"),
+        value("--tp-comm-overlap-cfg", help="YAML for TE user buffers"),
         off_switch(
             "--disable-tp-comm-overlap-ag",
             "tp_comm_overlap_ag",
-            status=NO_TE_OVERLAP,
             help="TE user-buffer all-gather pipelining off",
         ),
         off_switch(
             "--disable-tp-comm-overlap-rs",
             "tp_comm_overlap_rs",
-            status=NO_TE_OVERLAP,
             help="TE user-buffer reduce-scatter pipelining off",
         ),
-        switch(
-            "--tp-comm-overlap-rs-dgrad",
-            status=NO_TE_OVERLAP,
-            help="TE user-buffer reduce-scatter with dgrad",
-        ),
-        off_switch(
-            "--disable-tp-comm-bulk-dgrad",
-            "tp_comm_bulk_dgrad",
-            status=NO_TE_OVERLAP,
-            help="TE bulk dgrad overlap off",
-        ),
-        off_switch(
-            "--disable-tp-comm-bulk-wgrad",
-            "tp_comm_bulk_wgrad",
-            status=NO_TE_OVERLAP,
-            help="TE bulk wgrad overlap off",
-        ),
+        switch("--tp-comm-overlap-rs-dgrad", help="TE user-buffer reduce-scatter with dgrad"),
+        off_switch("--disable-tp-comm-bulk-dgrad", "tp_comm_bulk_dgrad", help="TE bulk dgrad overlap off"),
+        off_switch("--disable-tp-comm-bulk-wgrad", "tp_comm_bulk_wgrad", help="TE bulk wgrad overlap off"),
         value(
             "--tp-comm-bootstrap-backend",
             default="nccl",
             choices=("nccl", "mpi", "gloo"),
-            status=NO_TE_OVERLAP,
             help="bootstrap transport of TE user buffers",
         ),
-        off_switch(
-            "--disable-tp-comm-split-ag",
-            "tp_comm_split_ag",
-            status=NO_TE_OVERLAP,
-            help="old TE overlap switch",
-        ),
-        off_switch(
-            "--disable-tp-comm-split-rs",
-            "tp_comm_split_rs",
-            status=NO_TE_OVERLAP,
-            help="old TE overlap switch",
-        ),
+        off_switch("--disable-tp-comm-split-ag", "tp_comm_split_ag", help="old TE overlap switch"),
+        off_switch("--disable-tp-comm-split-rs", "tp_comm_split_rs", help="old TE overlap switch"),
     ),
 )
 
@@ -287,37 +258,32 @@ KERNELS = Group(
             type=names_of_overrides,
             help="NAME[,NAME...]: put the eager default of these device kernels back",
         ),
-        switch(
-            "--use-fused-rmsnorm",
-            status=OWN_KERNEL,
-            needs=need("--normalization RMSNorm"),
-            help="the device's fused RMSNorm",
+        *alike(
+            OWN_KERNEL,
+            switch(
+                "--use-fused-rmsnorm",
+                needs=need("--normalization RMSNorm"),
+                help="the device's fused RMSNorm",
+            ),
+            switch("--use-fused-swiglu", needs=need("--swiglu"), help="the device's fused SwiGLU"),
+            switch(
+                "--use-fused-rotary-pos-emb",
+                needs=need("--position-embedding-type rope"),
+                help="the device's fused RoPE",
+            ),
+            value(
+                "--cross-entropy-fusion-impl",
+                default="native",
+                choices=("native", "te"),
+                help="native or TE kernel for fused cross entropy",
+            ),
         ),
-        switch(
-            "--use-fused-swiglu", status=OWN_KERNEL, needs=need("--swiglu"), help="the device's fused SwiGLU"
-        ),
-        switch(
-            "--use-fused-rotary-pos-emb",
-            status=OWN_KERNEL,
-            needs=need("--position-embedding-type rope"),
-            help="the device's fused RoPE",
-        ),
-        value(
-            "--cross-entropy-fusion-impl",
-            default="native",
-            choices=("native", "te"),
-            status=OWN_KERNEL,
-            help="native or TE kernel for fused cross entropy",
-        ),
-        switch("--enable-cuda-graph", status=NO_GRAPHS, help="capture layers as CUDA graphs"),
-        value("--cuda-graph-warmup-steps", type=int, default=3, status=NO_GRAPHS, help="CUDA graph warmup"),
-        switch("--external-cuda-graph", status=NO_GRAPHS, help="user-captured CUDA graphs"),
-        value(
-            "--cuda-graph-scope",
-            default="full",
-            choices=("full", "attn"),
-            status=NO_GRAPHS,
-            help="what to capture",
+        *alike(
+            NO_GRAPHS,
+            switch("--enable-cuda-graph", help="capture layers as CUDA graphs"),
+            value("--cuda-graph-warmup-steps", type=int, default=3, help="CUDA graph warmup"),
+            switch("--external-cuda-graph", help="user-captured CUDA graphs"),
+            value("--cuda-graph-scope", default="full", choices=("full", "attn"), help="what to capture"),
         ),
     ),
 )

@@ -8,6 +8,7 @@ from megatron.training.arguments.flag import (
     Group,
     NotBuilt,
     Notice,
+    alike,
     at_least,
     between,
     need,
@@ -309,27 +310,18 @@ LOGGING = Group(
 
 SERVICES = Group(
     "services of a cluster",
-    (
-        switch("--adlr-autoresume", status=NO_SUCH_SERVICE, help="NVIDIA cluster requeue hook"),
-        value(
-            "--adlr-autoresume-interval",
-            type=int,
-            default=1000,
-            status=NO_SUCH_SERVICE,
-            help="period of the requeue check",
-        ),
-        switch("--run-workload-inspector-server", status=NO_SUCH_SERVICE, help="external profiling server"),
-        off_switch(
-            "--no-one-logger", "enable_one_logger", status=NO_SUCH_SERVICE, help="turn NVIDIA one_logger off"
-        ),
-        value(
-            "--one-logger-project", default="megatron-lm", status=NO_SUCH_SERVICE, help="one_logger project"
-        ),
-        value("--one-logger-run-name", status=NO_SUCH_SERVICE, help="one_logger run"),
-        switch("--one-logger-async", status=NO_SUCH_SERVICE, help="one_logger mode"),
-        value("--app-tag-run-name", status=NO_SUCH_SERVICE, help="one_logger tag"),
-        value("--app-tag-run-version", default="0.0.0", status=NO_SUCH_SERVICE, help="one_logger tag"),
-        switch("--enable-ft-package", status=NO_SUCH_SERVICE, help="NVIDIA fault-tolerance client"),
-        switch("--calc-ft-timeouts", status=NO_SUCH_SERVICE, help="fault-tolerance timeouts"),
+    alike(
+        NO_SUCH_SERVICE,
+        switch("--adlr-autoresume", help="NVIDIA cluster requeue hook"),
+        value("--adlr-autoresume-interval", type=int, default=1000, help="period of the requeue check"),
+        switch("--run-workload-inspector-server", help="external profiling server"),
+        off_switch("--no-one-logger", "enable_one_logger", help="turn NVIDIA one_logger off"),
+        value("--one-logger-project", default="megatron-lm", help="one_logger project"),
+        value("--one-logger-run-name", help="one_logger run"),
+        switch("--one-logger-async", help="one_logger mode"),
+        value("--app-tag-run-name", help="one_logger tag"),
+        value("--app-tag-run-version", default="0.0.0", help="one_logger tag"),
+        switch("--enable-ft-package", help="NVIDIA fault-tolerance client"),
+        switch("--calc-ft-timeouts", help="fault-tolerance timeouts"),
     ),
 )

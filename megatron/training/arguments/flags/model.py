@@ -6,6 +6,7 @@ from megatron.training.arguments.flag import (
     NotBuilt,
     Refused,
     above,
+    alike,
     at_least,
     between,
     off_switch,
@@ -241,15 +242,12 @@ NETWORK = Group(
             "--is-x-model",
             help="gated MLP whose --ffn-hidden-size counts both halves a, b; output a * gelu(b)",
         ),
-        switch("--post-norm", status=GROK_LAYER, help="extra norm after attention and after MLP"),
-        value(
-            "--embedding-multiplier-scale",
-            type=float,
-            default=1.0,
-            status=GROK_LAYER,
-            help="multiply embedding output",
+        *alike(
+            GROK_LAYER,
+            switch("--post-norm", help="extra norm after attention and after MLP"),
+            value("--embedding-multiplier-scale", type=float, default=1.0, help="multiply embedding output"),
+            value("--output-multiplier-scale", type=float, help="multiply logits"),
         ),
-        value("--output-multiplier-scale", type=float, status=GROK_LAYER, help="multiply logits"),
         value(
             "--noop-layers", status=NotBuilt("identity layers"), help="comma list of layers that do nothing"
         ),
@@ -296,31 +294,16 @@ INITIALIZATION = Group(
 
 LATENT = Group(
     "mla",
-    (
-        value("--q-lora-rank", type=int, status=LATENT_ATTENTION, help="rank of the query compression"),
-        value(
-            "--kv-lora-rank",
-            type=int,
-            default=32,
-            status=LATENT_ATTENTION,
-            help="rank of the key/value compression",
-        ),
-        value("--qk-head-dim", type=int, default=128, status=LATENT_ATTENTION, help="non-rotary head width"),
-        value(
-            "--qk-pos-emb-head-dim", type=int, default=64, status=LATENT_ATTENTION, help="rotary head width"
-        ),
-        value("--v-head-dim", type=int, default=128, status=LATENT_ATTENTION, help="value head width"),
-        value(
-            "--rotary-scaling-factor", type=float, default=1.0, status=LATENT_ATTENTION, help="YaRN factor"
-        ),
-        value("--mscale", type=float, default=1.0, status=LATENT_ATTENTION, help="YaRN magnitude scale"),
-        value(
-            "--mscale-all-dim",
-            type=float,
-            default=1.0,
-            status=LATENT_ATTENTION,
-            help="YaRN magnitude scale over all dims",
-        ),
+    alike(
+        LATENT_ATTENTION,
+        value("--q-lora-rank", type=int, help="rank of the query compression"),
+        value("--kv-lora-rank", type=int, default=32, help="rank of the key/value compression"),
+        value("--qk-head-dim", type=int, default=128, help="non-rotary head width"),
+        value("--qk-pos-emb-head-dim", type=int, default=64, help="rotary head width"),
+        value("--v-head-dim", type=int, default=128, help="value head width"),
+        value("--rotary-scaling-factor", type=float, default=1.0, help="YaRN factor"),
+        value("--mscale", type=float, default=1.0, help="YaRN magnitude scale"),
+        value("--mscale-all-dim", type=float, default=1.0, help="YaRN magnitude scale over all dims"),
     ),
 )
 

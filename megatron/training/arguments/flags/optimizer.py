@@ -8,6 +8,7 @@ from megatron.training.arguments.flag import (
     Opponent,
     Refused,
     above,
+    alike,
     at_least,
     between,
     fraction_below,
@@ -130,62 +131,46 @@ OPTIMIZER = Group(
     "optimizer",
     (
         value("--optimizer", default="adam", choices=("adam", "sgd"), help="adam (AdamW) or sgd"),
-        switch(
-            "--optimizer-cpu-offload", status=HOST_OPTIMIZER, help="keep optimizer state and step on the host"
-        ),
-        value(
-            "--optimizer-offload-fraction",
-            type=float,
-            default=1.0,
-            status=HOST_OPTIMIZER,
-            help="share of state to offload",
-        ),
-        switch(
-            "--use-torch-optimizer-for-cpu-offload",
-            status=HOST_OPTIMIZER,
-            help="use torch optimizers in offload mode",
-        ),
-        switch(
-            "--overlap-cpu-optimizer-d2h-h2d", status=HOST_OPTIMIZER, help="overlap host step with copies"
-        ),
-        off_switch(
-            "--no-pin-cpu-grads", "pin_cpu_grads", status=HOST_OPTIMIZER, help="do not pin host gradients"
-        ),
-        off_switch(
-            "--no-pin-cpu-params", "pin_cpu_params", status=HOST_OPTIMIZER, help="do not pin host parameters"
+        *alike(
+            HOST_OPTIMIZER,
+            switch("--optimizer-cpu-offload", help="keep optimizer state and step on the host"),
+            value("--optimizer-offload-fraction", type=float, default=1.0, help="share of state to offload"),
+            switch("--use-torch-optimizer-for-cpu-offload", help="use torch optimizers in offload mode"),
+            switch("--overlap-cpu-optimizer-d2h-h2d", help="overlap host step with copies"),
+            off_switch("--no-pin-cpu-grads", "pin_cpu_grads", help="do not pin host gradients"),
+            off_switch("--no-pin-cpu-params", "pin_cpu_params", help="do not pin host parameters"),
         ),
         switch(
             "--use-precision-aware-optimizer",
             status=NotBuilt("the precision-aware optimizer"),
             help="lower-precision optimizer state",
         ),
-        value(
-            "--main-grads-dtype",
-            default="fp32",
-            choices=("fp32", "bf16"),
-            status=FP32_ALONE,
-            help="dtype of main gradients (precision-aware only)",
-        ),
-        value(
-            "--main-params-dtype",
-            default="fp32",
-            choices=("fp32", "fp16"),
-            status=FP32_ALONE,
-            help="dtype of main parameters (precision-aware only)",
-        ),
-        value(
-            "--exp-avg-dtype",
-            default="fp32",
-            choices=("fp32", "fp16", "fp8"),
-            status=FP32_ALONE,
-            help="dtype of the first moment (precision-aware only)",
-        ),
-        value(
-            "--exp-avg-sq-dtype",
-            default="fp32",
-            choices=("fp32", "fp16", "fp8"),
-            status=FP32_ALONE,
-            help="dtype of the second moment (precision-aware only)",
+        *alike(
+            FP32_ALONE,
+            value(
+                "--main-grads-dtype",
+                default="fp32",
+                choices=("fp32", "bf16"),
+                help="dtype of main gradients (precision-aware only)",
+            ),
+            value(
+                "--main-params-dtype",
+                default="fp32",
+                choices=("fp32", "fp16"),
+                help="dtype of main parameters (precision-aware only)",
+            ),
+            value(
+                "--exp-avg-dtype",
+                default="fp32",
+                choices=("fp32", "fp16", "fp8"),
+                help="dtype of the first moment (precision-aware only)",
+            ),
+            value(
+                "--exp-avg-sq-dtype",
+                default="fp32",
+                choices=("fp32", "fp16", "fp8"),
+                help="dtype of the second moment (precision-aware only)",
+            ),
         ),
     ),
 )
