@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 import pytest
 
 from megatron.training.arguments.model_config import field_values
-from megatron.training.arguments.reads import Reads
+from megatron.training.unread_flags import Reads
 
 
 @dataclass
