@@ -1,4 +1,4 @@
-"""A signal that reaches one rank stops all of them, after the same iteration and a save."""
+"""Stopping all ranks after the same iteration, and a save, when one of them receives a signal."""
 
 import signal
 from types import FrameType, TracebackType
@@ -15,7 +15,7 @@ def get_world_size() -> int:
 
 
 def get_device(local_rank: int | None = None) -> torch.device:
-    """Device on which a flag travels in the default group.
+    """Device of flags exchanged in the default group.
 
     Args:
         local_rank: index of the device, where it is one; None takes the current one.
@@ -51,7 +51,7 @@ def all_gather_item(
     own = torch.tensor([item], dtype=dtype, device=_device_of(group, local_rank))
     gathered = [torch.zeros_like(own) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(gathered, own, group=group)
-    # On the host in one go: each answer asked for would wait for the device once more.
+    # Copied to the host at once: reading values one by one would synchronise each time.
     return torch.cat(gathered).tolist()
 
 
@@ -80,7 +80,7 @@ class DistributedSignalHandler:
         return max(all_gather_item(self._received, dtype=torch.int32))
 
     def record(self, number: int) -> None:
-        """Take note of a signal that somebody else has caught."""
+        """Record a signal that another handler has caught."""
         self._received = self._received or number
 
     def __enter__(self) -> "DistributedSignalHandler":

@@ -1,4 +1,4 @@
-"""How an entry point ends: success, or one readable error and a non-zero exit status."""
+"""Running an entry point: it ends well, or with one readable error and a non-zero exit status."""
 
 import atexit
 import gc
@@ -21,7 +21,7 @@ def run_main(main: Callable[[], object]) -> None:
     """Run ``main``; print a ``MegatronError`` without a traceback and exit with its status.
 
     Of several ranks the lowest failing one prints, and all of them end with its status, whatever the
-    launcher. ``MEGATRON_TRACEBACK=1`` keeps the traceback, for whoever debugs the program itself.
+    launcher. ``MEGATRON_TRACEBACK=1`` keeps the traceback, for debugging the program itself.
     """
     tolerate_failing_streams()
     launcher.set_rank_variables()
@@ -90,19 +90,19 @@ def _leave_process_groups() -> None:
 
 
 def _watch_ranks_of_environment() -> "FailureWatcher | None":
-    """A watcher where there are other ranks and it is known where to meet them."""
+    """A watcher where there are other ranks and the address of their store is known."""
     if not launcher.has_other_ranks():
         return None
     return watch_ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
 
 def watch_ranks(rank: int, world_size: int) -> "FailureWatcher | None":
-    """The watcher of this process, made if need be.
+    """The failure watcher of this process, made at the first call.
 
     A program that does not run under :func:`run_main` gets one that also ends with it.
 
     Returns:
-        None where MASTER_ADDR and MASTER_PORT do not say where the ranks meet.
+        None where MASTER_ADDR and MASTER_PORT give no address of a store.
     """
     # They import torch, which a single process may do later.
     from megatron.training.global_vars import get_failure_watcher, set_failure_watcher
@@ -113,7 +113,7 @@ def watch_ranks(rank: int, world_size: int) -> "FailureWatcher | None":
         address = StoreAddress.of_environment(rank)
         if address is None:
             return None
-        watcher = FailureWatcher(rank, world_size, address, _tell)
+        watcher = FailureWatcher(rank, world_size, address, _print_report)
         set_failure_watcher(watcher)
         atexit.register(watcher.stop)
         shown = sys.excepthook
@@ -145,7 +145,7 @@ def _fail(error: Exception, watcher: "FailureWatcher | None") -> None:
 
 
 def _print_alone(text: str) -> None:
-    """Print where ranks cannot agree who does: once per machine, if each fails for this reason."""
+    """Print an error without agreement between ranks: once per machine, if each fails for this reason."""
     sys.stdout.flush()
     if launcher.has_other_ranks():
         from megatron.training.ranks.failure import HOLD_S, FirstOnHost
@@ -161,7 +161,7 @@ def _print_alone(text: str) -> None:
 
 
 def _as_failure(error: Exception, status: int, text: str) -> Any:
-    """An error as what the ranks exchange; one of a message is taken for the consequence of another's."""
+    """An error as a ``Failure``; an error of communication counts as the consequence of another rank's."""
     from megatron.training.ranks import stack_location
     from megatron.training.ranks.failure import CONSEQUENCE, Failure
     from megatron.training.ranks.heartbeat import iteration
@@ -173,7 +173,7 @@ def _as_failure(error: Exception, status: int, text: str) -> Any:
     return Failure(status, None, CONSEQUENCE, error=first_line(error), location=location._replace(waits=True))
 
 
-def _tell(text: str, own: bool) -> None:
+def _print_report(text: str, own: bool) -> None:
     """Print why all ranks end; ``own`` if the reason lies in this one."""
     sys.stdout.flush()
     headline = text.strip().splitlines()[-1] if text.startswith("Traceback") else f"error: {text}"

@@ -1,4 +1,4 @@
-"""When a run saves, and when it stops before its last iteration."""
+"""Saving during a run, and stopping it before its last iteration."""
 
 import os
 import time
@@ -36,7 +36,7 @@ def save_checkpoint_and_time(
     non_persistent_ckpt: bool = False,
     train_data_iterator: Iterator | None = None,
 ) -> None:
-    """Save, outside the interval that counts as training time, and report how long it took.
+    """Save, outside the interval that counts as training time, and print how long it took.
 
     An iteration that ``checkpointing_context`` knows to be in ``--save`` already is not saved again: several
     reasons to save may meet at one iteration (interval, growing batch, exit, end of the run).
@@ -69,7 +69,7 @@ def save_checkpoint_and_time(
 
 
 def answer_signals(in_training: bool) -> None:
-    """From now on the line about a stop says how far the run is.
+    """Let the line about a stop say how far the run is, from now on.
 
     With ``--exit-signal-handler`` signals are recorded, for :func:`signal_of_any_rank`.
 
@@ -79,7 +79,7 @@ def answer_signals(in_training: bool) -> None:
     signals = stop_signals.installed()
     if signals is None:
         return
-    signals.describe = _how_far_in_training if in_training else _how_far_after_training
+    signals.describe = _progress_in_training if in_training else _progress_after_training
     if get_args().exit_signal_handler:
         signals.recorder = get_signal_handler()
 
@@ -96,20 +96,20 @@ def print_exit_after(number: int) -> None:
     print_datetime(f"exiting program after {received}{stop_signals.describe_signal(number)}{note}")
 
 
-def _how_far_in_training() -> str:
+def _progress_in_training() -> str:
     args = get_args()
     iteration = getattr(args, "curr_iteration", args.iteration) + 1
     if args.save and _saved_iteration(args.save) == iteration:
         return f"after iteration {iteration}, whose checkpoint in {args.save} is complete"
     advice = "add --save and --exit-signal-handler" if not args.save else "add --exit-signal-handler"
-    return f"in iteration {iteration}, which is not saved ({advice}); {_what_stands(args.save)}"
+    return f"in iteration {iteration}, which is not saved ({advice}); {_newest_checkpoint_text(args.save)}"
 
 
-def _how_far_after_training() -> str:
-    return f"after training; {_what_stands(get_args().save)}"
+def _progress_after_training() -> str:
+    return f"after training; {_newest_checkpoint_text(get_args().save)}"
 
 
-def _what_stands(save: str | None) -> str:
+def _newest_checkpoint_text(save: str | None) -> str:
     if not save:
         return "there is no checkpoint"
     iteration = _saved_iteration(save)
@@ -119,7 +119,7 @@ def _what_stands(save: str | None) -> str:
 
 
 def _saved_iteration(save: str) -> int | None:
-    """What the tracker file names, read without the other ranks."""
+    """Iteration in the tracker file, read without the other ranks."""
     path = get_checkpoint_tracker_filename(save)
     if not os.path.isfile(path):
         return None

@@ -11,7 +11,7 @@ from megatron.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the next token is chosen.
+    """Choice of the next token.
 
     Args:
         temperature: logits are divided by it; below 1 the likely tokens gain.
@@ -60,7 +60,7 @@ def next_token_probabilities(logits: Tensor, options: SamplingOptions) -> Tensor
         ranked[..., options.top_k :] = -torch.inf
     probabilities = ranked.softmax(-1)
     if options.top_p < 1:
-        # What comes before a token decides whether it is in: the one that crosses the border still is.
+        # A token is kept if the sum before it is below top_p: the one that crosses the limit is kept.
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= options.top_p, 0.0)
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)

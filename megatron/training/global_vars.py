@@ -15,7 +15,7 @@ from megatron.training.processes import stop_signals
 from megatron.training.tokenizer import build_tokenizer
 
 _REGISTRY: dict[str, Any] = {}
-# What belongs to the process and not to one run in it.
+# Objects of the process, which outlive one run in it.
 _PROCESS: dict[str, Any] = {}
 
 
@@ -86,12 +86,12 @@ def get_adlr_autoresume():
 
 
 def get_signal_handler():
-    """What has recorded a signal that is to end the run, with ``--exit-signal-handler``."""
+    """The recorder of signals that end the run after a save, with ``--exit-signal-handler``."""
     return _get("signal_handler")
 
 
 def get_unread_flags() -> Any:
-    """The record of what has been read of the flags (``unread_flags.UnreadFlags``); None without one."""
+    """The record of flags that have been read (``unread_flags.UnreadFlags``); None without one."""
     return _REGISTRY.get("unread_flags")
 
 
@@ -122,7 +122,7 @@ def set_args(args: Namespace) -> None:
 
 
 def set_global_variables(args: Namespace, build_tokenizer: bool = True) -> None:
-    """Build and register everything that hangs on the arguments.
+    """Build and register everything that depends on the arguments.
 
     Args:
         args: validated arguments.

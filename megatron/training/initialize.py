@@ -1,4 +1,4 @@
-"""From the command line to a process that is ready to build a model."""
+"""Initialization: from the command line to a process that is ready to build a model."""
 
 import logging
 import os
@@ -109,7 +109,7 @@ def _initialize_distributed(
     get_embedding_ranks: Callable | None,
     get_position_embedding_ranks: Callable | None,
 ) -> None:
-    if args.rank == 0:  # print_rank_0 knows the rank only when that is done
+    if args.rank == 0:  # print_rank_0 knows the rank only after this
         print("> initializing torch distributed ...", flush=True)
     _join_world(args)
     _describe_device()
@@ -141,7 +141,7 @@ def _initialize_distributed(
 
 
 def _describe_device() -> None:
-    """What this run computes on, and which functions its device replaces."""
+    """Print the device of this run, and the functions it replaces."""
     device = f"{accelerator.current_device()} ({accelerator.device_name()})"
     print_rank_0(f"> device {device}, collectives by {device_backend()}")
     replaced = [point for point in overrides.table() if point.replacement is not None]
@@ -152,7 +152,7 @@ def _describe_device() -> None:
 
 
 def _join_world(args: Namespace) -> None:
-    """Meet the other ranks, unless that has been done."""
+    """Join the other ranks, unless this process has before."""
     _queue_communication_before_compute(args)
     accelerator.set_device(args.local_rank)
     if args.bf16 and not accelerator.supports_bf16():
@@ -163,14 +163,14 @@ def _join_world(args: Namespace) -> None:
     torch.distributed.init_process_group(
         backend=accelerator.world_backend(args.distributed_backend, args.enable_gloo_process_groups),
         pg_options=_world_options(args),
-        store=_meet(args),
+        store=_rendezvous(args),
         world_size=args.world_size,
         rank=args.rank,
         timeout=timedelta(minutes=args.distributed_timeout_minutes),
     )
 
 
-def _meet(args: Namespace) -> torch.distributed.Store:
+def _rendezvous(args: Namespace) -> torch.distributed.Store:
     """Wait for the other ranks; the store for process groups."""
     if args.world_size == 1:  # needs no port and no host name
         return torch.distributed.HashStore()
@@ -195,7 +195,7 @@ def _world_options(args: Namespace) -> Any:
 
 
 def _connect_hosts_on_demand() -> None:
-    """Beside a device's collectives, gloo opens only the connections that its few messages take.
+    """Let gloo open only the connections that it needs, where a device's backend runs most collectives.
 
     By default a group opens one to each of its ranks as it is made: in a world of a thousand ranks more than
     the thousand files that a process may usually have open.
@@ -205,7 +205,7 @@ def _connect_hosts_on_demand() -> None:
 
 
 def _queue_communication_before_compute(args: Namespace) -> None:
-    """Under NCCL, one hardware queue keeps a collective ahead of the kernels that it is to overlap with.
+    """Use one hardware queue under NCCL, which keeps a collective ahead of the kernels it overlaps with.
 
     The driver reads the variable when its context is made, which is later than this.
     """
@@ -235,7 +235,7 @@ def _set_random_seed(
     """
     if seed_ is None or seed_ <= 0:
         raise ConfigError(f"--seed {seed_}: give a positive integer, for example --seed 1234")
-    # Initial weights do not depend on where a layer is, dropout does.
+    # Initial weights do not depend on the stage of a layer, dropout does.
     weight_seed = seed_
     if data_parallel_random_init:
         weight_seed += 10 * parallel_state.get_data_parallel_rank()

@@ -13,7 +13,7 @@ from megatron.core.errors import ConfigError
 from megatron.training.global_vars import get_unread_flags
 
 GIB = 2**30
-# Bytes per sample of a built index: its place in the shuffled order, and where its tokens begin.
+# Bytes per sample of a built index: its position in the shuffled order, and the start of its tokens.
 _INDEX_BYTES_PER_SAMPLE = 12
 # Flags whose values multiply into memory, and the arguments they set.
 _SIZES = {
@@ -35,7 +35,7 @@ _SIZES = {
 
 
 def check_memory(args: Namespace) -> None:
-    """Compare what this rank needs at the least with the memory of its device and of its host.
+    """Compare a lower bound of what this rank needs with the memory of its device and of its host.
 
     Raises:
         ConfigError: it needs more. The message names the flag whose value weighs most.
@@ -131,7 +131,7 @@ def _host_memory() -> float:
 def _heaviest(
     args: Namespace, given: Collection[str], estimate: Callable[[Namespace], float]
 ) -> tuple[str, int]:
-    """The flag among ``given`` whose value, were it 1, would leave the least to hold."""
+    """The flag among ``given`` whose value, if it were 1, would lower the need the most."""
 
     def without(flag: str) -> float:
         lighter = copy(args)

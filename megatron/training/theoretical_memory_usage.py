@@ -8,7 +8,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 
 MEBIBYTE = 2**20
-# Name, size, and the smallest number that is told in it: 0.01 billion is, as in the original.
+# Name, size, and the smallest number that is printed in it: 0.01 billion is, as in the original.
 _UNITS = (("billions", 1e9, 1e7), ("millions", 1e6, 1e5), ("thousands", 1e3, 0))
 # Mixed precision: 2 weight + 4 main weight + 4 main gradient + 8 Adam moments; the last 12 (main weight and
 # moments) can be spread over data-parallel ranks.

@@ -34,30 +34,30 @@ def dataset(golden, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
-def test_missing_half_of_a_data_set(golden, tmp_path, dataset, suffix):
+def test_missing_index_file_is_named(golden, tmp_path, dataset, suffix):
     dataset.with_suffix(suffix).unlink()
     fails(tiny_gpt(golden, tmp_path, data_path=dataset), tmp_path, dataset.with_suffix(suffix))
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
-def test_truncated_data_set(golden, tmp_path, dataset, suffix):
+def test_truncated_data_set_is_named(golden, tmp_path, dataset, suffix):
     path = dataset.with_suffix(suffix)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     fails(tiny_gpt(golden, tmp_path, data_path=dataset), tmp_path, path, "bytes")
 
 
-def test_wrong_magic(golden, tmp_path, dataset):
+def test_index_file_with_wrong_magic_is_named(golden, tmp_path, dataset):
     path = dataset.with_suffix(".idx")
     path.write_bytes(b"NOTANIDX\0" + path.read_bytes()[9:])
     fails(tiny_gpt(golden, tmp_path, data_path=dataset), tmp_path, path)
 
 
-def test_token_beyond_the_vocabulary(golden, tmp_path):
+def test_token_beyond_the_vocabulary_is_named(golden, tmp_path):
     expected = ("u16_text_document", "in document ", "the vocabulary has 101 ids")
     fails(tiny_gpt(golden, tmp_path, vocab_size=100), tmp_path, *expected)
 
 
-def test_id_that_only_pads_the_vocabulary(golden, tmp_path, dataset):
+def test_token_id_of_the_padding_is_named(golden, tmp_path, dataset):
     # 501 ids are padded to 512: the table has a row for 505, which is no token.
     tokens = np.fromfile(f"{dataset}.bin", dtype=np.uint16)
     tokens[:] = 505
@@ -68,7 +68,7 @@ def test_id_that_only_pads_the_vocabulary(golden, tmp_path, dataset):
     assert len(run.check().losses) == 8
 
 
-def test_corpus_too_short_for_one_sample(golden, tmp_path):
+def test_corpus_too_short_for_one_sample_is_named(golden, tmp_path):
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     prefix = tmp_path / "five"
@@ -78,7 +78,7 @@ def test_corpus_too_short_for_one_sample(golden, tmp_path):
     fails(tiny_gpt(golden, tmp_path, data_path=prefix, split="100,0,0"), tmp_path, prefix, "token")
 
 
-def test_unwritable_save_directory(golden, tmp_path):
+def test_unwritable_save_directory_is_refused(golden, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a directory")
     run = fails(
@@ -88,7 +88,7 @@ def test_unwritable_save_directory(golden, tmp_path):
     assert blocked.read_text() == "not a directory"
 
 
-def test_checkpoint_cut_short(golden, tmp_path):
+def test_truncated_checkpoint_is_refused(golden, tmp_path):
     words = tiny_gpt(golden, tmp_path, save=tmp_path / "ckpt", load=tmp_path / "ckpt", save_interval=4)
     pretrain_gpt(words, tmp_path).check()
     path = tmp_path / "ckpt" / "iter_0000008" / "mp_rank_00" / "model_optim_rng.pt"
@@ -96,7 +96,7 @@ def test_checkpoint_cut_short(golden, tmp_path):
     fails(words, tmp_path, path, "--ckpt-step 4")
 
 
-def test_checkpoint_of_another_model(golden, tmp_path):
+def test_checkpoint_of_another_model_is_refused(golden, tmp_path):
     save = tmp_path / "ckpt"
     pretrain_gpt(tiny_gpt(golden, tmp_path, save=save, save_interval=8), tmp_path).check()
     fails(tiny_gpt(golden, tmp_path, load=save, num_layers=3), tmp_path, "num_layers", "2", "3")
@@ -107,7 +107,7 @@ def test_nan_loss_names_rank_and_iteration(golden, tmp_path):
     assert "found NaN" in run.output or "found Inf" in run.output
 
 
-def test_unknown_tokenizer_file(golden, tmp_path):
+def test_missing_tokenizer_file_is_named(golden, tmp_path):
     words = tiny_gpt(
         golden,
         tmp_path,
@@ -126,7 +126,7 @@ def test_all_argument_errors_come_at_once(golden, tmp_path):
         assert flag in run.output, run.output
 
 
-def test_per_split_file_without_a_split(golden, tmp_path):
+def test_per_split_data_without_a_split_is_refused(golden, tmp_path):
     table = tmp_path / "splits.json"
     table.write_text(json.dumps({"train": [str(golden / "data" / "u16_text_document")]}))
     words = tiny_gpt(golden, tmp_path, data_path=None, split=None, per_split_data_args_path=table)

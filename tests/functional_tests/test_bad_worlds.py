@@ -3,7 +3,7 @@
 from launcher import pretrain_gpt_ranks, tiny_gpt
 
 
-def test_a_layout_that_does_not_fit_the_world(golden, tmp_path):
+def test_a_layout_that_does_not_divide_the_world_is_refused(golden, tmp_path):
     words = tiny_gpt(golden, tmp_path, tensor_model_parallel_size=4, num_query_groups=3)
     runs = pretrain_gpt_ranks(2, [*words, "--group-query-attention"], tmp_path)
     assert [run.status for run in runs] == [1, 1]
@@ -15,7 +15,7 @@ def test_a_layout_that_does_not_fit_the_world(golden, tmp_path):
     assert "initializing torch distributed" not in outputs and "Traceback" not in outputs
 
 
-def test_a_data_set_that_is_missing(golden, tmp_path):
+def test_a_missing_data_set_is_reported_once(golden, tmp_path):
     """Found on the rank that reads, after the process groups exist."""
     words = tiny_gpt(golden, tmp_path, tensor_model_parallel_size=2, data_path=tmp_path / "nothing_here")
     runs = pretrain_gpt_ranks(2, words, tmp_path)

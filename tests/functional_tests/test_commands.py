@@ -103,13 +103,13 @@ def test_replacements_are_checked_where_there_is_an_npu(command) -> None:
 
 
 @pytest.mark.parametrize("name", ["train", "preprocess", "merge", "generate", "compare", "draw", "virtual"])
-def test_every_command_says_what_it_takes_under_its_own_name(command, name: str) -> None:
+def test_help_of_every_command_shows_its_name(command, name: str) -> None:
     done = command(f"{name} --help")
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.startswith(f"usage: megatron-npu {name} ")
 
 
-def test_a_virtual_npu_is_there_or_says_what_is_missing(command) -> None:
+def test_virtual_npu_runs_or_names_the_missing_package(command) -> None:
     """The rest of this command is tested where torch_npu is installed."""
     done = command("virtual --devices 1 -- printenv MEGATRON_DEVICE")
     if cann.why_not() is None:
@@ -118,7 +118,7 @@ def test_a_virtual_npu_is_there_or_says_what_is_missing(command) -> None:
         assert (done.returncode, done.stderr) == (1, f"error: no virtual NPU here: {cann.why_not()}\n")
 
 
-def test_the_list_of_commands(command) -> None:
+def test_help_lists_all_commands(command) -> None:
     done = command("")
     assert done.returncode == 0
     names = re.findall(r"^  (\w+) +\w", done.stdout, re.MULTILINE)
@@ -130,7 +130,7 @@ def test_the_list_of_commands(command) -> None:
     assert version[0] == "megatron-npu" and re.fullmatch(r"0\.12\.\S+", version[1])
 
 
-def test_a_module_for_launchers_that_want_one(command) -> None:
+def test_commands_run_as_a_module(command) -> None:
     done = command("draw -p 2 -m 2", start=(sys.executable, "-m", "megatron.cli"))
     assert done.returncode == 0 and "0.5000" in done.stdout
 

@@ -36,7 +36,7 @@ def log(path: Path, losses: dict[int, object], noise: bool = True) -> Path:
     return path
 
 
-def test_figures(tool, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_differences_of_two_logs(tool, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Errors 0, 0.01, 0.05 and 0.02 by hand."""
     first = log(tmp_path / "a.log", {1: 10.0, 2: 8.0, 3: 4.0, 4: 2.0, 5: 1.0})
     second = log(tmp_path / "b.log", {1: 10.0, 2: 8.08, 3: 3.8, 4: 2.04, 9: 1.0})
@@ -52,14 +52,14 @@ def test_figures(tool, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "first iteration beyond 0.06: none" in capsys.readouterr().out
 
 
-def test_a_resumed_run_counts_as_last_reported(tool, tmp_path: Path) -> None:
+def test_iterations_of_a_resumed_run_count_once(tool, tmp_path: Path) -> None:
     path = log(tmp_path / "a.log", {1: 5.0, 2: 4.0})
     again = LINE.format(2, 8, "3.0E+00"), LINE.format(3, 12, "2.0E+00")
     path.write_text(path.read_text() + "\n".join(again))
     assert tool.read_run(path, "lm loss") == {1: 5.0, 2: 3.0, 3: 2.0}
 
 
-def test_another_quantity(tool, tmp_path: Path) -> None:
+def test_another_quantity_can_be_compared(tool, tmp_path: Path) -> None:
     assert tool.read_run(log(tmp_path / "a.log", {1: 5.0}), "grad norm") == {1: 2.5}
 
 
@@ -82,16 +82,18 @@ def test_evaluations_are_read_from_a_log_under_the_names_of_tensorboard(tool, tm
      (math.nan, math.nan, 0.0), (math.inf, math.inf, 0.0), (1.0, math.nan, math.inf),
      (math.inf, 1.0, math.inf)],
 )  # fmt: skip
-def test_relative_error(tool, reference: float, other: float, error: float) -> None:
+def test_relative_error_is_computed_from_the_reference(
+    tool, reference: float, other: float, error: float
+) -> None:
     assert tool.relative_error(reference, other) == error
 
 
-def test_a_nan_on_one_side_is_beyond_every_bound(tool, tmp_path: Path) -> None:
+def test_a_nan_on_one_side_exceeds_every_bound(tool, tmp_path: Path) -> None:
     first = log(tmp_path / "a.log", {1: 1.0, 2: 1.0})
     assert tool.main([str(first), str(log(tmp_path / "b.log", {1: 1.0, 2: "nan"})), "--bound", "1e9"]) == 1
 
 
-def test_tensorboard_against_a_log(tool, tmp_path: Path) -> None:
+def test_tensorboard_files_compare_with_logs(tool, tmp_path: Path) -> None:
     writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter(str(tmp_path / "events"))
     for iteration in range(1, 40):
         writer.add_scalar("lm loss", 10.0 / iteration, iteration)
@@ -104,7 +106,7 @@ def test_tensorboard_against_a_log(tool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_a_plot(tool, tmp_path: Path, suffix: str) -> None:
+def test_a_plot_is_written(tool, tmp_path: Path, suffix: str) -> None:
     pytest.importorskip("matplotlib")
     first, second = (log(tmp_path / name, {i: 5.0 / i for i in range(1, 9)}) for name in ("a.log", "b.log"))
     plot = tmp_path / f"plot.{suffix}"
@@ -113,7 +115,7 @@ def test_a_plot(tool, tmp_path: Path, suffix: str) -> None:
     assert data.startswith(b"\x89PNG") if suffix == "png" else b"relative error" in data or b"<svg" in data
 
 
-def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
+def test_inputs_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
     first = log(tmp_path / "a.log", {1: 1.0})
     other = log(tmp_path / "b.log", {2: 1.0})
     empty = tmp_path / "empty.log"

@@ -50,7 +50,7 @@ def library(tmp_path: Path) -> Path:
     return root
 
 
-def test_the_standard_library_is_enough_and_not_too_much() -> None:
+def test_corpus_size_is_within_its_limits() -> None:
     modules = library_modules(standard_library())
     assert 3_000_000 < sum(size for _, size in modules) <= MAX_CORPUS_BYTES
     assert modules == library_modules(standard_library())
@@ -69,12 +69,12 @@ def test_the_corpus_holds_the_sources_and_nothing_else(library: Path, tmp_path: 
     assert "broken.py" not in texts
 
 
-def test_an_interpreter_without_sources_is_told_what_to_do(tmp_path: Path) -> None:
+def test_an_interpreter_without_sources_is_refused_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="DATA_PATH="):
         library_modules(tmp_path)
 
 
-def test_the_vocabulary_is_gpt2s_format_and_spells_any_text(library: Path, tmp_path: Path) -> None:
+def test_vocabulary_has_gpt2_format_and_encodes_any_text(library: Path, tmp_path: Path) -> None:
     from transformers import GPT2Tokenizer
 
     corpus = tmp_path / "corpus.jsonl"
@@ -119,7 +119,7 @@ def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "no manifest", "killed while building"])
-def test_a_half_made_set_is_made_again(tmp_path: Path, damage: str) -> None:
+def test_an_incomplete_data_set_is_made_again(tmp_path: Path, damage: str) -> None:
     directory, log = tmp_path / "set", tmp_path / "log"
     counted_build(directory, log)
     if damage == "truncated":
@@ -155,7 +155,9 @@ def test_a_failing_build_leaves_nothing_that_looks_finished(tmp_path: Path) -> N
         ({"XDG_CACHE_HOME": "relative", "HOME": "/c"}, "/c/.cache/megatron-npu"),
     ],
 )
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, environment: dict, expected: str) -> None:
+def test_cache_directory_follows_the_environment(
+    monkeypatch: pytest.MonkeyPatch, environment: dict, expected: str
+) -> None:
     for name in ("MEGATRON_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -169,7 +171,7 @@ def test_an_unwritable_cache_names_the_variable(tmp_path: Path, library: Path) -
         recipe.ensure_default_data(tmp_path / "file", library)
 
 
-def test_from_sources_to_a_data_set(tmp_path: Path, library: Path, capfd: pytest.CaptureFixture) -> None:
+def test_sources_become_a_data_set(tmp_path: Path, library: Path, capfd: pytest.CaptureFixture) -> None:
     data = recipe.ensure_default_data(tmp_path / "cache dir", library)
     vocabulary = json.loads(data.vocab_file.read_text())
     tokens = np.fromfile(f"{data.data_path}.bin", dtype=np.uint16)
@@ -183,7 +185,7 @@ def test_from_sources_to_a_data_set(tmp_path: Path, library: Path, capfd: pytest
     assert capfd.readouterr().err == ""
 
 
-def test_the_command_prints_what_a_shell_can_read(tmp_path: Path, library: Path) -> None:
+def test_the_command_prints_shell_assignments(tmp_path: Path, library: Path) -> None:
     """The command finds a finished set, named as the running interpreter would name it."""
     modules = library_modules(standard_library())
     name = recipe._cache_key(modules)

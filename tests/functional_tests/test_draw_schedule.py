@@ -46,12 +46,12 @@ def test_prints_the_bubble_and_draws_it(tmp_path, capsys, arguments, expected, s
         ("-p 2 -m 4 --output /no/such/directory/timeline.svg", "No such file"),
     ],
 )
-def test_says_what_is_wrong(arguments, message):
+def test_invalid_layouts_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         runpy.run_path(TOOL)["main"](arguments.split())
 
 
-def test_a_mistake_on_the_command_line_ends_in_one_line():
+def test_command_line_errors_are_one_line():
     command = [sys.executable, TOOL, "-p", "2", "-m", "4", "--schedule", "1f1b", "-v", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and done.stdout == ""

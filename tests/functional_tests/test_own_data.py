@@ -85,7 +85,7 @@ def test_training_ends_with_losses_and_a_checkpoint(trained) -> None:
     assert (directory / "my_checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "4"
 
 
-def test_the_same_line_again_goes_on(trained, tmp_path: Path) -> None:
+def test_the_same_command_again_resumes(trained, tmp_path: Path) -> None:
     directory, _ = trained
     shutil.copytree(directory, tmp_path / "again", symlinks=True)
     longer = words_of(own_data_commands()[1].replace("--train-iters 4", "--train-iters 6"))
@@ -103,7 +103,7 @@ def test_generation_prints_the_text_alone(trained) -> None:
     assert len(run.stdout) > len("Once") + 20
 
 
-def test_generation_says_what_it_takes(trained) -> None:
+def test_generation_help_lists_its_flags(trained) -> None:
     run = type_in(trained[0], "python tools/generate.py --help")
     assert run.returncode == 0 and "--top-p" in run.stdout and "--load" in run.stdout
     assert "--num-layers" not in run.stdout
@@ -140,7 +140,7 @@ LOAD = "--load my_checkpoints --prompt a"
         (f"{LOAD} --merge-file gone.txt", "--merge-file gone.txt, which is not there"),
     ],
 )
-def test_generation_says_what_is_wrong(trained, tool, monkeypatch, words: str, said: str) -> None:
+def test_generation_names_bad_arguments(trained, tool, monkeypatch, words: str, said: str) -> None:
     monkeypatch.chdir(trained[0])
     monkeypatch.setattr(sys, "argv", ["generate.py", *words.split()])
     with pytest.raises(ConfigError, match=re.escape(said)):
@@ -148,7 +148,7 @@ def test_generation_says_what_is_wrong(trained, tool, monkeypatch, words: str, s
 
 
 @pytest.mark.parametrize("size", [100, 5000])
-def test_generation_takes_no_padded_id_for_a_token(golden, tool, monkeypatch, tmp_path, size: int) -> None:
+def test_generation_never_prints_a_padded_id(golden, tool, monkeypatch, tmp_path, size: int) -> None:
     """The model was trained on 64 ids; a larger --vocab-size would make tokens of the rows behind them."""
     monkeypatch.chdir(tmp_path)
     checkpoint = golden / "ckpt" / "torch_tp1pp1"

@@ -57,7 +57,7 @@ def uninterrupted(request, golden, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stop", range(1, STEPS + 1))
-def test_stopping_and_going_on_changes_nothing(uninterrupted, golden, tmp_path, stop):
+def test_resumed_run_equals_the_uninterrupted_one(uninterrupted, golden, tmp_path, stop):
     precision, whole_trace, whole = uninterrupted
     save, trace = tmp_path / "ckpt", tmp_path / "trace"
     words = arguments(golden, tmp_path, save, precision)

@@ -34,7 +34,7 @@ def evaluations(output):
     return {(split, int(iteration)): float(loss) for split, iteration, loss in lines}
 
 
-def test_validation_and_test_are_apart_and_each_point_is_written_once(golden, tmp_path):
+def test_validation_and_test_have_separate_tags_without_duplicates(golden, tmp_path):
     words = tiny_gpt(
         golden,
         tmp_path,
@@ -72,7 +72,7 @@ def test_validation_and_test_are_apart_and_each_point_is_written_once(golden, tm
     assert found["test", 8] != found["validation", 8]
 
 
-def test_an_evaluation_is_one_line(golden, tmp_path):
+def test_an_evaluation_prints_one_line(golden, tmp_path):
     words = tiny_gpt(golden, tmp_path, train_iters=4, eval_iters=3, eval_interval=2)
     lines = pretrain_gpt(words, tmp_path).check().output.splitlines()
     second = next(i for i, line in enumerate(lines) if "iteration        2/" in line)
@@ -108,7 +108,7 @@ def test_no_iteration_is_saved_twice_while_the_batch_grows(golden, tmp_path):
     assert saved(third.output) == []
 
 
-def test_the_last_iteration_is_saved_although_it_was_passed_over(golden, tmp_path):
+def test_the_last_iteration_is_saved_when_the_interval_skips_it(golden, tmp_path):
     words = tiny_gpt(golden, tmp_path, save=tmp_path / "ckpt", save_interval=4, iterations_to_skip=7)
     run = pretrain_gpt(words, tmp_path).check()
     assert saved(run.output) == [4, 8]
@@ -131,7 +131,7 @@ def going_on(golden, tmp_path, **changes):
     )
 
 
-def test_steps_done_again_after_a_restart_replace_their_points(golden, tmp_path):
+def test_steps_repeated_after_a_restart_replace_their_points(golden, tmp_path):
     first = pretrain_gpt(going_on(golden, tmp_path, save_interval=4), tmp_path).check()
     before = points(tmp_path / "tb")
     (events,) = (tmp_path / "tb").iterdir()

@@ -99,7 +99,7 @@ def test_loss_falls_on_repeated_data(golden, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_layouts_and_windows(golden, tmp_path, precision):
+def test_layouts_and_window_attention_train(golden, tmp_path, precision):
     def losses(**changes):
         flags = {} if precision == "fp32" else {precision: True}
         if precision == "fp16":
@@ -125,7 +125,7 @@ def test_skipped_iterations_consume_their_data(golden, tmp_path):
     assert "consumed samples:           32" in run.output
 
 
-def test_exit_interval_leaves_without_final_evaluation(golden, tmp_path):
+def test_exit_interval_ends_without_a_final_evaluation(golden, tmp_path):
     words = tiny_gpt(
         golden, tmp_path, exit_interval=5, eval_iters=1, save=tmp_path / "ckpt", save_interval=100
     )
@@ -211,6 +211,6 @@ def test_recompute_changes_no_loss(golden, tmp_path, recompute):
     assert again.losses == plain.losses
 
 
-def test_groups_that_are_made_late_are_made(golden, tmp_path):
+def test_process_groups_can_be_made_after_initialization(golden, tmp_path):
     words = tiny_gpt(golden, tmp_path, train_iters=3, lazy_mpu_init="yes")
     assert list(pretrain_gpt(words, tmp_path).check().losses) == [1, 2, 3]

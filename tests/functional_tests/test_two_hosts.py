@@ -100,7 +100,9 @@ def losses_of(output: str) -> dict[int, float]:
         pytest.param(2, (0,), ("00", "01"), id="tensor parallel", marks=pytest.mark.slow),
     ],
 )
-def test_train_save_and_resume(tensor_parallel: int, readers, ranks, hosts, repo_root: Path, tmp_path: Path):
+def test_two_hosts_train_save_and_resume(
+    tensor_parallel: int, readers, ranks, hosts, repo_root: Path, tmp_path: Path
+):
     """``readers`` are the hosts that read data; ``ranks`` the model-parallel ranks in file names, by host."""
     layout = f"--tensor-model-parallel-size {tensor_parallel}"
     status, logs, files = hosts(COMMAND.format(flags=f"{layout} --num-workers 0"))

@@ -74,13 +74,13 @@ ALL = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_tensor_parallel_ranks_get_everything_and_the_first_reads(world):
+def test_first_tensor_parallel_rank_reads_and_all_get_equal_batches(world):
     for rank, [(values, asked)] in enumerate(run_ranks(world, read, world, 1)):
         assert_holds(values, *ALL)
         assert asked == (1 if rank == 0 else 0)
 
 
-def test_stages_get_what_they_compute_with():
+def test_first_and_last_stage_get_only_the_tensors_they_use():
     # ranks 0, 1 are the first stage, 2, 3 the second
     results = run_ranks(4, read, 2, 2)
     for rank, [(values, asked)] in enumerate(results):
@@ -96,7 +96,7 @@ def test_stages_in_the_middle_get_nothing():
     assert third == ({}, 0)
 
 
-def test_every_stage_gets_a_mask_that_keeps_documents_apart():
+def test_every_stage_gets_the_mask_between_documents():
     for rank, [(values, asked)] in enumerate(run_ranks(4, read, 2, 2, mask=True)):
         keys = ("tokens", "position_ids") if rank < 2 else ("labels", "loss_mask")
         assert_holds(values, *keys, "attention_mask", mask=True)
@@ -134,28 +134,28 @@ def read_beyond_the_end() -> str:
     return str(error.value)
 
 
-def test_data_that_ends_too_early_is_named():
+def test_data_that_ends_too_early_is_an_error():
     (message,) = run_ranks(1, read_beyond_the_end)
     assert message.startswith("the data set is used up before the run is")
 
 
-def test_a_sample_of_another_length_is_named():
+def test_a_sample_of_another_length_is_an_error():
     longer = sample() | {"labels": torch.zeros(B, S + 1, dtype=torch.int64)}
     message = run_ranks(2, complaint, longer)[0]
     assert "'labels'" in message and "[2, 9]" in message and "[2, 8]" in message
 
 
-def test_a_sample_without_an_entry_is_named():
+def test_a_sample_without_a_tensor_is_an_error():
     entries = sample()
     del entries["loss_mask"]
     assert "'loss_mask'" in run_ranks(2, complaint, entries)[0]
 
 
-def test_a_mask_that_no_flag_announces_is_not_lost_in_silence():
+def test_a_mask_that_no_flag_announces_is_an_error():
     assert "--reset-attention-mask" in run_ranks(2, complaint, sample(mask=True))[0]
 
 
-def test_a_plain_causal_mask_need_not_travel():
+def test_a_plain_causal_mask_is_not_broadcast():
     causal = torch.ones(S, S, dtype=torch.bool).triu(1).expand(B, 1, S, S)
     for [(values, _)] in run_ranks(2, read, 2, 1, given=sample() | {"attention_mask": causal}):
         assert_holds(values, *ALL)

@@ -25,7 +25,7 @@ def run(**changes) -> Namespace:
     return Namespace(**vars(RUN) | changes)
 
 
-def test_stages_get_room_for_one_message() -> None:
+def test_pipeline_buffers_hold_one_stage_output() -> None:
     # [8192 / 2 / 4, 2, 5120] in bf16 is 20 MiB.
     assert communicator_buffers(run()) == {"pp": 20}
     assert communicator_buffers(run(hidden_size=5121)) == {"pp": 21}
@@ -34,7 +34,7 @@ def test_stages_get_room_for_one_message() -> None:
     assert communicator_buffers(run(pipeline_model_parallel_size=1)) == {}
 
 
-def test_the_users_sizes_win() -> None:
+def test_sizes_given_by_the_user_are_used() -> None:
     text = " dp:400; tp-cp : 300;pp:7;"
     assert buffer_size_problem(text) is None
     assert communicator_buffers(run(hccl_group_buffer=text)) == {"dp": 400, "tp_cp": 300, "pp": 7}
@@ -49,5 +49,5 @@ def test_the_users_sizes_win() -> None:
         ("dp:1.5", "gives dp no"),
     ],
 )
-def test_what_cannot_be_read_is_named(text: str, said: str) -> None:
+def test_invalid_sizes_are_named(text: str, said: str) -> None:
     assert said in buffer_size_problem(text)

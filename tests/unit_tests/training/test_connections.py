@@ -42,7 +42,7 @@ def new_connections(accelerated: bool) -> tuple[int, list[Any], float]:
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are counted in /proc")
-def test_a_group_beside_a_device_connects_on_demand() -> None:
+def test_gloo_groups_beside_a_device_connect_on_demand() -> None:
     messages = (list(range(RANKS)), 3.0 * RANKS)
     on_a_device, alone = (run_ranks(RANKS, new_connections, accelerated) for accelerated in (True, False))
     for opened, *found in alone:
@@ -51,13 +51,13 @@ def test_a_group_beside_a_device_connects_on_demand() -> None:
         assert opened < RANKS // 2 and tuple(found) == messages
 
 
-def test_it_is_asked_for_before_the_world_meets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_on_demand_are_set_before_the_rendezvous(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "is_accelerated", lambda: True)
     monkeypatch.setattr(accelerator, "set_device", lambda rank: None)
     for name in ("collective_backend", "world_backend"):
         monkeypatch.setattr(accelerator, name, lambda *unused: "gloo")
     monkeypatch.setattr(initialize, "_world_options", lambda args: None)
-    monkeypatch.setattr(initialize, "_meet", lambda args: None)
+    monkeypatch.setattr(initialize, "_rendezvous", lambda args: None)
     monkeypatch.setattr(os, "environ", {})
     seen = []
     monkeypatch.setattr(

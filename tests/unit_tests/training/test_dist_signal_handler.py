@@ -19,7 +19,7 @@ def test_signal_is_recorded_and_the_handler_restored():
     assert handler.release() is False
 
 
-def test_a_lone_process():
+def test_single_process_is_a_world_of_one():
     assert dist_signal_handler.get_world_size() == 1
     assert dist_signal_handler.get_device() == torch.device("cpu")
     assert dist_signal_handler.all_gather_item(3, dtype=torch.int64) == [3]

@@ -18,11 +18,11 @@ SLEEP_S = 1000
 LIMIT_S = 300
 
 
-def all_fail_before_they_meet(rank: int) -> None:
+def all_fail_before_the_rendezvous(rank: int) -> None:
     raise DataError("wrong everywhere")
 
 
-def one_fails_before_they_meet(rank: int) -> None:
+def one_fails_before_the_rendezvous(rank: int) -> None:
     if rank == 1:
         raise DataError("wrong on one")
     time.sleep(SLEEP_S)
@@ -110,13 +110,13 @@ def run_three(main, tmp_path: Path) -> tuple[list[int], str]:
 @pytest.mark.parametrize(
     ("main", "printing", "message"),
     [
-        (all_fail_before_they_meet, 0, "error: wrong everywhere\n"),
-        (one_fails_before_they_meet, 1, "error: wrong on one\n"),
+        (all_fail_before_the_rendezvous, 0, "error: wrong everywhere\n"),
+        (one_fails_before_the_rendezvous, 1, "error: wrong on one\n"),
         (one_fails_while_others_wait, 1, "error: no disk\n"),
         (one_has_a_bug, 1, "Traceback (most recent call last):"),
     ],
 )
-def test_all_ranks_end_and_one_tells_why(main, printing: int, message: str, tmp_path: Path):
+def test_all_ranks_end_and_one_reports_the_cause(main, printing: int, message: str, tmp_path: Path):
     statuses, output = run_three(main, tmp_path)
     assert statuses == [1, 1, 1], output
     told = f"[rank {printing} on {socket.gethostname()}] {message}"
@@ -124,7 +124,7 @@ def test_all_ranks_end_and_one_tells_why(main, printing: int, message: str, tmp_
     assert [path.name for path in tmp_path.glob("output.*")] == [f"output.{printing}"]
 
 
-def test_torchrun_ends_with_the_cause(tmp_path: Path):
+def test_torchrun_prints_the_cause_last(tmp_path: Path):
     """As torchrun formats what its processes leave: the rank that told why is the root cause."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -136,11 +136,11 @@ def test_torchrun_ends_with_the_cause(tmp_path: Path):
     assert "rank      : 1 " in root_cause and "error: no disk" in root_cause, summary
 
 
-def test_ranks_that_end_at_different_times_end_well(tmp_path: Path):
+def test_ranks_may_end_at_different_times(tmp_path: Path):
     statuses, output = run_three(all_end_well, tmp_path)
     assert (statuses, output) == ([0, 0, 0], "")
 
 
-def test_groups_end_before_the_interpreter(tmp_path: Path):
+def test_process_groups_end_before_the_interpreter(tmp_path: Path):
     statuses, output = run_three(all_leave_groups_behind, tmp_path)
     assert (statuses, output) == ([0, 0, 0], "")

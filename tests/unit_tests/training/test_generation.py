@@ -14,7 +14,7 @@ KNOWN = torch.tensor([0.2, 0.4, 0.1, 0.3], dtype=torch.float64).log()
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_no_cut_is_the_softmax(temperature: float, dtype: torch.dtype) -> None:
+def test_probabilities_without_cut_are_the_softmax(temperature: float, dtype: torch.dtype) -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(1)).to(dtype)
     weights = [[math.exp(x / temperature) for x in row] for row in logits.tolist()]
     expected = torch.tensor([[w / sum(row) for w in row] for row in weights], dtype=torch.float64)
@@ -38,7 +38,7 @@ def test_no_cut_is_the_softmax(temperature: float, dtype: torch.dtype) -> None:
         ({"temperature": 0.5}, [4 / 30, 16 / 30, 1 / 30, 9 / 30]),
     ],
 )
-def test_cuts_of_a_known_distribution(options: dict, expected: list[float]) -> None:
+def test_top_k_and_top_p_cut_a_known_distribution(options: dict, expected: list[float]) -> None:
     got = next_token_probabilities(KNOWN, SamplingOptions(**options))
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0)
 
@@ -64,7 +64,7 @@ def counting_model(tokens: torch.Tensor) -> torch.Tensor:
     [{}, {"greedy": True}, {"top_k": 1}, {"top_k": 8}, {"top_p": 0.5}, {"temperature": 100.0, "top_k": 2}],
     ids=str,
 )
-def test_generation_never_takes_a_padded_id(options: dict) -> None:
+def test_generation_never_returns_a_padded_id(options: dict) -> None:
     choice = SamplingOptions(**options)
     out = generate(counting_model, [1], 7, choice, context_length=4, vocabulary_size=6)
     if "temperature" in options:

@@ -47,11 +47,11 @@ def test_split_layers_get_one_hardware_queue_under_nccl(seen_by_the_driver, size
     assert seen_by_the_driver("hccl", **sizes) is None
 
 
-def test_whole_layers_keep_the_default(seen_by_the_driver):
+def test_layers_without_tensor_parallelism_keep_the_default(seen_by_the_driver):
     assert seen_by_the_driver("nccl") is None
 
 
-def test_a_value_of_the_users_stays_and_is_mentioned_once(seen_by_the_driver, capsys):
+def test_a_value_set_by_the_user_is_kept_and_named_once(seen_by_the_driver, capsys):
     for rank in (0, 1):
         assert seen_by_the_driver("nccl", tensor=2, given="8", rank=rank) == "8"
     assert capsys.readouterr().out.count(f"{VARIABLE}=8") == 1

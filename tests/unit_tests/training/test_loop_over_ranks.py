@@ -135,7 +135,7 @@ def test_timers_of_all_ranks_reach_tensorboard(tmp_path: Path):
     assert b"forward-backward-time" in events.read_bytes()
 
 
-def test_the_sharded_optimizer_does_without_groups_over_gloo(tmp_path: Path):
+def test_the_sharded_optimizer_makes_no_gloo_groups(tmp_path: Path):
     layout = Layout(dp=2, reduction="sharded")
     with_twins = lines(run(layout, tmp_path, NO_DROPOUT))
     assert lines(run(layout, tmp_path, f"{NO_DROPOUT} --disable-gloo-process-groups")) == with_twins
@@ -174,7 +174,7 @@ def test_evaluations_and_norms_equal_those_of_one_rank(tmp_path: Path):
         assert zeros == pytest.approx(found[0][2], abs=8), layout  # a few round to zero by chance
 
 
-def test_shards_may_be_dealt_out_to_another_number_of_ranks(tmp_path: Path):
+def test_optimizer_shards_load_on_another_number_of_ranks(tmp_path: Path):
     keep = f"{NO_DROPOUT} --save {tmp_path / 'ckpt'} --save-interval 2"
     whole = lines(run(Layout(dp=2, reduction="sharded"), tmp_path, keep))
     load = f"{NO_DROPOUT} --load {tmp_path / 'ckpt'} --ckpt-step 2"
@@ -237,7 +237,7 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_another_layout_is_refused_by_all_ranks_in_the_same_words(name: str, tmp_path: Path):
+def test_all_ranks_refuse_another_layout_with_one_message(name: str, tmp_path: Path):
     saved, loaded, message = MISFITS[name]
     lines(run(saved, tmp_path, f"{NO_DROPOUT} --save {tmp_path / 'ckpt'} --save-interval 4"))
     for _, ended in run(loaded, tmp_path, f"{NO_DROPOUT} --load {tmp_path / 'ckpt'}"):

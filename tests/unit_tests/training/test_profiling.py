@@ -61,7 +61,7 @@ def test_torchs_profiler_writes_a_trace(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("asked_for_torchs", [False, True])
-def test_a_devices_own_profiler_goes_first(
+def test_the_profiler_of_the_device_is_preferred(
     monkeypatch, tmp_path: Path, capsys, asked_for_torchs: bool
 ) -> None:
     made = []
@@ -81,6 +81,6 @@ def test_a_devices_own_profiler_goes_first(
         assert f"profiling iterations 1 to 3 into {tmp_path}" in capsys.readouterr().out
 
 
-def test_other_ranks_are_left_alone(tmp_path: Path) -> None:
+def test_other_ranks_are_not_profiled(tmp_path: Path) -> None:
     train(Namespace(**vars(ARGS) | {"rank": 1}, tensorboard_dir=str(tmp_path)))
     assert not traces(tmp_path)

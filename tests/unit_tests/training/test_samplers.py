@@ -35,7 +35,7 @@ def cyclic(run: dict, dataset: Dataset | None = None) -> MegatronPretrainingRand
     )
 
 
-def test_single(runs):
+def test_single_sampler_deals_samples_in_order(runs):
     for run in (run for run in runs if run["kind"] == "single"):
         sampler = MegatronPretrainingSampler(
             run["total"], run["consumed"], run["mbs"], run["rank"], run["dp"], run["drop_last"]
@@ -45,7 +45,7 @@ def test_single(runs):
         assert sampler.get_start_end_idx() == (run["rank"] * run["mbs"], (run["rank"] + 1) * run["mbs"])
 
 
-def test_cyclic(runs):
+def test_cyclic_sampler_equals_the_reference_order(runs):
     for run in (run for run in runs if run["kind"] == "cyclic"):
         sampler = cyclic(run)
         assert list(sampler) == run["batches"]
@@ -68,14 +68,14 @@ def test_all_ranks_take_as_many_steps_and_no_sample_twice(total, sharding):
 
 @pytest.mark.parametrize("sharding", [True, False])
 @pytest.mark.parametrize("stop", [0, 1, 3, 5])
-def test_cyclic_resume(sharding, stop):
+def test_cyclic_sampler_resumes_inside_a_pass(sharding, stop):
     """Stopped after some steps and started with the consumed samples: the same batches follow."""
     whole = list(MegatronPretrainingRandomSampler(None, 24, 0, 2, 1, 2, sharding))
     rest = list(MegatronPretrainingRandomSampler(None, 24, stop * 4, 2, 1, 2, sharding))
     assert rest == whole[stop:]
 
 
-def test_what_samplers_refuse():
+def test_invalid_sampler_arguments_are_refused():
     with pytest.raises(DataError, match="no samples left to consume: 50 of 50"):
         MegatronPretrainingSampler(50, 50, 2, 0, 1)
     with pytest.raises(DataError, match="no samples"):
@@ -90,7 +90,7 @@ def test_what_samplers_refuse():
         next(iter(MegatronPretrainingRandomSampler(None, 50, 3, 2, 0, 2, True)))
 
 
-def test_old_import_path():
+def test_legacy_import_path_gives_the_samplers():
     for name in samplers.__all__:
         assert getattr(data_samplers, name) is getattr(samplers, name)
 
@@ -147,7 +147,7 @@ def run_arguments(monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_loader(run_arguments, workers):
+def test_loader_gives_the_samples_of_its_sampler(run_arguments, workers):
     run_arguments(num_workers=workers)
     loader = build_pretraining_data_loader(Numbers(19), 4)
     expected = [[4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
@@ -155,7 +155,7 @@ def test_loader(run_arguments, workers):
     assert [batch.tolist() for batch in loader] == expected  # persistent workers serve a second pass
 
 
-def test_cyclic_loader_goes_on(run_arguments):
+def test_cyclic_loader_starts_the_next_pass(run_arguments):
     run_arguments(dataloader_type="cyclic")
     loader = build_pretraining_data_loader(Numbers(9), 4)
     passes = [[batch.tolist() for batch in loader] for _ in range(2)]
@@ -164,7 +164,7 @@ def test_cyclic_loader_goes_on(run_arguments):
     assert passes[1] == [second[:4], second[4:]]
 
 
-def test_loader_leaves_the_random_state_alone(run_arguments):
+def test_loader_does_not_change_the_random_state(run_arguments):
     """Dropout draws from the same generator: making an iterator must not move it."""
     run_arguments(num_workers=1)
     before = torch.get_rng_state()
@@ -172,7 +172,7 @@ def test_loader_leaves_the_random_state_alone(run_arguments):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_loaders_of_nothing(run_arguments):
+def test_empty_data_sets_give_no_loader(run_arguments):
     run_arguments()
     assert build_pretraining_data_loader(None, 0) is None
     assert build_pretraining_data_loader(Numbers(0), 0) is None
@@ -199,13 +199,13 @@ def test_data_errors_arrive_as_they_were_raised(run_arguments, workers):
     assert str(caught.value) == "corpus holds token id 7.\nUse another tokenizer."
 
 
-def test_killed_worker(run_arguments):
+def test_killed_data_worker_is_reported(run_arguments):
     run_arguments(num_workers=1)
     with pytest.raises(DataError, match=r"a data loading process died.*--num-workers 0"):
         list(build_pretraining_data_loader(Deadly(16), 0))
 
 
-def test_random_seed_dataset(run_arguments):
+def test_random_seed_dataset_seeds_every_sample(run_arguments):
     run_arguments(dataloader_type="cyclic")
     dataset = RandomSeedDataset(Noise(16))
     assert len(dataset) == 16

@@ -66,7 +66,7 @@ def test_ranks_are_compared_at_every_log_line(tmp_path: Path):
         assert fastest.count("rank") == 2
 
 
-def test_a_request_switches_a_run_on(tmp_path: Path):
+def test_a_request_switches_reports_on_in_a_run(tmp_path: Path):
     first, _ = run(
         tmp_path, "--log-straggler --disable-straggler-on-startup --straggler-ctrlr-port 0", turned_at=1
     )

@@ -81,7 +81,7 @@ def test_parameters_of_experts(frequency, moe_layers: int):
         ({"use_distributed_optimizer": True, "data_parallel_size": 4}, 9),
     ],
 )
-def test_bytes_per_parameter(changes: dict, bytes_each: float):
+def test_bytes_per_parameter_follow_the_flags(changes: dict, bytes_each: float):
     args = arguments(**changes)
     expected = theory.estimate_parameters(args).most_loaded_shard * bytes_each
     assert theory.compute_weight_and_optimizer_memory(args) == expected
@@ -103,11 +103,11 @@ PER_LAYER = TOKENS * 768 * (18 + 16)
          (12 * PER_LAYER + TOKENS * (8 + 768) * 4) * (1 + 3 / 12)),
     ],
 )  # fmt: skip
-def test_activations(changes: dict, microbatches: int | None, expected: float):
+def test_activation_bytes_equal_hand_written_sums(changes: dict, microbatches: int | None, expected: float):
     assert theory.compute_activation_memory(arguments(**changes), microbatches) == pytest.approx(expected)
 
 
-def test_report(capsys: pytest.CaptureFixture):
+def test_report_prints_both_estimates(capsys: pytest.CaptureFixture):
     theory.report_theoretical_memory(arguments(), verbose=True)
     # 84,973,056 parameters in the block, 39,321,600 in the embedding; 18 bytes each.
     assert capsys.readouterr().out == (

@@ -25,7 +25,7 @@ def test_cyclic_iter_starts_again() -> None:
     assert list(itertools.islice(cyclic_iter(iter=[1, 2, 3]), 7)) == [1, 2, 3, 1, 2, 3, 1]
 
 
-def test_print_datetime(capsys: pytest.CaptureFixture) -> None:
+def test_print_datetime_prints_on_rank_0(capsys: pytest.CaptureFixture) -> None:
     utils.print_datetime(string="after the tea")
     assert capsys.readouterr().out.startswith("[after the tea] datetime: ")
 
@@ -37,7 +37,7 @@ def test_only_known_wrappers_are_taken_off() -> None:
     assert utils.unwrap_model(wrapper, module_instances=(torch.nn.Module,)) is wrapper.module
 
 
-def test_a_table_of_parameters(capsys: pytest.CaptureFixture) -> None:
+def test_parameter_norms_are_printed_as_a_table(capsys: pytest.CaptureFixture) -> None:
     parameter = torch.nn.Parameter(torch.tensor([3.0, -4.0]))
     parameter.tensor_model_parallel = True
     utils.print_params_min_max_norm(torch.optim.SGD([parameter], lr=1.0), iteration=7)
@@ -77,7 +77,7 @@ def test_global_variables_under_their_older_names() -> None:
     assert global_vars._GLOBAL_ARGS is None
 
 
-def test_format_of_a_checkpoint_on_disk(tmp_path) -> None:
+def test_checkpoint_format_is_recognised_on_disk(tmp_path) -> None:
     file = tmp_path / "iter_0000004" / "mp_rank_00" / "model_optim_rng.pt"
     file.parent.mkdir(parents=True)
     file.write_text("")
@@ -100,14 +100,14 @@ def test_old_checkpoints_are_deleted(tmp_path, left: int) -> None:
     assert kept == [*["iter_0000002", "iter_0000010", "iter_0000030"][-left:], "notes"]
 
 
-def test_state_is_compared_without_what_belongs_to_a_rank() -> None:
+def test_common_state_leaves_out_rank_numbers() -> None:
     args = argparse.Namespace(rank=3, local_rank=1, lr=0.1)
     state = {"args": args, "iteration": 4}
     assert preprocess_common_state_dict(state) == {"args": {"lr": 0.1}, "iteration": 4}
     assert state["args"].rank == 3
 
 
-def test_calls_at_points_of_a_run_where_nothing_is_to_do() -> None:
+def test_hooks_of_absent_services_do_nothing() -> None:
     async_utils.maybe_finalize_async_save(blocking=True)
     assert async_utils.is_empty_async_queue()
     one_logger_utils.on_save_checkpoint_start(True)
@@ -138,7 +138,7 @@ class FakeRun:
         self.calls.append(("use", name))
 
 
-def test_checkpoints_are_artifacts_of_a_wandb_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_become_artifacts_of_a_wandb_run(monkeypatch: pytest.MonkeyPatch) -> None:
     wandb_utils.on_save_checkpoint_success("/c/run/iter_0000004", "/c/run/latest", "/c/run", 4)
     run = FakeRun()
     monkeypatch.setattr(wandb_utils, "get_wandb_writer", lambda: run)

@@ -44,7 +44,7 @@ def figures(tmp_path):
     return dict(field.split(": ") for field in last.split("\t")[4:])
 
 
-def test_a_job_counts_its_own_operations_and_a_series_those_of_its_jobs(args, tmp_path):
+def test_progress_gives_throughput_of_the_job_and_of_the_series(args, tmp_path):
     hours = [NOW - timedelta(seconds=s) for s in (1000, 600, 400, 300, 100)]
     write(
         tmp_path,
@@ -63,7 +63,7 @@ def test_a_job_counts_its_own_operations_and_a_series_those_of_its_jobs(args, tm
     assert found["Tokens (in billions)"] == "0.000050"
 
 
-def test_the_first_job_of_a_directory(args, tmp_path):
+def test_first_job_of_a_directory_has_no_earlier_operations(args, tmp_path):
     args.num_floating_point_operations_at_start = 0.0
     assert progress._start_of_series(str(tmp_path), 1) == (None, 0.0)
     progress.append_start_line(args)

@@ -61,7 +61,7 @@ def field(line, name):
     return re.search(rf"\| {re.escape(name)}: +(\S+) \|", line)[1]
 
 
-def test_an_interval_that_a_checkpoint_cuts_short(log):
+def test_time_of_a_checkpoint_does_not_count_in_its_interval(log):
     # Resumed at 7, with a line every ten iterations: three are counted.
     assert log(8, 4, loss=3.0) is None
     assert log(9, 4, loss=4.0) is None
@@ -75,7 +75,7 @@ def test_an_interval_that_a_checkpoint_cuts_short(log):
     assert log.timers.normalizers == [3, 10]
 
 
-def test_skipped_steps_took_time_but_have_no_loss(log):
+def test_skipped_steps_count_in_time_and_not_in_losses(log):
     log(9, 4, loss=1e9, skipped=1)
     line = log(10, 4, loss=2.0)
     assert float(field(line, "lm loss")) == 2.0
