@@ -124,6 +124,22 @@ def test_ranks_with_different_numbers_of_groups_find_each_other():
     ]
 
 
+def tensor_and_data_members() -> list[list[int]]:
+    parallel_state.initialize_model_parallel(2, context_parallel_size=2, create_gloo_process_groups=False)
+    groups = (
+        parallel_state.get_tensor_and_data_parallel_group(with_context_parallel)
+        for with_context_parallel in (False, True)
+    )
+    return [dist.get_process_group_ranks(group) for group in groups]
+
+
+def test_tensor_and_data_ranks_with_and_without_the_context_axis():
+    # Ranks in the order tensor, context, data.
+    without = {0: [0, 1, 4, 5], 2: [2, 3, 6, 7]}
+    for rank, members in enumerate(run_ranks(8, tensor_and_data_members)):
+        assert members == [without[rank // 2 % 2 * 2], list(range(8))]
+
+
 def levels_and_instances() -> tuple[list[list[int]], list[int], list[int], tuple[int, int]]:
     parallel_state.initialize_model_parallel(
         context_parallel_size=4,

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
+    buffer_building,
     distributed_data_parallel,
     finalize_model_grads,
 )
@@ -277,3 +278,17 @@ def test_means_over_ranks_and_sums_of_tokens_exclude_each_other() -> None:
         DistributedDataParallel(
             config, DistributedDataParallelConfig(average_in_collective=True), Toy(config, torch.float32)
         )
+
+
+@pytest.mark.parametrize(
+    ("per_token", "in_collective", "factors"),
+    [(False, False, (0.125, 0.125)), (False, True, (1.0, 0.25)), (True, False, (1.0, 1.0))],
+)
+def test_gradients_of_experts_become_means_over_all_ranks(
+    per_token: bool, in_collective: bool, factors: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight ranks hold a dense gradient and two an expert's: their sum of two needs the same eighth."""
+    monkeypatch.setattr(buffer_building, "group_size", {"dense": 8, "experts": 2}.get)
+    config = DistributedDataParallelConfig(average_in_collective=in_collective)
+    groups = buffer_building.ReductionGroups("dense", "experts")
+    assert buffer_building.gradient_scaling_factors(config, per_token, groups) == factors

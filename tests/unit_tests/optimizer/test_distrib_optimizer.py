@@ -1,5 +1,7 @@
 """The distributed optimizer: the ordinary one's arithmetic on a share of the state, and that state's file."""
 
+import os
+import pickle
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -341,6 +343,30 @@ def test_an_unwrapped_model_is_refused() -> None:
     plain = DistributedDataParallel(make_config(), DistributedDataParallelConfig(), Net())
     with pytest.raises(ConfigError, match="chunk 0 is not wrapped"):
         get_megatron_optimizer(OptimizerConfig(lr=1e-3, **SHARDED), [plain])
+
+
+class Hostile:
+    """Makes a directory where it is unpickled without restriction."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.directory),)
+
+
+def load_hostile_state(directory: Path) -> bool:
+    """Whether a file that is refused has had its way."""
+    optimizer = Training(SHARDED).optimizer
+    member = getattr(optimizer, "chained_optimizers", [optimizer])[0]
+    torch.save(Hostile(directory / "made"), directory / "state.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        member.load_parameter_state(str(directory / "state.pt"))
+    return (directory / "made").exists()
+
+
+def test_a_file_of_state_is_not_unpickled_without_restriction(tmp_path: Path) -> None:
+    assert run_ranks(1, load_hostile_state, tmp_path) == [False]
 
 
 # --- gathers of several chunks --------------------------------------------------------------------------
