@@ -53,6 +53,11 @@ class Refused:
 
 
 @dataclass(frozen=True)
+class Withdrawn(Refused):
+    """The flag is an old name that is refused; its argument leaves the namespace once that is said."""
+
+
+@dataclass(frozen=True)
 class NotBuilt:
     """The flag asks for a feature that does not exist yet, and stops the run; building it deletes this.
 

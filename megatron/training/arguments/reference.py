@@ -1,6 +1,7 @@
 """All flags as a page: ``python -m megatron.training.arguments.reference > docs/flags.md``."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from megatron.training.arguments.flag import (
@@ -36,8 +37,8 @@ def page() -> str:
 
 
 def _counts() -> str:
-    kinds = [_kind(flag) for flag in ALL_FLAGS]
-    listed = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds), key=kinds.count)[::-1])
+    kinds = Counter(_kind(flag) for flag in ALL_FLAGS)
+    listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     return f"{len(ALL_FLAGS)} flags: {listed}.\n"
 
 

@@ -8,12 +8,10 @@ from typing import Any
 
 from megatron.core.errors import ConfigError
 from megatron.training.arguments import checks, derive
+from megatron.training.arguments.flag import Withdrawn
 from megatron.training.arguments.flags import ALL_FLAGS
 from megatron.training.arguments.problem import ArgumentsError, Problem
 from megatron.training.arguments.rules import RULES
-
-# Attributes that only exist to explain a withdrawn flag; they leave the namespace once it is checked.
-WITHDRAWN_DESTS = ("batch_size", "warmup", "model_parallel_size", "checkpoint_activations")
 
 
 @dataclass
@@ -88,8 +86,9 @@ def _check(args: Namespace, defaults: Mapping[str, Any]) -> Outcome:
     outcome.notes += checks.warnings_about(args, given).values()
     if not outcome.problems:
         outcome.problems = _config_problems(args)
-    for dest in WITHDRAWN_DESTS:
-        vars(args).pop(dest, None)
+    for flag in ALL_FLAGS:
+        if isinstance(flag.refusal, Withdrawn):
+            vars(args).pop(flag.dest, None)
     return outcome
 
 

@@ -9,6 +9,7 @@ from megatron.training.arguments.flag import (
     NotBuilt,
     Notice,
     Refused,
+    Withdrawn,
     alike,
     always,
     at_least,
@@ -69,7 +70,7 @@ DISTRIBUTED = Group(
         value(
             "--model-parallel-size",
             type=int,
-            status=Refused("withdrawn", "use --tensor-model-parallel-size"),
+            status=Withdrawn("withdrawn", "use --tensor-model-parallel-size"),
             help="withdrawn tensor-parallel argument",
         ),
         value(

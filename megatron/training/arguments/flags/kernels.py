@@ -7,7 +7,7 @@ from megatron.training.arguments.flag import (
     Group,
     NotBuilt,
     Notice,
-    Refused,
+    Withdrawn,
     alike,
     always,
     at_least,
@@ -32,7 +32,7 @@ RECOMPUTE = Group(
         switch("--recompute-activations", help="short form of selective recompute"),
         switch(
             "--checkpoint-activations",
-            status=Refused(
+            status=Withdrawn(
                 "withdrawn",
                 "use --recompute-activations, or --recompute-granularity full --recompute-method uniform",
             ),

@@ -6,7 +6,7 @@ from megatron.training.arguments.flag import (
     Group,
     NotBuilt,
     Opponent,
-    Refused,
+    Withdrawn,
     above,
     alike,
     at_least,
@@ -235,7 +235,7 @@ LEARNING_RATE = Group(
         value(
             "--warmup",
             type=int,
-            status=Refused("withdrawn", "use --lr-warmup-fraction"),
+            status=Withdrawn("withdrawn", "use --lr-warmup-fraction"),
             help="withdrawn warmup argument",
         ),
         value("--lr-warmup-iters", type=int, default=0, bounds=at_least(0), help="warmup iterations"),

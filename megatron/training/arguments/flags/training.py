@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from megatron.training.arguments.flag import Group, Refused, at_least, switch, unless, value
+from megatron.training.arguments.flag import Group, Withdrawn, at_least, switch, unless, value
 
 
 def _skips_an_iteration(args: Namespace) -> bool:
@@ -23,7 +23,7 @@ RUN = Group(
         value(
             "--batch-size",
             type=int,
-            status=Refused("withdrawn", "use --micro-batch-size"),
+            status=Withdrawn("withdrawn", "use --micro-batch-size"),
             help="withdrawn spelling of the micro batch size",
         ),
         value(
