@@ -124,7 +124,7 @@ def empty_cache() -> None:
 
 
 def collective_backend(requested: str | None = None) -> str:
-    """Name of the ``torch.distributed`` backend to use for ``--distributed-backend requested``.
+    """Name of the ``torch.distributed`` backend to use where ``requested`` was asked for.
 
     ``None`` and the vendors' names (``nccl``, ``hccl``, ...) mean "this machine's own": a launch line
     written for one device runs on another. Any other name (``gloo``, ``ucc``, ``mpi``, ``fake``) is taken

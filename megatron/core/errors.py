@@ -40,15 +40,15 @@ class NotOfferedError(MegatronError, NotImplementedError):
 
 
 class NotBuiltYetError(MegatronError, NotImplementedError, AssertionError):
-    """A feature whose flag or name exists but whose code does not.
+    """A feature whose name exists but whose code does not.
 
     Args:
         feature: what was asked for, as a noun phrase ("tensor parallelism").
-        flag: the command-line flag that asked for it, with its value.
-        remedy: what to type instead.
+        setting: the config field, argument or flag that asked for it, with its value.
+        remedy: what to do instead.
     """
 
-    def __init__(self, feature: str, flag: str | None = None, remedy: str | None = None):
-        asked = f"{flag}: " if flag else ""
+    def __init__(self, feature: str, setting: str | None = None, remedy: str | None = None):
+        asked = f"{setting}: " if setting else ""
         hint = f" {remedy}" if remedy else ""
         super().__init__(f"{asked}{feature} is not built yet.{hint}")

@@ -28,7 +28,7 @@ class ModelParallelConfig:
     hierarchical_context_parallel_sizes: list[int] | None = None  # nested CP sizes
     expert_model_parallel_size: int = 1  # expert parallel degree
     expert_tensor_parallel_size: int | None = None  # TP degree inside experts
-    moe_extended_tp: bool = False  # withdrawn; use --expert-tensor-parallel-size
+    moe_extended_tp: bool = False  # withdrawn; use expert_tensor_parallel_size
     perform_initialization: bool = True  # draw initial weights
     use_cpu_initialization: bool = False  # draw the full weight on CPU and slice per TP rank
     fp16: bool = False  # train in fp16 with loss scaling

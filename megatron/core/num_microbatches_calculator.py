@@ -143,7 +143,7 @@ def _build_num_microbatches_calculator(
         return calculator
     if len(rampup_batch_size) != 3:
         raise UsageError(
-            f"--rampup-batch-size {' '.join(map(str, rampup_batch_size))}: {len(rampup_batch_size)} numbers "
+            f"rampup_batch_size {' '.join(map(str, rampup_batch_size))}: {len(rampup_batch_size)} numbers "
             "where three are needed (start size, increment, samples), for example 32 32 100000"
         )
     start, increment, samples = map(int, rampup_batch_size)
@@ -190,8 +190,8 @@ class NumMicroBatchesCalculator(ABC):
             rank: of this process; rank 0 logs.
         """
         sizes = {
-            "--global-batch-size": global_batch_size,
-            "--micro-batch-size": micro_batch_size,
+            "global_batch_size": global_batch_size,
+            "micro_batch_size": micro_batch_size,
             "data-parallel size": data_parallel_size,
         }
         problems = [f"{name} {size} must be 1 or more" for name, size in sizes.items() if size < 1]
@@ -315,22 +315,20 @@ class RampupBatchsizeNumMicroBatchesCalculator(NumMicroBatchesCalculator):
 def _check_ramp(global_batch_size: int, start: int, increment: int, samples: int) -> None:
     problems = []
     if start < 1 or start > global_batch_size:
-        problems.append(
-            f"the start size {start} must be between 1 and --global-batch-size {global_batch_size}"
-        )
+        problems.append(f"the start size {start} must be between 1 and global_batch_size {global_batch_size}")
     if increment < 1:
         problems.append(f"the increment {increment} must be 1 or more")
     elif not problems and (global_batch_size - start) % increment:
         last = start + (global_batch_size - start) // increment * increment
         problems.append(
-            f"increments of {increment} from {start} do not reach --global-batch-size {global_batch_size} "
+            f"increments of {increment} from {start} do not reach global_batch_size {global_batch_size} "
             f"but {last} and {last + increment}: use one of these, or an increment that divides "
             f"{global_batch_size - start}"
         )
     if samples < 0:
         problems.append(f"the ramp's length {samples} must be 0 samples or more")
     if problems:
-        raise UsageError(f"--rampup-batch-size {start} {increment} {samples}: " + "; ".join(problems))
+        raise UsageError(f"rampup_batch_size {start} {increment} {samples}: " + "; ".join(problems))
 
 
 def _explain_misfit(size: int, micro_batch_size: int, data_parallel_size: int) -> str:
@@ -342,4 +340,4 @@ def _explain_misfit(size: int, micro_batch_size: int, data_parallel_size: int) -
         f"global batch size {size} is no multiple of micro-batch size {micro_batch_size} x data-parallel "
         f"size {data_parallel_size} = {unit}: use {nearest}"
     )
-    return rule if below == 0 else f"{rule}, or pass --decrease-batch-size-if-needed to run {below}"
+    return rule if below == 0 else f"{rule}, or set decrease_batch_size_if_needed to run {below}"

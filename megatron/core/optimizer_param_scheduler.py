@@ -31,20 +31,17 @@ _WEIGHT_DECAY_SHAPES: dict[str, Callable[[float], float]] = {
 }
 WEIGHT_DECAY_STYLES = ("constant", *_WEIGHT_DECAY_SHAPES)
 
-# Attribute -> (flags that set it, names it had in older checkpoints).
-_SAVED: dict[str, tuple[str, tuple[str, ...]]] = {
-    "max_lr": ("--lr", ("start_lr",)),
-    "lr_warmup_steps": (
-        "--lr-warmup-iters, --lr-warmup-samples or --lr-warmup-fraction",
-        ("warmup_iter", "warmup_steps"),
-    ),
-    "lr_decay_style": ("--lr-decay-style", ("decay_style",)),
-    "lr_decay_steps": ("--lr-decay-iters, --lr-decay-samples or --train-iters", ("end_iter", "decay_steps")),
-    "min_lr": ("--min-lr", ()),
-    "start_wd": ("--weight-decay or --start-weight-decay", ()),
-    "end_wd": ("--weight-decay or --end-weight-decay", ()),
-    "wd_incr_style": ("--weight-decay-incr-style", ()),
-    "wd_incr_steps": ("--train-iters or --train-samples", ()),
+# Attribute -> names it had in older checkpoints.
+_SAVED: dict[str, tuple[str, ...]] = {
+    "max_lr": ("start_lr",),
+    "lr_warmup_steps": ("warmup_iter", "warmup_steps"),
+    "lr_decay_style": ("decay_style",),
+    "lr_decay_steps": ("end_iter", "decay_steps"),
+    "min_lr": (),
+    "start_wd": (),
+    "end_wd": (),
+    "wd_incr_style": (),
+    "wd_incr_steps": (),
 }
 _WEIGHT_DECAY_KEYS = ("start_wd", "end_wd", "wd_incr_style", "wd_incr_steps")
 _STEP_NAMES = ("num_steps", "num_iters")
@@ -181,7 +178,7 @@ class OptimizerParamScheduler:
         Raises:
             CheckpointError: settings differ and neither switch decides between them.
         """
-        saved = {name: _look_up(state_dict, (name, *aliases)) for name, (_, aliases) in _SAVED.items()}
+        saved = {name: _look_up(state_dict, (name, *aliases)) for name, aliases in _SAVED.items()}
         if saved["start_wd"] is None:  # checkpoints from before weight decay had a schedule
             saved.update({name: getattr(self, name) for name in _WEIGHT_DECAY_KEYS})
         num_steps = _look_up(state_dict, _STEP_NAMES)
@@ -190,7 +187,8 @@ class OptimizerParamScheduler:
         )
         if missing:
             raise CheckpointError(
-                f"the checkpoint's learning-rate scheduler lacks {', '.join(missing)}: pass --no-load-optim"
+                f"the checkpoint's learning-rate scheduler lacks {', '.join(missing)}: "
+                "leave it unread (no_load_optim)"
             )
         own_limits = (self.max_lr, self.min_lr)
         if not self.override_opt_param_scheduler:
@@ -205,22 +203,22 @@ class OptimizerParamScheduler:
     def _require_equal(self, saved: dict[str, Any]) -> None:
         """Raises for settings of the checkpoint that differ from these."""
         differing = [
-            f"{flags} gives {name} {getattr(self, name)}, the checkpoint has {saved[name]}"
-            for name, (flags, _) in _SAVED.items()
+            f"{name} is {getattr(self, name)}, the checkpoint has {saved[name]}"
+            for name in _SAVED
             if getattr(self, name) != saved[name]
         ]
         for group, (max_lr, min_lr) in zip(self.optimizer.param_groups, self._own_limits, strict=False):
             found = (group.get("max_lr"), group.get("min_lr"))
             if group.get("is_decoupled_lr") and found != (max_lr, min_lr):
                 differing.append(
-                    f"--decoupled-lr and --decoupled-min-lr give {max_lr} and {min_lr}, the checkpoint has "
+                    f"decoupled_lr and decoupled_min_lr are {max_lr} and {min_lr}, the checkpoint has "
                     f"{found[0]} and {found[1]}"
                 )
         if differing:
             raise CheckpointError(
                 f"the learning-rate schedule differs from the checkpoint's: {'; '.join(differing)}. "
-                "Give the saved values, or pass --override-opt_param-scheduler (the command line wins) or "
-                "--use-checkpoint-opt_param-scheduler (the checkpoint wins)"
+                "Give the saved values, or set override_opt_param_scheduler (these win) or "
+                "use_checkpoint_opt_param_scheduler (the checkpoint wins)"
             )
 
     def _set_group_limits(self, ordinary: tuple[float, float]) -> None:

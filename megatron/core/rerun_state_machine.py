@@ -209,7 +209,7 @@ class RerunStateMachine:
         result_rejected_tracker_filename: str | None = None,
     ):
         if error_injector is not None:
-            raise NotBuiltYetError("injecting errors", "--error-injection-rate", "Leave it at 0.")
+            raise NotBuiltYetError("injecting errors", "error_injector", "Leave it out.")
         self.set_mode(mode)
         self.state_save_func = state_save_func
         self.state_restore_func = state_restore_func
@@ -229,8 +229,8 @@ class RerunStateMachine:
         if mode != RerunMode.DISABLED:
             raise NotBuiltYetError(
                 "repeating iterations to validate results",
-                f"--rerun-mode {RerunMode(mode).value}",
-                "Use --rerun-mode disabled.",
+                f"rerun_mode {RerunMode(mode).value}",
+                "Use disabled.",
             )
         self._mode = RerunMode(mode)
 
@@ -333,7 +333,7 @@ class RerunStateMachine:
 
     @classmethod
     def get_skipped_iterations_from_tracker_file(cls, tracker_file_name: str) -> list[int]:
-        """Values for ``--iterations-to-skip``, which counts from 0, out of a file of rejected results.
+        """Iterations to skip, counted from 0, out of a file of rejected results.
 
         Ascending; [] if there is no such file.
         """

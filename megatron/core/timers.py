@@ -133,7 +133,7 @@ class Timers:
     def __init__(self, log_level: int, log_option: str):
         _check_level("log_level", log_level)
         if log_option not in LOG_OPTIONS:
-            raise ConfigError(f"--timing-log-option {log_option!r} is not one of {', '.join(LOG_OPTIONS)}")
+            raise ConfigError(f"log_option {log_option!r} is not one of {', '.join(LOG_OPTIONS)}")
         self._log_level = log_level
         self._log_option = log_option
         self._timers: dict[str, Timer] = {}

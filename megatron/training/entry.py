@@ -138,10 +138,17 @@ def _fail(error: Exception, watcher: "FailureWatcher | None") -> None:
     if watcher is None:
         if not readable:
             raise error
-        _print_alone(f"error: {error}")
+        _print_alone(f"error: {_with_flags(error)}")
         sys.exit(status)
-    text = str(error) if readable else "".join(traceback.format_exception(error))
+    text = _with_flags(error) if readable else "".join(traceback.format_exception(error))
     watcher.fail(_as_failure(error, status, text))
+
+
+def _with_flags(error: Exception) -> str:
+    """What the error says, with the flags of the config fields it names: the library knows no flags."""
+    from megatron.training.arguments.spellings import with_flags  # the rows of all flags, for a failure only
+
+    return with_flags(str(error))
 
 
 def _print_alone(text: str) -> None:

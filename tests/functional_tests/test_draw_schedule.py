@@ -55,4 +55,4 @@ def test_command_line_errors_are_one_line():
     command = [sys.executable, TOOL, "-p", "2", "-m", "4", "--schedule", "1f1b", "-v", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: --pipeline-schedule 1f1b") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: pipeline_schedule 1f1b") and done.stderr.count("\n") == 1

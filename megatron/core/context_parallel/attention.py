@@ -55,7 +55,7 @@ class ContextParallelAttention:
         self.config, self.kind = config, kind
         self.size = config.context_parallel_size
         if kind not in COMM_TYPES:
-            raise ConfigError(f"--cp-comm-type {kind!r}: choose one of {', '.join(COMM_TYPES)}")
+            raise ConfigError(f"cp_comm_type {kind!r}: choose one of {', '.join(COMM_TYPES)}")
         tensor_ranks = config.tensor_model_parallel_size
         heads, groups = (
             max(1, count // tensor_ranks) for count in (config.num_attention_heads, config.num_query_groups)
@@ -123,7 +123,7 @@ def _inner_size(config: Any) -> int:
     sizes = config.hierarchical_context_parallel_sizes
     if sizes is None or len(sizes) != 2 or sizes[0] * sizes[1] != config.context_parallel_size:
         raise ConfigError(
-            f"--cp-comm-type a2a+p2p: --hierarchical-context-parallel-sizes is {sizes}; give two sizes whose "
+            f"cp_comm_type a2a+p2p: hierarchical_context_parallel_sizes is {sizes}; give two sizes whose "
             f"product is {config.context_parallel_size}: the inner (a2a) and the outer (p2p)"
         )
     return sizes[0]
@@ -134,7 +134,7 @@ def _check_operands(query: Tensor, key: Tensor, mask: Tensor | None, size: int) 
     if key.shape[0] != length or length % 2:
         raise ConfigError(
             f"context parallelism: {length} queries and {key.shape[0]} keys on a rank; it needs equal even "
-            f"numbers (two chunks of the sequence): use a --seq-length that is a multiple of {2 * size}"
+            f"numbers (two chunks of the sequence): use a sequence_length that is a multiple of {2 * size}"
         )
     wanted = (length, length * size)
     if mask is not None and tuple(mask.shape[-2:]) != wanted:

@@ -18,12 +18,12 @@ def check_heads(heads: int, groups: int, size: int) -> None:
     """
     if heads % size:
         raise ConfigError(
-            f"--cp-comm-type a2a: {heads} attention heads of a tensor-parallel rank do not divide between "
+            f"cp_comm_type a2a: {heads} attention heads of a tensor-parallel rank do not divide between "
             f"{size} context-parallel ranks; use p2p or all_gather, or a size that divides {heads}"
         )
     if groups % size and size % groups:
         raise ConfigError(
-            f"--cp-comm-type a2a: {groups} query groups of a tensor-parallel rank and {size} "
+            f"cp_comm_type a2a: {groups} query groups of a tensor-parallel rank and {size} "
             "context-parallel ranks: one must divide the other; use p2p or all_gather, or other sizes"
         )
 

@@ -31,7 +31,7 @@ def chunk_length(length: int, size: int) -> int:
         fitting = -(-length // (2 * size)) * 2 * size
         raise ConfigError(
             f"a sequence of {length} does not divide into 2 x {size} chunks for "
-            f"--context-parallel-size {size}: use a multiple of {2 * size} such as --seq-length {fitting}"
+            f"context_parallel_size {size}: use a multiple of {2 * size}, such as sequence_length {fitting}"
         )
     return length // (2 * size)
 

@@ -88,7 +88,7 @@ class BlendedDataset(torch.utils.data.Dataset):
         return arrays
 
     def _cache(self) -> IndexCache | None:
-        """Blends are cached only where ``--data-cache-path`` says."""
+        """Blends are cached only where ``path_to_cache`` says."""
         if self.config.path_to_cache is None:
             return None
         stem = f"{self.unique_description_hash}-{type(self).__name__}-{self.split.name}"

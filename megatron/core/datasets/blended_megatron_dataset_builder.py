@@ -234,7 +234,7 @@ class BlendedMegatronDatasetBuilder:
                     f"{prefix} is empty: it holds no sequence. Check the input of tools/preprocess_data.py."
                 )
             fact = (
-                f"the {split.name} split of {prefix} is empty: --split {self.config.split} gives it the "
+                f"the {split.name} split of {prefix} is empty: split {self.config.split} gives it the "
                 f"interval {interval[0]:g} to {interval[1]:g} of {elements} sequences, which rounds to none"
             )
             remedy = "give it a larger share, or use more data"

@@ -1,4 +1,4 @@
-"""Settings every data set has, and the reading of ``--split``."""
+"""Settings every data set has, and the reading of ``split``."""
 
 import logging
 import re
@@ -56,9 +56,7 @@ class BlendedMegatronDatasetConfig:
 
     def __post_init__(self) -> None:
         if self.blend is not None and self.blend_per_split is not None:
-            raise ConfigError(
-                "both blend and blend_per_split are given: use --data-path or the three per-split flags."
-            )
+            raise ConfigError("both blend and blend_per_split are given: keep one of them.")
         if self.blend_per_split is not None and any(self.blend_per_split):
             self._check_per_split()
             return
@@ -88,8 +86,8 @@ class BlendedMegatronDatasetConfig:
     def _check_per_split(self) -> None:
         if self.split is not None:
             raise ConfigError(
-                f"--split {self.split} is given together with per-split data paths, which are used whole. "
-                "Drop --split, or give one --data-path."
+                f"split {self.split} is given together with blend_per_split, whose data is used whole. "
+                "Drop the split, or give one blend."
             )
         if len(self.blend_per_split) != len(Split):
             raise ConfigError(
@@ -103,7 +101,7 @@ class BlendedMegatronDatasetConfig:
 def _check_blend(blend: Blend) -> None:
     prefixes, weights = blend
     if not prefixes:
-        raise ConfigError("--data-path names no data set.")
+        raise ConfigError("a blend names no data set.")
     if weights is None:
         return
     if len(prefixes) != len(weights):
@@ -122,17 +120,17 @@ def parse_and_normalize_split(split: str) -> list[float]:
     words = re.findall(r"[.0-9]+", split)
     negative = re.search(r"(?:^|[^\w.])-\s*[.\d]", split)
     if re.search(r"[^\W\d_]", split) or not words:
-        raise ConfigError(f"--split {split!r} is not a list of numbers. {_SPLIT_REMEDY}")
+        raise ConfigError(f"split {split!r} is not a list of numbers. {_SPLIT_REMEDY}")
     if negative:
-        raise ConfigError(f"--split {split!r} holds a negative share. {_SPLIT_REMEDY}")
+        raise ConfigError(f"split {split!r} holds a negative share. {_SPLIT_REMEDY}")
     try:
         shares = [float(word) for word in words]
     except ValueError as error:
-        raise ConfigError(f"--split {split!r}: {error}. {_SPLIT_REMEDY}") from error
+        raise ConfigError(f"split {split!r}: {error}. {_SPLIT_REMEDY}") from error
     if len(shares) > len(Split):
-        raise ConfigError(f"--split {split!r} has {len(shares)} shares. {_SPLIT_REMEDY}")
+        raise ConfigError(f"split {split!r} has {len(shares)} shares. {_SPLIT_REMEDY}")
     if sum(shares) == 0:
-        raise ConfigError(f"--split {split!r}: all shares are 0. {_SPLIT_REMEDY}")
+        raise ConfigError(f"split {split!r}: all shares are 0. {_SPLIT_REMEDY}")
     return normalize(shares + [0.0] * (len(Split) - len(shares)))
 
 

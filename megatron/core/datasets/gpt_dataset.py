@@ -188,9 +188,9 @@ class GPTDataset(MegatronDataset):
     def _refuse_id(self, bad: int, document: int, idx: int) -> NoReturn:
         raise DataError(
             f"{self.dataset_path} holds token id {bad} in document {document} ({self.index_split.name} "
-            f"sample {idx}), but the vocabulary has {self.config.vocab_size} ids. Name the tokenizer the "
-            "data was made with (--tokenizer-type, --tokenizer-model, --vocab-file, --vocab-size), or make "
-            "the data again with tools/preprocess_data.py."
+            f"sample {idx}), but the vocabulary has {self.config.vocab_size} ids. Give "
+            "GPTDatasetConfig.tokenizer the tokenizer that the data was made with, or make the data again "
+            "with tools/preprocess_data.py."
         )
 
     def _load_or_build_index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -234,7 +234,9 @@ class GPTDataset(MegatronDataset):
             f"sequences, fewer than the {needed} of a sample of sequence length {self.config.sequence_length}"
         )
         if tokens == 0 or self.num_samples is None or self.index_split is Split.train:
-            raise DataError(f"{fact}. Use more data, a larger share in --split, or a shorter --seq-length.")
+            raise DataError(
+                f"{fact}. Use more data, a larger share in its split, or a shorter sequence_length."
+            )
         log_single_rank(logger, logging.WARNING, f"{fact}: its text is repeated within each sample")
 
     def _cache(self) -> IndexCache | None:
@@ -294,7 +296,7 @@ class MockGPTDataset(GPTDataset):
         largest = MockGPTLowLevelDataset.max_sequence_length - 2  # the last of a sequence is its end
         raise DataError(
             f"the mock data holds token id {bad}, but the vocabulary has {self.config.vocab_size} ids; its "
-            f"ids go up to {largest}: give --vocab-size {largest + 1} or more"
+            f"ids go up to {largest}: set vocab_size to {largest + 1} or more"
         )
 
     @staticmethod

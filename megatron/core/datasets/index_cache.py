@@ -81,7 +81,7 @@ class IndexCache:
         except OSError as error:
             raise DataError(
                 f"cannot write the sample index to {self.directory}: {os_error_text(error)}. Is write access "
-                "missing? Name a directory you can write to with --data-cache-path DIR."
+                "missing? Name a directory you can write to as path_to_cache."
             ) from error
 
     def _write(self, affix: str, write: Callable) -> None:

@@ -45,7 +45,7 @@ def _as_float(word: str) -> float | None:
 
 
 def get_blend_from_list(blend: list[str] | None) -> tuple[list[str], list[float] | None] | None:
-    """Read the words given to ``--data-path``.
+    """Read the words of a blend.
 
     An odd number of words is a list of prefixes. An even number is weight/prefix pairs when the first
     word of every pair is a number, and a list of prefixes when none is.
@@ -66,7 +66,7 @@ def get_blend_from_list(blend: list[str] | None) -> tuple[list[str], list[float]
     bad = [word for word, weight in zip(blend[0::2], weights, strict=True) if weight is None]
     if bad:
         raise ConfigError(
-            f"--data-path mixes weights and bare prefixes: {' '.join(blend)!r} has {bad[0]!r} where a weight "
+            f"a blend mixes weights and bare prefixes: {' '.join(blend)!r} has {bad[0]!r} where a weight "
             "belongs. Give every prefix a weight (0.3 A 0.7 B) or none (A B C)."
         )
     return [word.strip() for word in blend[1::2]], [weight for weight in weights if weight is not None]

@@ -54,8 +54,8 @@ def gradient_scaling_factors(
     """
     if per_token and ddp_config.average_in_collective:
         raise ConfigError(
-            "average_in_collective divides gradients by ranks, calculate_per_token_loss by tokens: leave out "
-            "--ddp-average-in-collective or --calculate-per-token-loss"
+            "average_in_collective divides gradients by ranks, calculate_per_token_loss by tokens: leave "
+            "one of the two out"
         )
     if per_token:
         return 1.0, 1.0

@@ -29,10 +29,10 @@ from megatron.core.distributed.param_and_grad_buffer import (
 from megatron.core.errors import ConfigError, NotBuiltYetError
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-# Field of the configuration -> (feature, flag) of what has no code yet.
+# Field of the configuration -> feature that has no code yet.
 _NOT_BUILT = {
-    "fp8_param_gather": ("gathering parameters in fp8", "--fp8-param-gather"),
-    "use_custom_fsdp": ("fully sharded data parallelism", "--use-custom-fsdp"),
+    "fp8_param_gather": "gathering parameters in fp8",
+    "use_custom_fsdp": "fully sharded data parallelism",
 }
 # Mixed-type addition makes a temporary of the whole operand on a CPU; beyond some 32 MiB that memory comes
 # fresh from the kernel every time, at 6 times the cost of the addition itself.
@@ -267,19 +267,19 @@ class DistributedDataParallel(_BaseDataParallel):
 
 
 def _check(ddp_config: DistributedDataParallelConfig) -> None:
-    for field, (feature, flag) in _NOT_BUILT.items():
+    for field, feature in _NOT_BUILT.items():
         if getattr(ddp_config, field):
-            raise NotBuiltYetError(feature, flag, f"Leave {flag} out.")
+            raise NotBuiltYetError(feature, field, f"Leave {field} out.")
     if ddp_config.num_distributed_optimizer_instances > 1:
         raise NotBuiltYetError(
             "several copies of the sharded optimizer state",
-            "--num-distributed-optimizer-instances",
+            "num_distributed_optimizer_instances",
             "Leave it at 1.",
         )
     if ddp_config.overlap_param_gather and not ddp_config.use_distributed_optimizer:
         raise ConfigError(
             "overlap_param_gather gathers what the distributed optimizer has sharded: add "
-            "--use-distributed-optimizer, or leave --overlap-param-gather out"
+            "use_distributed_optimizer, or leave overlap_param_gather out"
         )
 
 

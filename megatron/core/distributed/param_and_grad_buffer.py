@@ -242,7 +242,7 @@ class _ParamAndGradBucketGroup:
             raise UsageError(
                 f"a gradient of shape {list(param.shape)} arrived twice in the last micro-batch of a step, "
                 "while gradients are reduced behind backward: run all micro-batches but the last inside "
-                "no_sync(), or leave --overlap-grad-reduce out"
+                "no_sync(), or leave overlap_grad_reduce out"
             )
         if not self.is_last_microbatch:
             return
@@ -406,7 +406,7 @@ def missing_gradients(names: list[str]) -> UsageError:
     return UsageError(
         f"no gradient has arrived for {len(names)} trainable parameters ({shown}), which are reduced behind "
         "backward: let the loss of a step's last micro-batch depend on them, freeze them "
-        "(requires_grad=False), or leave --overlap-grad-reduce out"
+        "(requires_grad=False), or leave overlap_grad_reduce out"
     )
 
 

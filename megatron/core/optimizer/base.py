@@ -94,7 +94,7 @@ class MegatronOptimizer(ABC):
         """Raises UsageError while a group with parameters has no learning rate."""
         if any(group["lr"] is None and group["params"] for group in self.param_groups):
             raise UsageError(
-                "the optimizer has no learning rate: set OptimizerConfig.lr (--lr), for example to 1e-4, or "
+                "the optimizer has no learning rate: set OptimizerConfig.lr, for example to 1e-4, or "
                 "let an OptimizerParamScheduler write one before the first step"
             )
 
@@ -191,8 +191,8 @@ class MegatronOptimizer(ABC):
         """State as shards for the ``torch_dist`` checkpoint format."""
         raise NotBuiltYetError(
             "optimizer state in torch_dist checkpoints",
-            "--ckpt-format torch_dist",
-            "Use --ckpt-format torch.",
+            "ckpt_format torch_dist",
+            "Use torch.",
         )
 
     def get_parameter_state_dp_zero(self) -> Any:
@@ -223,7 +223,7 @@ class MegatronOptimizer(ABC):
 def no_sharded_state() -> ConfigError:
     """What to raise where state in shards is asked of an optimizer that has none."""
     return ConfigError(
-        "only the distributed optimizer has sharded state to save or load: add --use-distributed-optimizer"
+        "only the distributed optimizer has sharded state to save or load: add use_distributed_optimizer"
     )
 
 

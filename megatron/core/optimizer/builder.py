@@ -24,14 +24,11 @@ from megatron.core.utils import log_single_rank
 
 logger = logging.getLogger(__name__)
 
-# Field of the configuration -> flag that sets it, of features whose code does not exist yet.
+# Field of the configuration -> feature whose code does not exist yet.
 _NOT_BUILT = {
-    "use_precision_aware_optimizer": ("the precision-aware optimizer", "--use-precision-aware-optimizer"),
-    "overlap_param_gather_with_optimizer_step": (
-        "gathering parameters during the optimizer step",
-        "--overlap-param-gather-with-optimizer-step",
-    ),
-    "optimizer_cpu_offload": ("keeping optimizer state on the host", "--optimizer-cpu-offload"),
+    "use_precision_aware_optimizer": "the precision-aware optimizer",
+    "overlap_param_gather_with_optimizer_step": "gathering parameters during the optimizer step",
+    "optimizer_cpu_offload": "keeping optimizer state on the host",
 }
 
 
@@ -67,9 +64,9 @@ def get_megatron_optimizer(
         ConfigError: a model without trainable parameters on any rank, or chunks that were wrapped without
             what ``config`` wants of them.
     """
-    for field, (feature, flag) in _NOT_BUILT.items():
+    for field, feature in _NOT_BUILT.items():
         if getattr(config, field):
-            raise NotBuiltYetError(feature, flag, f"Leave {flag} out.")
+            raise NotBuiltYetError(feature, field, f"Leave {field} out.")
     if isinstance(model_chunks, torch.nn.Module):
         is_list = isinstance(model_chunks, torch.nn.ModuleList)
         model_chunks = list(model_chunks) if is_list else [model_chunks]

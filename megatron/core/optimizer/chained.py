@@ -147,7 +147,8 @@ class ChainedOptimizer(MegatronOptimizer):
             raise CheckpointError(
                 f"the checkpoint holds {len(saved)} chained optimizers, this run has "
                 f"{len(self.chained_optimizers)}: "
-                "resume with the expert-parallel flags of the saved run, or pass --no-load-optim"
+                "resume with the expert-parallel settings of the saved run, or leave this state unread "
+                "(no_load_optim)"
             )
         for member, member_state in zip(self.chained_optimizers, saved, strict=True):
             member.load_state_dict(member_state)
@@ -177,7 +178,8 @@ class ChainedOptimizer(MegatronOptimizer):
         if not isinstance(states, list) or len(states) != len(members):
             raise CheckpointError(
                 f"the distributed optimizer's state is not of {len(members)} chained optimizers, as this run "
-                "has: resume with the expert-parallel flags of the saved run, or pass --no-load-optim"
+                "has: resume with the expert-parallel settings of the saved run, or leave this state unread "
+                "(no_load_optim)"
             )
         for member, state in zip(members, states, strict=True):
             member.load_parameter_state_from_dp_zero(state, update_legacy_format=update_legacy_format)

@@ -188,8 +188,8 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         problem = _find_mismatch(state_dict, len(self.param_groups))
         if problem is not None:
             raise CheckpointError(
-                f"{problem}: resume with the optimizer flags of the saved run, or pass --no-load-optim to "
-                "start with fresh state"
+                f"{problem}: resume with the optimizer settings of the saved run, or leave this state unread "
+                "(no_load_optim)"
             )
         self.init_state_fn(self.optimizer)
         for group, saved in zip(self.param_groups, inner["param_groups"], strict=True):
@@ -272,7 +272,7 @@ def _find_mismatch(state_dict: dict[str, Any], groups: int) -> str | None:
     if not isinstance(inner, dict) or "param_groups" not in inner or inner.get("state"):
         return (
             f"optimizer state with the entries {sorted(map(str, state_dict))} was not saved with the "
-            "distributed optimizer (--use-distributed-optimizer), as this run has it"
+            "distributed optimizer (use_distributed_optimizer), as this run has it"
         )
     saved = inner["param_groups"]
     if len(saved) != groups:

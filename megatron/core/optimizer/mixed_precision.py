@@ -208,14 +208,14 @@ class Float16OptimizerWithFloat16Params(MixedPrecisionOptimizer):
             raise CheckpointError(
                 f"optimizer state with the entries {sorted(map(str, state_dict))} was not saved by an fp16 "
                 "or bf16 run without the distributed optimizer, as this one is: resume with the saved "
-                "precision, or pass --no-load-optim to start with fresh state"
+                "precision, or leave this state unread (no_load_optim)"
             )
         found = [[list(copy.shape) for copy in group] for group in copies]
         own = [[list(copy.shape) for copy in group] for group in self.fp32_from_float16_groups]
         if found != own:
             raise CheckpointError(
                 "the fp32 parameters in the checkpoint have other shapes than this model's: resume with "
-                "the model flags of the saved run, or pass --no-load-optim"
+                "the model settings of the saved run, or leave this state unread (no_load_optim)"
             )
         load_inner_state(self.optimizer, inner)
         with torch.no_grad():

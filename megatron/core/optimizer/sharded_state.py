@@ -184,8 +184,8 @@ class ShardedState:
         if update_legacy:
             raise NotBuiltYetError(
                 "converting distributed optimizer state of before Megatron core 0.8",
-                "--ckpt-convert-update-legacy-dist-opt-format",
-                "Pass --no-load-optim.",
+                "ckpt_convert_update_legacy_dist_opt_format",
+                "Leave this state unread (no_load_optim).",
             )
         exchange = self._exchange
         exchange.raise_everywhere(self._find_error(state) if exchange.is_first else None)
@@ -228,8 +228,8 @@ class ShardedState:
             return None
         return CheckpointError(
             f"the distributed optimizer's state does not fit this run: {problem}. Resume with the model, "
-            "precision and bucket flags of the saved run (--overlap-grad-reduce, --ddp-bucket-size), or pass "
-            "--no-load-optim"
+            "precision and bucket settings of the saved run (overlap_grad_reduce, ddp_bucket_size), or leave "
+            "it unread (no_load_optim)"
         )
 
     def _find_mismatch(self, state: dict[Any, Any]) -> str | None:

@@ -53,7 +53,8 @@ def load_inner_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) ->
     if problems:
         raise CheckpointError(
             f"optimizer state does not fit this model: {'; '.join(problems)}. "
-            "Resume with the model and optimizer flags of the saved run, or pass --no-load-optim"
+            "Resume with the model and optimizer settings of the saved run, or leave this state unread "
+            "(no_load_optim)"
         )
     own_groups = optimizer.state_dict()["param_groups"]
     params = [param for group in optimizer.param_groups for param in group["params"]]

@@ -89,10 +89,10 @@ def _check_request(
     name: str, num_stages: int, num_microbatches: int, num_chunks: int, group_size: int | None
 ) -> None:
     if name not in SCHEDULES:
-        raise UsageError(f"--pipeline-schedule {name}: not one of {', '.join(SCHEDULES)}")
+        raise UsageError(f"pipeline_schedule {name}: not one of {', '.join(SCHEDULES)}")
     if name != "interleaved" and num_chunks != 1:
         raise UsageError(
-            f"--pipeline-schedule {name} runs one model chunk per pipeline rank, but there are {num_chunks}: "
+            f"pipeline_schedule {name} runs one model chunk per pipeline rank, but there are {num_chunks}: "
             "use interleaved, or leave out the virtual stages"
         )
     if min(num_stages, num_microbatches, num_chunks) < 1:
@@ -102,7 +102,7 @@ def _check_request(
         )
     if group_size is not None and group_size < num_stages and name == "interleaved":
         raise UsageError(
-            f"--microbatch-group-size-per-virtual-pipeline-stage {group_size}: at least {num_stages}, "
+            f"microbatch_group_size_per_vp_stage {group_size}: at least {num_stages}, "
             "the number of pipeline stages, is needed, or the first stage waits for its own output"
         )
 

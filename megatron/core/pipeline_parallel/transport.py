@@ -80,7 +80,7 @@ def start(transfers: Sequence[Transfer], config: Any) -> Pending:
     if config.use_ring_exchange_p2p:
         raise NotBuiltYetError(
             "p2p by ring exchange",
-            "--use-ring-exchange-p2p",
+            "use_ring_exchange_p2p",
             "Leave it out: it needs a special build of torch.",
         )
     group = parallel_state.get_pipeline_model_parallel_group()

@@ -35,7 +35,7 @@ class _Share:
         if whole.numel() % ranks:
             raise UsageError(
                 f"distribute_saved_activations: an activation of shape {tuple(whole.shape)} does not divide "
-                f"among {ranks} tensor-parallel ranks; leave it off (--distribute-saved-activations)"
+                f"among {ranks} tensor-parallel ranks; leave it off"
             )
         piece = split_tensor_into_1d_equal_chunks(whole.detach().contiguous(), new_buffer=True)
         return cls(piece, whole.shape, whole.requires_grad)

@@ -23,7 +23,7 @@ class AttnMaskType(enum.Enum):
 
 
 class AttnBackend(enum.Enum):
-    """Implementation of attention; the names are the words of ``--attention-backend``."""
+    """Implementation of attention; the names are what a user types."""
 
     flash = 1
     fused = 2

@@ -40,8 +40,8 @@ def _even_counts(config: TransformerConfig, pp: int, vpp: int) -> list[int]:
         extra = " (the embedding and the loss counted as asked)" if with_embedding or with_loss else ""
         raise ConfigError(
             f"{slots} layers{extra} do not divide into {pp} pipeline stages x {vpp} virtual stages: use a "
-            f"multiple of {pp * vpp}, or --decoder-first-pipeline-num-layers and "
-            "--decoder-last-pipeline-num-layers"
+            f"multiple of {pp * vpp}, or num_layers_in_first_pipeline_stage and "
+            "num_layers_in_last_pipeline_stage"
         )
     counts = [slots // (pp * vpp)] * (pp * vpp)
     counts[0] -= with_embedding
@@ -53,17 +53,17 @@ def _uneven_counts(config: TransformerConfig, pp: int, vpp: int) -> list[int]:
     """The first and the last stage as given, the rest in equal parts."""
     if config.account_for_embedding_in_pipeline_split or config.account_for_loss_in_pipeline_split:
         raise ConfigError(
-            "--decoder-first/last-pipeline-num-layers fix the outer stages: leave out "
-            "--account-for-embedding-in-pipeline-split and --account-for-loss-in-pipeline-split"
+            "num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage fix the outer stages: "
+            "leave out account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split"
         )
     given = {
-        0: ("--decoder-first-pipeline-num-layers", config.num_layers_in_first_pipeline_stage),
-        pp - 1: ("--decoder-last-pipeline-num-layers", config.num_layers_in_last_pipeline_stage),
+        0: ("num_layers_in_first_pipeline_stage", config.num_layers_in_first_pipeline_stage),
+        pp - 1: ("num_layers_in_last_pipeline_stage", config.num_layers_in_last_pipeline_stage),
     }
     per_stage: list[int | None] = [None] * pp
-    for stage, (flag, count) in given.items():
+    for stage, (field, count) in given.items():
         if count is not None and (count <= 0 or count % vpp):
-            raise ConfigError(f"{flag} {count}: must be positive and a multiple of {vpp} virtual stages")
+            raise ConfigError(f"{field} {count}: must be positive and a multiple of {vpp} virtual stages")
         per_stage[stage] = count
     rest = config.num_layers - sum(count or 0 for count in per_stage)
     open_stages = per_stage.count(None)

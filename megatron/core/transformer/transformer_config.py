@@ -292,7 +292,7 @@ def _attention(c: TransformerConfig) -> Rules:
     )
     yield (
         c.multi_latent_attention and c.apply_rope_fusion,
-        "apply_rope_fusion: not available with multi_latent_attention; leave it off (--no-rope-fusion)",
+        "apply_rope_fusion: not available with multi_latent_attention; leave it off",
     )
 
 
@@ -301,16 +301,14 @@ def _mlp(c: TransformerConfig) -> Rules:
     name = getattr(c.activation_func, "__name__", c.activation_func)
     yield (
         c.bias_activation_fusion and c.activation_func not in fused_activations,
-        f"bias_activation_fusion: only for gelu and silu, activation_func is {name}; "
-        "leave it off (--no-bias-gelu-fusion)",
+        f"bias_activation_fusion: only for gelu and silu, activation_func is {name}; leave it off",
     )
     yield (
         c.bias_activation_fusion
         and c.activation_func is F.gelu
         and not c.gated_linear_unit
         and not c.add_bias_linear,
-        "bias_activation_fusion: gelu without linear bias has no bias to fuse; "
-        "leave it off (--no-bias-gelu-fusion)",
+        "bias_activation_fusion: gelu without linear bias has no bias to fuse; leave it off",
     )
     yield (
         c.glu_gate_last and not c.gated_linear_unit,

@@ -97,8 +97,7 @@ class StragglerDetector:
             self._switch = RemoteSwitch("the straggler detector", port, self._on)
         except (OSError, OverflowError) as error:
             logger.warning(
-                "port %s cannot be listened on (%s): the straggler detector stays %s; choose another by "
-                "--straggler-ctrlr-port",
+                "port %s cannot be listened on (%s): the straggler detector stays %s; choose another",
                 port,
                 error,
                 "on" if self._on else "off",

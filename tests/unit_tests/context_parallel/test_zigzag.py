@@ -53,7 +53,7 @@ def test_neighbouring_ranks_together_hold_the_part_of_one_rank_of_half_as_many()
 
 
 def test_length_that_does_not_divide():
-    with pytest.raises(ConfigError, match="--seq-length 16"):
+    with pytest.raises(ConfigError, match="sequence_length 16"):
         take_chunks(torch.arange(10), 0, 0, 4)
 
 

@@ -39,9 +39,9 @@ def test_constant_rounded_down() -> None:
 @pytest.mark.parametrize(
     ("size", "words"),
     [
-        (30, ["4 x data-parallel size 2 = 8", "use 24 or 32", "--decrease-batch-size-if-needed to run 24"]),
+        (30, ["4 x data-parallel size 2 = 8", "use 24 or 32", "decrease_batch_size_if_needed to run 24"]),
         (5, ["use 8"]),
-        (0, ["--global-batch-size 0"]),
+        (0, ["global_batch_size 0"]),
     ],
 )
 def test_misfits_name_sizes_that_work(size: int, words: list[str]) -> None:
@@ -107,7 +107,7 @@ def test_ramps_without_length(ramp: list[int]) -> None:
     [
         ([4, 2], "three are needed"),
         ([4, 3, 16], "7 and 10: use one of these, or an increment that divides 4$"),
-        ([10, 2, 16], "between 1 and --global-batch-size 8"),
+        ([10, 2, 16], "between 1 and global_batch_size 8"),
         ([4, 0, 16], "increment 0"),
         ([4, 2, -1], "0 samples or more"),
     ],

@@ -98,7 +98,7 @@ def test_states_of_other_writers_load(machine: RerunStateMachine) -> None:
 
 
 def test_modes_that_repeat_are_not_built() -> None:
-    with pytest.raises(NotBuiltYetError, match=r"--rerun-mode validate_results.*--rerun-mode disabled"):
+    with pytest.raises(NotBuiltYetError, match=r"rerun_mode validate_results.*Use disabled"):
         RerunStateMachine(mode=RerunMode.VALIDATE_RESULTS)
     with pytest.raises(NotBuiltYetError):
         RerunStateMachine().set_mode(RerunMode.REPORT_DETERMINISM_STATS)

@@ -110,7 +110,7 @@ def test_a_port_in_use_is_told_and_nothing_else_changes(detector, caplog):
     finally:
         other.close()
     assert f"port {other.port} cannot be listened on" in caplog.text
-    assert "--straggler-ctrlr-port" in caplog.text
+    assert "choose another" in caplog.text
     with detector:
         pass
     assert detector.report(1.0, 1)

@@ -56,7 +56,7 @@ def test_word_lists(data):
 
 @pytest.mark.parametrize("words,bad", [(["0.3", "p", "q", "r"], "q"), (["p", "q", "0.5", "r"], "p")])
 def test_weights_for_some_only(words, bad):
-    with pytest.raises(ConfigError, match=rf"--data-path mixes.* has '{bad}' where a weight"):
+    with pytest.raises(ConfigError, match=rf"a blend mixes.* has '{bad}' where a weight"):
         get_blend_from_list(words)
 
 
@@ -65,7 +65,7 @@ def test_weights_for_some_only(words, bad):
     [
         ({"blend": (["p"], None)}, "needs a split"),
         ({"blend": (["p"], None), "blend_per_split": [None, None, None], "split": "1"}, "both"),
-        ({"blend_per_split": [(["p"], None), None, None], "split": "1"}, "per-split data paths"),
+        ({"blend_per_split": [(["p"], None), None, None], "split": "1"}, "blend_per_split"),
         ({"blend_per_split": [(["p"], None)]}, "needs 3 entries"),
         ({"blend": (["p", "q"], [1.0]), "split": "1"}, "2 data sets but 1 weights"),
         ({"blend": (["p", "q"], [1.0, 0.0]), "split": "1"}, "weight of q is 0.0"),

@@ -235,9 +235,7 @@ def test_interrupted_writer_leaves_no_entry(one_split, monkeypatch):
 def test_no_write_access(one_split, tmp_path):
     blocked = tmp_path / "a_file"
     blocked.write_text("not a directory")
-    with pytest.raises(
-        DataError, match=rf"cannot write the sample index to {blocked}.*--data-cache-path DIR"
-    ):
+    with pytest.raises(DataError, match=rf"cannot write the sample index to {blocked}.*path_to_cache"):
         one_split(path_to_cache=str(blocked))
 
 
@@ -254,7 +252,8 @@ def test_token_id_beyond_the_vocabulary(write_corpus, gpt_config, build_gpt, bad
     config = gpt_config(blend=([prefix], None), split="1", vocab_size=500, sequence_length=5)
     dataset = build_gpt(config, [4, 0, 0])[0]
     with pytest.raises(
-        DataError, match=rf"{prefix} holds token id {bad} .*vocabulary has 500 ids.*--tokenizer-type"
+        DataError,
+        match=rf"{prefix} holds token id {bad} .*vocabulary has 500 ids.*GPTDatasetConfig.tokenizer",
     ):
         list(map(dataset.__getitem__, range(len(dataset))))
     config = gpt_config(blend=([prefix], None), split="1", vocab_size=None, sequence_length=5)
@@ -276,7 +275,7 @@ def test_the_document_of_a_bad_id_is_named(write_corpus, gpt_config, build_gpt, 
 
 def test_mock_ids_beyond_the_vocabulary(gpt_config, build_gpt):
     dataset = build_gpt(gpt_config(vocab_size=10, sequence_length=4096), [4, 1, 1], MockGPTDataset)[0]
-    with pytest.raises(DataError, match=r"the mock data holds token id .* give --vocab-size 4095 or more"):
+    with pytest.raises(DataError, match=r"the mock data holds token id .* set vocab_size to 4095 or more"):
         dataset[0]
 
 
@@ -294,13 +293,13 @@ def test_evaluation_splits_that_round_to_nothing_are_left_out(write_corpus, gpt_
     train, valid, test = build_gpt(gpt_config(blend=([prefix], None), split="969, 30, 1"), [10, 5, 5])
     assert len(train) >= 10 and valid is None and test is None
     (first, second) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert first.startswith(f"the valid split of {prefix} is empty: --split 969, 30, 1 gives it the interval")
+    assert first.startswith(f"the valid split of {prefix} is empty: split 969, 30, 1 gives it the interval")
     assert "of 10 sequences, which rounds to none: it is left out" in first and "the test split" in second
 
 
 def test_training_split_that_rounds_to_nothing_is_an_error(write_corpus, gpt_config, build_gpt):
     prefix = write_corpus([[1] * 20] * 10)
-    with pytest.raises(DataError, match=rf"train split of {prefix} is empty: --split 1,98,1"):
+    with pytest.raises(DataError, match=rf"train split of {prefix} is empty: split 1,98,1"):
         build_gpt(gpt_config(blend=([prefix], None), split="1,98,1"), [10, 5, 5])
 
 

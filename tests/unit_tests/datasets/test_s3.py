@@ -73,7 +73,7 @@ def test_same_sequences(bucket, data, tmp_path, block):
 
 def test_what_s3_needs(bucket, tmp_path):
     for settings in ({"mmap": True, "s3_config": S3Config(str(tmp_path))}, {"mmap": False}):
-        with pytest.raises(ConfigError, match=r"--s3-cache-path DIR.*--no-mmap-bin-files"):
+        with pytest.raises(ConfigError, match=r"s3_cache_path.*mmap_bin_files off"):
             IndexedDataset("s3://data/multi", **settings)
 
 

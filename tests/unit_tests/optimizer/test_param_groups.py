@@ -109,21 +109,21 @@ def test_settings_that_cannot_work(settings: dict, words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "flag"),
+    ("settings", "field"),
     [
         (
             {"use_distributed_optimizer": True, "use_precision_aware_optimizer": True},
-            "--use-precision-aware-optimizer",
+            "use_precision_aware_optimizer",
         ),
-        ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload"),
+        ({"optimizer_cpu_offload": True}, "optimizer_cpu_offload"),
         (
             {"overlap_param_gather_with_optimizer_step": True},
-            "--overlap-param-gather-with-optimizer-step",
+            "overlap_param_gather_with_optimizer_step",
         ),
     ],
 )
-def test_what_is_not_built_says_so(settings: dict, flag: str) -> None:
-    with pytest.raises(NotBuiltYetError, match=flag):
+def test_what_is_not_built_says_so(settings: dict, field: str) -> None:
+    with pytest.raises(NotBuiltYetError, match=field):
         get_megatron_optimizer(OptimizerConfig(lr=1e-3, **settings), [Toy()])
 
 

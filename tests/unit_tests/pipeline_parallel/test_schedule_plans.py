@@ -302,7 +302,7 @@ def test_batches_in_another_order_hang_as_kernels():
         (("1f1b", 2, 4, 2), "use interleaved"),
         (("zb-h1", 2, 4, 2), "use interleaved"),
         (("1f1b", 2, 0), "at least 1"),
-        (("interleaved", 4, 8, 2, 3), "--microbatch-group-size-per-virtual-pipeline-stage 3"),
+        (("interleaved", 4, 8, 2, 3), "microbatch_group_size_per_vp_stage 3"),
     ],
 )
 def test_requests_that_cannot_work(arguments, message):

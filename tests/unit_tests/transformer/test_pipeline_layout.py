@@ -80,10 +80,10 @@ def test_one_stage_needs_no_process_groups():
         ((8, 4, None, None, None, True), r"9 layers \(the embedding and the loss counted"),
         ((8, 4, None, 1, 2), "leave 5 for 2 others x 1 virtual stages, which needs a positive multiple of 2"),
         ((5, 2, None, 1, 3), "must be 0: there are no other stages"),
-        ((8, 2, 2, 3), "--decoder-first-pipeline-num-layers 3: must be positive and a multiple of 2"),
-        ((8, 2, None, None, 0), "--decoder-last-pipeline-num-layers 0"),
+        ((8, 2, 2, 3), "num_layers_in_first_pipeline_stage 3: must be positive and a multiple of 2"),
+        ((8, 2, None, None, 0), "num_layers_in_last_pipeline_stage 0"),
         ((4, 4, None, 2, 2), "leave 0 for 2 others"),
-        ((8, 2, None, 3, None, True), "leave out --account-for-embedding-in-pipeline-split"),
+        ((8, 2, None, 3, None, True), "leave out account_for_embedding_in_pipeline_split"),
     ],
 )
 def test_what_cannot_be_dealt_out(arguments, message):

@@ -49,7 +49,7 @@ def test_derived_values():
         ({"window_size": (-2, 0)}, "window_size"),
         ({"glu_gate_last": True}, "gated_linear_unit=True"),
         ({"bias_activation_fusion": True, "activation_func": F.relu}, "relu"),
-        ({"bias_activation_fusion": True, "add_bias_linear": False}, "--no-bias-gelu-fusion"),
+        ({"bias_activation_fusion": True, "add_bias_linear": False}, "no bias to fuse; leave it off"),
         ({"recompute_granularity": "some"}, "full or selective"),
         ({"recompute_granularity": "full", "recompute_num_layers": 1}, "uniform or block"),
         ({"recompute_granularity": "full", "recompute_method": "block"}, "recompute_num_layers"),

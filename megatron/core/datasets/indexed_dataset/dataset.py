@@ -68,8 +68,8 @@ class IndexedDataset(torch.utils.data.Dataset):
     def _fetch_s3_index(self, idx_path: str) -> str:
         if self.s3_config is None or self.mmap:
             raise ConfigError(
-                f"{self.path_prefix} is on S3: give --s3-cache-path DIR for the index files, and "
-                "--no-mmap-bin-files, since a remote file cannot be mapped."
+                f"{self.path_prefix} is on S3: give it an s3_cache_path for the index files, and turn "
+                "mmap_bin_files off, since a remote file cannot be mapped."
             )
         local_path = cache_index_path(self.path_prefix, self.s3_config)
         maybe_download_file(idx_path, local_path)
@@ -209,12 +209,12 @@ def explain_missing(path_prefix: str) -> str:
     message = f"no data set {path_prefix}: neither {idx_path} nor {bin_path} exists."
     stem, suffix = os.path.splitext(path_prefix)
     if suffix in (".bin", ".idx"):
-        return f"{message} --data-path takes the path without {suffix}: {stem}"
+        return f"{message} Name a data set without {suffix}: {stem}"
     near = sorted(glob.glob(glob.escape(path_prefix) + "*.idx"))
     if near:
         return f"{message} Did you mean {near[0].removesuffix('.idx')}?"
     folder = os.path.dirname(path_prefix) or "."
     if not os.path.isdir(folder):
-        return f"{message} The directory {folder} does not exist. Give --data-path an existing prefix."
+        return f"{message} The directory {folder} does not exist. Name an existing prefix."
     here = os.getcwd()
-    return f"{message} Make it with tools/preprocess_data.py, or correct --data-path (relative to {here})."
+    return f"{message} Make it with tools/preprocess_data.py, or correct the path (relative to {here})."

@@ -92,7 +92,7 @@ def get_mlp_module_spec(
     """A dense MLP, with its norm inside fc1 if ``use_te``; a mixture of experts is not built yet."""
     _warn_about_fp8(fp8)
     if num_experts is not None:
-        raise NotBuiltYetError("a mixture of experts", f"--num-experts {num_experts}", "Leave it out.")
+        raise NotBuiltYetError("a mixture of experts", f"num_moe_experts {num_experts}", "Leave it out.")
     return ModuleSpec(
         module=MLP,
         submodules=MLPSubmodules(
@@ -144,7 +144,7 @@ def get_gpt_mtp_block_spec(
     """Layers that predict further tokens: None without any; with some, not built yet."""
     if config.mtp_num_layers:
         raise NotBuiltYetError(
-            "multi-token prediction", f"--mtp-num-layers {config.mtp_num_layers}", "Leave it out."
+            "multi-token prediction", f"mtp_num_layers {config.mtp_num_layers}", "Leave it out."
         )
 
 
@@ -171,7 +171,7 @@ def _head_norms(norm: type, qk_layernorm: bool | None, qk_l2_norm: bool | None) 
 def _check(multi_latent_attention: bool | None, fp8: str | None) -> None:
     _warn_about_fp8(fp8)
     if multi_latent_attention:
-        raise NotBuiltYetError("multi-head latent attention", "--multi-latent-attention", "Leave it out.")
+        raise NotBuiltYetError("multi-head latent attention", "multi_latent_attention", "Leave it out.")
 
 
 def _warn_about_fp8(fp8: str | None) -> None:

@@ -195,11 +195,11 @@ class GPTModel(LanguageModule):
 
 def _check_supported(config: TransformerConfig, position_embedding_type: str, mtp_block_spec: Any) -> None:
     if position_embedding_type == "mrope":
-        raise NotBuiltYetError("multimodal rotary embedding", "--position-embedding-type mrope", "Use rope.")
+        raise NotBuiltYetError("multimodal rotary embedding", "position_embedding_type mrope", "Use rope.")
     if position_embedding_type not in POSITION_EMBEDDING_TYPES:
         raise ConfigError(
             f"position_embedding_type: {position_embedding_type!r} is not one of "
             f"{', '.join(POSITION_EMBEDDING_TYPES)}"
         )
     if mtp_block_spec is not None or config.mtp_num_layers:
-        raise NotBuiltYetError("multi-token prediction", "--mtp-num-layers", "Leave it out.")
+        raise NotBuiltYetError("multi-token prediction", "mtp_num_layers", "Leave it out.")

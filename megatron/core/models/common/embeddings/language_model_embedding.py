@@ -119,5 +119,5 @@ class LanguageModelEmbedding(MegatronModule):
         except IndexError as error:
             raise DataError(
                 f"position {int(position_ids.max())} is beyond the {self.max_sequence_length} learned "
-                "positions: shorten the sequence, or raise --max-position-embeddings"
+                "positions: shorten the sequence, or raise max_position_embeddings"
             ) from error
