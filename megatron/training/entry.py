@@ -184,6 +184,19 @@ def _print_report(text: str, own: bool) -> None:
     """Print why all ranks end; ``own`` if the reason lies in this one."""
     sys.stdout.flush()
     headline = text.strip().splitlines()[-1] if text.startswith("Traceback") else f"error: {text}"
-    launcher.write_torchrun_error(headline, time.time())
+    launcher.write_torchrun_error(headline, _failed_at())
     where = f"[{launcher.describe()}] " if own else ""
     print(f"{where}{text if text.startswith('Traceback') else headline}", file=sys.stderr, flush=True)
+
+
+def _failed_at() -> float:
+    """When this rank failed, in seconds since the epoch; now, if it reports for another rank.
+
+    Torchrun takes the earliest failure for the root cause, to the second. Other ranks end right after the
+    report, which is at least a second later than the failure.
+    """
+    from megatron.training.global_vars import get_failure_watcher
+
+    watcher = get_failure_watcher()
+    failure = watcher.failure if watcher is not None else None
+    return time.time() - (time.monotonic() - failure.at if failure is not None else 0.0)
