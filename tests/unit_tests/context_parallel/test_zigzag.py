@@ -112,6 +112,13 @@ def test_blocks_cover_what_is_visible_once(size, causal, joined):
                 assert seen[:, i, j].tolist() == [1 - hidden] * 2, (window, i, j)
 
 
+def test_neighbouring_rows_over_the_same_keys_are_one_block():
+    mine, earlier = local_segments(1, 2, 8), local_segments(0, 2, 8)
+    (task,) = plan_blocks(mine, earlier, visible_band(True, None))
+    assert (task.queries, task.keys) == (slice(0, 8), slice(0, 4))
+    assert len(plan_blocks(mine, earlier, visible_band(True, None), joined=False)) == 2
+
+
 def count(seen, queries, keys, tasks):
     """Adds one for each pair of positions that ``tasks`` compute."""
     rows, columns = ([s.position + k for s in part for k in range(s.length)] for part in (queries, keys))
