@@ -30,7 +30,7 @@ def pythons() -> dict[str, str]:
     found = {}
     for path in candidates():
         # Not every file of the name starts: a shim of pyenv may stand for a version that is not selected.
-        run = subprocess.run([path, "-c", ASK], capture_output=True, text=True)
+        run = subprocess.run([path, "-c", ASK], capture_output=True, text=True, check=False)
         if run.returncode == 0:
             version, real = run.stdout.split("\n")[:2]
             if tuple(map(int, version.split(".")[:2])) >= OLDEST:

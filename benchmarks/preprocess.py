@@ -73,8 +73,7 @@ def _make_corpus(work: Path, size_mb: float) -> float:
 
     texts = documents(int(size_mb * 1e6))
     with open(work / "corpus.jsonl", "w", encoding="utf-8") as file:
-        for text in texts:
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
     (work / "one.jsonl").write_text('{"text": "one line"}\n')
     return sum(len(text.encode()) for text in texts) / 1e6
 

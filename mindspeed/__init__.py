@@ -47,7 +47,6 @@ class _OtherModules:
                 "install MindSpeed",
                 name=fullname,
             )
-        return None
 
 
 def _hand_over_or_stay() -> None:

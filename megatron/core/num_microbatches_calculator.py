@@ -181,7 +181,8 @@ class NumMicroBatchesCalculator(ABC):
         decrease_batch_size_if_needed: bool,
         rank: int,
     ):
-        """
+        """Takes the batch sizes that every calculator has.
+
         Args:
             global_batch_size: samples per step over all ranks.
             micro_batch_size: samples per micro-batch.

@@ -239,7 +239,7 @@ class RerunStateMachine:
         return self._mode
 
     def should_run_forward_backward(self, data_iterator: DataIterators) -> bool:
-        """Guard of ``while should_run_forward_backward(it): ...``: True exactly once per iteration."""
+        """True exactly once per iteration: the guard of a ``while`` loop around forward and backward."""
         if self.state is RerunState.NOT_RUNNING_YET:
             self.state = RerunState.INITIAL_RUN
             self.current_iteration += 1

@@ -42,7 +42,8 @@ def _per_chunk(callbacks: list[Any]) -> Any:
 
 def should_disable_forward_pre_hook(args: Namespace) -> bool:
     """True where modules wait for their parameters in forward, which reading weights elsewhere must not rely
-    on."""
+    on.
+    """
     return bool(args.use_distributed_optimizer and args.overlap_param_gather)
 
 

@@ -273,7 +273,7 @@ def page(step: StepTrace) -> str:
         "its docstring. Functions of torch between them are left out, and so is the part of a stack that an "
         "earlier list shows.",
         "",
-        f"This page is generated: `{WRITE.split(' writes ')[0]}` traces a step and writes it.",
+        f"This page is generated: `{WRITE.split(' writes ', maxsplit=1)[0]}` traces a step and writes it.",
     ]
     shown: list[list[Stop]] = []
     for name, stops in step.paths.items():

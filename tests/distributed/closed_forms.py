@@ -17,7 +17,8 @@ def _many(operation: str, ranks: Ranks, count: int, size: int) -> Traffic:
 
 def batch(tp: Ranks, tokens: int, first: bool, last: bool) -> Traffic:
     """One microbatch from the rank that reads: tokens and positions (int64) for the first stage, labels
-    (int64) and loss mask (float32) for the last, in one message; nothing for stages between."""
+    (int64) and loss mask (float32) for the last, in one message; nothing for stages between.
+    """
     size = tokens * ((16 if first else 0) + (12 if last else 0))
     return _many("broadcast", tp, 1 if size else 0, size)
 
@@ -27,7 +28,8 @@ def tensor_parallel(
 ) -> Traffic:
     """One microbatch: each layer sums the outputs of its two row-parallel products in forward, and the input
     gradients of its two column-parallel ones in backward; the embedding sums in forward, the output layer in
-    backward (Shoeybi et al. 2019, section 3). Products may be cut into chunks, each sent by itself."""
+    backward (Shoeybi et al. 2019, section 3). Products may be cut into chunks, each sent by itself.
+    """
     return add(
         _many("all_reduce", tp, (4 * layers + last) * chunks, activation // chunks),
         _many("all_reduce", tp, int(first), activation),
@@ -47,7 +49,8 @@ def sequence_parallel(
     column-parallel inputs per layer, and the output layer's, are gathered again in backward instead of being
     kept (Korthikanti et al. 2022, section 4.2.2). Learned positions are added to whole sequences: there the
     embedding sums, and cuts without a message. Products may be cut into chunks, which are gathered before
-    them or scattered after them one by one; what backward gathers for a weight comes whole."""
+    them or scattered after them one by one; what backward gathers for a weight comes whole.
+    """
     return add(
         _many("reduce_scatter", tp, (4 * layers + last) * chunks, activation // chunks),
         _many("reduce_scatter", tp, int(first and not learned_positions), activation),
@@ -59,7 +62,8 @@ def sequence_parallel(
 
 def split_vocabulary_loss(tp: Ranks, tokens: int) -> Traffic:
     """One microbatch on the last stage: the largest logit of each token; then, together, its label's logit
-    and its sum of exponentials."""
+    and its sum of exponentials.
+    """
     if len(tp) == 1:
         return {}
     return one("all_reduce", tp, tokens * NUMBER, 2 * tokens * NUMBER)
@@ -67,7 +71,8 @@ def split_vocabulary_loss(tp: Ranks, tokens: int) -> Traffic:
 
 def replicated_gradients(tp: Ranks, elements: int) -> Traffic:
     """One step under sequence parallelism: gradients of what every rank applied to its part of the sequence,
-    in one message."""
+    in one message.
+    """
     return _many("all_reduce", tp, 1 if elements else 0, elements * NUMBER)
 
 
@@ -77,7 +82,8 @@ def pipeline(
     """One step of pipeline rank ``stage`` of ``stages`` with ``chunks`` virtual stages each: every virtual
     stage but the last sends each microbatch's output on, every one but the first its input gradient back;
     round the ring, from the last rank to the first and back, for virtual stages. All schedules send the
-    same."""
+    same.
+    """
     forward = chunks - (stage == stages - 1)
     backward = chunks - (stage == 0)
     return add(
@@ -93,19 +99,22 @@ def tied_embedding(ranks: Ranks, elements: int) -> Traffic:
 
 def ring_attention(next_rank: int, size: int, cp: int) -> Traffic:
     """One layer, one microbatch: keys and values of this rank's part (``size`` bytes) go round the ring once
-    in forward; in backward they do again, and their gradients with them."""
+    in forward; in backward they do again, and their gradients with them.
+    """
     return times(one("send", (next_rank,), size), 3 * (cp - 1))
 
 
 def gathered_attention(cp: Ranks, whole: int) -> Traffic:
     """One layer, one microbatch: whole keys and values (``whole`` bytes) gathered in forward and again in
-    backward; their gradients reduced and scattered."""
+    backward; their gradients reduced and scattered.
+    """
     return add(_many("all_gather", cp, 2, whole), _many("reduce_scatter", cp, 1, whole))
 
 
 def head_exchange(cp: Ranks, queries: int, keys_and_values: int) -> Traffic:
     """One layer, one microbatch, all-to-all: queries, keys and values as one message, then the result; the
-    same back in backward (Jacobs et al. 2023, section 3.1). Bytes are those of this rank's part."""
+    same back in backward (Jacobs et al. 2023, section 3.1). Bytes are those of this rank's part.
+    """
     both = add(
         _many("all_to_all", cp, 1, queries + keys_and_values),
         _many("all_to_all", cp, 1, queries),
@@ -125,7 +134,8 @@ def reduced_gradients(replicas: Ranks, sizes: list[int]) -> Traffic:
 
 def sharded_optimizer(replicas: Ranks, sizes: list[int]) -> Traffic:
     """One step: gradients of every bucket (elements, padding included) reduced and scattered, parameters
-    gathered (Rajbhandari et al. 2020, section 7.2.1): as many bytes as an all-reduce."""
+    gathered (Rajbhandari et al. 2020, section 7.2.1): as many bytes as an all-reduce.
+    """
     return add(
         *(_many("reduce_scatter", replicas, 1, size * NUMBER) for size in sizes),
         *(_many("all_gather", replicas, 1, size * NUMBER) for size in sizes),
@@ -134,7 +144,8 @@ def sharded_optimizer(replicas: Ranks, sizes: list[int]) -> Traffic:
 
 def end_of_step(model_parallel: Ranks, everybody: Ranks, sharded: bool) -> Traffic:
     """One step: the square of the gradient norm over the ranks that hold different gradients, which with a
-    sharded optimizer are all; the success of the step and the norm over the ranks of one replica."""
+    sharded optimizer are all; the success of the step and the norm over the ranks of one replica.
+    """
     return add(
         _many("all_reduce", everybody if sharded else model_parallel, 1, NUMBER),
         _many("all_reduce", model_parallel, 2, NUMBER),

@@ -1,5 +1,6 @@
 """Dropout masks of a step of the real loop: two ranks draw the same mask exactly where they hold the same
-activations."""
+activations.
+"""
 
 import contextlib
 import itertools

@@ -45,7 +45,7 @@ def fails(words, outputs, *expected, status=1, **options):
     done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False, **options)
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
-    assert len(re.findall(r"^(?:\S+: )?error: ", done.stderr, re.M)) == 1, done.stderr
+    assert len(re.findall(r"^(?:\S+: )?error: ", done.stderr, re.MULTILINE)) == 1, done.stderr
     for part in expected:
         assert str(part) in done.stderr, f"{part!r} is missing from: {done.stderr}"
     untouched(outputs)

@@ -255,10 +255,11 @@ def test_printed_lines(golden, tmp_path):
         "--input", source, "--output-prefix", tmp_path / "out", "--workers", 2, "--log-interval", 60, *NULL
     )
     number = r"\d+\.\d+"
-    found = re.findall(rf"^Processed (\d+) documents \({number} docs/s, {number} MB/s\)\.", done.stderr, re.M)
+    pattern = rf"^Processed (\d+) documents \({number} docs/s, {number} MB/s\)\."
+    found = re.findall(pattern, done.stderr, re.MULTILINE)
     assert found == ["60", "120", "180"]
     assert f"Opening {source}\n" in done.stdout
-    assert re.search(rf"^Time to startup: {number}", done.stdout, re.M)
+    assert re.search(rf"^Time to startup: {number}", done.stdout, re.MULTILINE)
 
 
 def test_flags_of_ascend_forks_and_abbreviations_are_accepted(golden, tmp_path):

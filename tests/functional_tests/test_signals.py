@@ -133,7 +133,7 @@ def test_a_rank_started_by_hand_outlives_its_shell(repo_root: Path):
         stdout=subprocess.PIPE,
         text=True,
         env={**environment, "PYTHONPATH": str(repo_root), "RANK": "0", "WORLD_SIZE": "2"},
-        preexec_fn=lambda: os.dup2(0, 3),
+        preexec_fn=lambda: os.dup2(0, 3),  # noqa: PLW1509 -- this process has one thread here
         pass_fds=(3,),
     )
     pid = int(started.stdout.readline())

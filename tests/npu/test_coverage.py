@@ -113,7 +113,8 @@ MAY_NAME_IT = {"megatron/core/accelerator.py", "megatron/core/package_info.py"}
 
 def test_nothing_else_names_the_device() -> None:
     """Flags that carry the name (``--use-ascend-mc2``), their values (HCCL where NCCL may stand) and the
-    project's own name are not meant."""
+    project's own name are not meant.
+    """
     found = []
     for path in sorted([*ROOT.glob("megatron/**/*.py"), *ROOT.glob("*.py")]):
         name = path.relative_to(ROOT).as_posix()

@@ -95,8 +95,9 @@ def test_a_missing_or_unfit_torch_npu_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 def test_libraries_of_another_user_are_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cann.tempfile, "gettempdir", lambda: str(tmp_path))
-    cann._directory().mkdir()
-    monkeypatch.setattr(cann, "_directory", lambda found=cann._directory(): found)
+    directory = cann._directory()
+    directory.mkdir()
+    monkeypatch.setattr(cann, "_directory", lambda: directory)
     monkeypatch.setattr(cann.os, "getuid", lambda: os.stat(tmp_path).st_uid + 1)
     with pytest.raises(ConfigError, match="belongs to another user"):
         cann.build()

@@ -20,7 +20,9 @@ from tests.reserved_port import ReservedPort
 
 PAGE = (ROOT / "docs" / "virtual_npu.md").read_text(encoding="utf-8")
 LINES = [
-    line for block in re.findall(r"^```sh\n(.*?)^```$", PAGE, re.M | re.S) for line in block.splitlines()
+    line
+    for block in re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    for line in block.splitlines()
 ]
 VIRTUAL = [line for line in LINES if "megatron_npu.virtual" in line]
 LAUNCHES = [line for line in VIRTUAL if "tests_gpt/" in line]
@@ -63,7 +65,7 @@ def test_every_option_has_a_row() -> None:
     for action in make_parser()._actions:
         for option in action.option_strings:
             if option not in ("-h", "--help"):
-                row = re.search(rf"^\| `{option} .*\| (\S+) \|$", PAGE, re.M)
+                row = re.search(rf"^\| `{option} .*\| (\S+) \|$", PAGE, re.MULTILINE)
                 assert row is not None and row[1] == str(action.default), option
 
 
@@ -77,7 +79,7 @@ def test_flags_of_launches_exist(line: str) -> None:
 
 def test_every_module_is_explained() -> None:
     modules = {path.stem for path in HERE.glob("*.py")} - {"__init__", "__main__"}
-    explained = re.findall(r"^\* `(\w+)` ", PAGE, re.M)
+    explained = re.findall(r"^\* `(\w+)` ", PAGE, re.MULTILINE)
     assert set(explained) == modules and len(explained) == len(modules)
 
 
@@ -132,7 +134,7 @@ def test_the_launch_trains(line: str, tmp_path: Path) -> None:
     done = run(line, tmp_path, 1800)
     assert done.returncode == 0, done.stdout
     if line == LAUNCHES[0]:  # whose output the page shows
-        for printed in re.findall(r"^(?:launch: device|INFO:).*$", PAGE, re.M):
+        for printed in re.findall(r"^(?:launch: device|INFO:).*$", PAGE, re.MULTILINE):
             assert printed in done.stdout
     steps = re.search(r"--train-iters (\d+)", line)[1]
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == steps

@@ -245,7 +245,7 @@ class BlendedMegatronDatasetBuilder:
 
     @staticmethod
     def build_generic_dataset(
-        cls: type[DistributedDataset] | Callable[..., Any],
+        cls: type[DistributedDataset] | Callable[..., Any],  # noqa: PLW0211 -- a public name
         is_built_on_rank: Callable[[], bool],
         synchronize_ranks: bool,
         *args: Any,

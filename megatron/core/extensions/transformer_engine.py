@@ -57,7 +57,8 @@ class TENorm:
 
 class TELinear(LinearBase):
     """A linear layer; ``parallel_mode`` says what is split over the group: "column" its outputs, "row" its
-    inputs, None nothing: every rank has the whole weight and works on what it is given."""
+    inputs, None nothing: every rank has the whole weight and works on what it is given.
+    """
 
     def __init__(
         self,
@@ -106,7 +107,8 @@ def _refuse_gathering(gather_output: bool) -> None:
 
 class TEColumnParallelLinear(ColumnParallelLinear):
     """A linear layer whose outputs are split over the group, ``stride`` parts one by one; it never gathers
-    them."""
+    them.
+    """
 
     def __init__(
         self,

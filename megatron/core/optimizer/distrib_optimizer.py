@@ -171,7 +171,8 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Hyper-parameters and the loss scale, equal on all ranks; the sharded tensors are
-        :meth:`get_parameter_state_dp_zero`'s business."""
+        :meth:`get_parameter_state_dp_zero`'s business.
+        """
         steps = [float(entry["step"]) for entry in self.optimizer.state.values() if "step" in entry]
         counted = {"step": max(steps, default=0.0)} if self.config.optimizer == "adam" else {}
         groups = [

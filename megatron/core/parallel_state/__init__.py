@@ -364,7 +364,8 @@ def get_amax_reduction_group(
     with_context_parallel: bool = False, tp_only_amax_red: bool = False
 ) -> ProcessGroup:
     """Ranks that share fp8 statistics: tensor x data, or with ``tp_only_amax_red`` tensor alone; each
-    with the context axis folded in on request."""
+    with the context axis folded in on request.
+    """
     if not tp_only_amax_red:
         return state.group(_tensor_and_data(with_context_parallel))
     name = "_TENSOR_AND_CONTEXT_PARALLEL_GROUP" if with_context_parallel else "_TENSOR_MODEL_PARALLEL_GROUP"

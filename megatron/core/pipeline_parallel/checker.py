@@ -71,7 +71,7 @@ def _check_work(rank: int, actions: Sequence[Action], num_microbatches: int, num
         done[compute.microbatch, compute.chunk] += compute.work.value
     expected = {(k, chunk) for k in range(num_microbatches) for chunk in range(num_chunks)}
     if done.keys() != expected:
-        wrong = sorted(done.keys() ^ expected)[0]
+        wrong = min(done.keys() ^ expected)
         raise ScheduleError(f"rank {rank}: micro-batch and chunk {wrong} is missing or not asked for")
     for place, word in done.items():
         if word not in ("F", "FB", "FIW"):

@@ -1,5 +1,6 @@
 """The linear function of all layers: one autograd node that knows main gradients and slow half precision,
-and sends what a split layer must send while it computes."""
+and sends what a split layer must send while it computes.
+"""
 
 import warnings
 from collections.abc import Callable

@@ -1,0 +1,1 @@
+"""Data sets under their import paths of the time before ``megatron.core``."""

@@ -176,12 +176,9 @@ def to_plain(value: Any, keep: Callable[[Any], Any] | None = None, path: str = "
         if keep is None:
             raise NotPlainError(f"{path or 'it'} is a {type(value).__name__}")
         return keep(value)
-    if isinstance(value, enum.Enum):
-        return to_plain(value.value, keep, path)
-    if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):
-        return to_plain(value.item(), keep, path)
-    if isinstance(value, os.PathLike):
-        return to_plain(os.fspath(value), keep, path)
+    inner = _unwrapped(value)
+    if inner is not value:
+        return to_plain(inner, keep, path)
     if isinstance(value, argparse.Namespace):
         return argparse.Namespace(**to_plain(vars(value), keep, path))
     if isinstance(value, Mapping):
@@ -193,6 +190,15 @@ def to_plain(value: Any, keep: Callable[[Any], Any] | None = None, path: str = "
         if isinstance(value, kind):
             return convert(value)
     raise NotPlainError(f"{path or 'it'} is a {type(value).__module__}.{type(value).__qualname__}")
+
+
+def _unwrapped(value: Any) -> Any:
+    """What a member of an enumeration, a NumPy scalar or a path stands for; other values themselves."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):
+        return value.item()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _plain_mapping(value: Mapping, keep: Callable[[Any], Any] | None, path: str) -> dict[Any, Any]:

@@ -121,7 +121,7 @@ def _preprocess(corpus: Path, data: DefaultData) -> None:
     paths = filter(None, [os.environ.get("PYTHONPATH")])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(_PACKAGES), *paths])}
     run = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     if run.returncode:
         raise DataError(f"preprocessing failed with exit status {run.returncode}:\n{run.stdout.strip()}")

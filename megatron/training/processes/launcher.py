@@ -54,7 +54,7 @@ def _first_host(nodes: str) -> str:
     bracket = re.match(r"([^,\[]+)\[([^\],-]+)[^\]]*\]([^,]*)", nodes)
     if bracket:
         return "".join(bracket.groups())
-    return nodes.split(",")[0]
+    return nodes.split(",", maxsplit=1)[0]
 
 
 def has_other_ranks() -> bool:

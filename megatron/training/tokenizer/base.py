@@ -33,8 +33,10 @@ class BatchTokenizer(MegatronTokenizer, ABC):
 
         Args:
             texts: the documents; an empty one has length 0 unless the tokenizer adds special tokens.
+
         Returns:
             ids (int32, [sum of lengths]) and lengths (int64, [len(texts)]).
+
         Raises:
             DataError: a text holds half of a surrogate pair, which no file can hold as UTF-8.
         """
@@ -88,6 +90,7 @@ def existing_file(path: str, flag: str, what: str) -> Path:
     Args:
         flag: the flag the path came from, for the message.
         what: the kind of file expected ("the GPT-2 vocabulary").
+
     Raises:
         DataError: nothing there, a directory, unreadable or empty.
     """
@@ -149,7 +152,7 @@ def need(module: str, asked_by: str, package: str | None = None) -> ModuleType:
     Raises:
         ConfigError: the package is not installed, or does not import here.
     """
-    package = package or module.split(".")[0]
+    package = package or module.split(".", maxsplit=1)[0]
     # One thread in each process: preprocessing and data loading start one process per core themselves, and a
     # thread pool does not survive a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -168,6 +168,7 @@ class FullTokenizer:
     Args:
         vocab_file: one token a line.
         do_lower_case: lower-case the text and remove accents.
+
     Raises:
         DataError: the file cannot be used, or has no ``[UNK]``.
     """
@@ -244,8 +245,10 @@ class _BertWordPieceTokenizer(BatchTokenizer):
         vocab_file: one token a line.
         lower_case: lower-case the text and remove accents.
         vocab_extra_ids: number of sentinels.
+
     Attributes:
         tokenizer: the ``FullTokenizer``.
+
     Raises:
         DataError: the file cannot be used, or lacks one of the tokens BERT needs.
     """

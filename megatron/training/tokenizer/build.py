@@ -21,6 +21,7 @@ def build_tokenizer(args: Namespace, **kwargs: Any) -> MegatronTokenizer:
         args: read are ``rank``, ``tokenizer_type``, the flags of that type, ``make_vocab_size_divisible_by``,
             ``tensor_model_parallel_size`` and, where there is one, ``padded_vocab_size``.
         kwargs: handed to the Hugging Face loader.
+
     Raises:
         ConfigError: an unknown type, a missing flag, or a ``vocab_size`` smaller than the tokenizer.
         DataError: a tokenizer file that cannot be used.

@@ -305,6 +305,7 @@ class _GPT2BPETokenizer(BatchTokenizer):
     Args:
         vocab_file: JSON object of token to id.
         merge_file: one merge a line.
+
     Raises:
         DataError: a file cannot be used, or the vocabulary has no ``<|endoftext|>``.
     """

@@ -60,6 +60,7 @@ class _HuggingFaceTokenizer(BatchTokenizer):
     Args:
         pretrained_model_name_or_path: a directory, a ``tokenizer.json``, or a name in the local cache.
         kwargs: handed to ``AutoTokenizer.from_pretrained``.
+
     Raises:
         DataError: nothing usable there, or not on this machine.
     """

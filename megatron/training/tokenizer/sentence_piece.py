@@ -42,6 +42,7 @@ class _SentencePieceTokenizer(BatchTokenizer):
     Args:
         model_file: the model.
         vocab_extra_ids: number of sentinels ``<extra_id_k>``.
+
     Attributes:
         tokenizer: the ``sentencepiece.SentencePieceProcessor``.
     """

@@ -40,6 +40,7 @@ def reload_mergeable_ranks(path: str, max_vocab: int | None = None) -> dict[byte
         path: JSON list of objects with rank (int), token_bytes (base64) and token_str, sorted by rank; the
             first 256 are the single bytes in order.
         max_vocab: keep this many ranks; None keeps all.
+
     Raises:
         DataError: the file is not such a list; names the entry.
     """
@@ -89,6 +90,7 @@ class CustomTikTokenizer(BatchTokenizer):
         num_special_tokens: special ids; those without a name are ``<SPECIAL_i>``.
         special_tokens: names of the first ones, ``<unk>``, ``<s>`` and ``</s>`` among them; None is just
         these.
+
     Raises:
         ConfigError: numbers or names that do not fit each other.
         DataError: a vocabulary that cannot be used, or is smaller than ``vocab_size`` asks for.

@@ -211,7 +211,8 @@ def unpermute_tokens(
 
 class _Collect(torch.autograd.Function):
     """Sums without weights. The gradient is what permuting its tokens gives, so that the rows, which the
-    operator's own derivative keeps until then, need not be kept."""
+    operator's own derivative keeps until then, need not be kept.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, where: Tensor, routing_map: Tensor, padded: bool) -> Tensor:

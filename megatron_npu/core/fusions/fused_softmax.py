@@ -26,6 +26,7 @@ def _unsuitable(scores: Tensor, mask: Tensor | None, scale: float, in_fp32: bool
 )
 def scaled_masked_softmax(scores: Tensor, mask: Tensor | None, scale: float, in_fp32: bool) -> Tensor:
     """The operator hides with -10000 as the default does. It says nothing about the type it computes in, so
-    scores are widened where the caller asks for it."""
+    scores are widened where the caller asks for it.
+    """
     wide = scores.float() if in_fp32 else scores
     return torch.ops.npu.npu_scaled_masked_softmax(wide, mask, scale, False).to(scores.dtype)

@@ -38,7 +38,8 @@ def adamw_step(
     weight_decay: float,
 ) -> None:
     """The operator multiplies the powers that it is given by beta once more, so they are those of the step
-    before; all its scalars stay on the host."""
+    before; all its scalars stay on the host.
+    """
     powers = (beta1 ** (step - 1), beta2 ** (step - 1))
     update = torch.ops.npu.npu_apply_adam_w.out
     for param, grad, exp_avg, exp_avg_sq in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):

@@ -146,7 +146,8 @@ def unpermute_for_the_derivative(
     drop_and_pad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Where the rows are and whose they are: the derivative gets it back with padding, and without any gets
-    the indices twice."""
+    the indices twice.
+    """
     _check_types(permuted_tokens, probs, routing_map)
     assert sorted_indices.dtype == torch.int32 and (probs is None) == (routing_map is None)
     places, owners = _places_and_owners(sorted_indices, restore_shape[0], drop_and_pad)

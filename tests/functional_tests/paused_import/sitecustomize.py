@@ -16,7 +16,6 @@ class _PausingFinder:
             (directory / "paused").touch()
             while not (directory / "go").exists():
                 time.sleep(0.01)
-        return None
 
 
 if os.environ.get("PAUSE_AT") == "import" and os.environ.get("RANK") == os.environ.get("PAUSE_RANK"):

@@ -162,7 +162,7 @@ def test_copies_of_a_tied_embedding_are_summed_over_their_stages(sharded: bool, 
 
 def positions_on_two_stages() -> list[float]:
     parallel_state.initialize_model_parallel(
-        pipeline_model_parallel_size=2, get_position_embedding_ranks=lambda ranks: list(ranks)
+        pipeline_model_parallel_size=2, get_position_embedding_ranks=list
     )
     config = make_config()
     chunk = DistributedDataParallel(config, DistributedDataParallelConfig(), Part(config, True, False))

@@ -51,7 +51,10 @@ def dense(q, k, v, hidden, keep=1.0):
     return torch.einsum("bnqk,kbnd->qbnd", weights, v), lse.clamp(min=NOTHING_VISIBLE)
 
 
-def arguments(band=Band(), mask=None, p=0.0, seed=11):
+NO_BAND = Band()
+
+
+def arguments(band=NO_BAND, mask=None, p=0.0, seed=11):
     return {
         "band": band,
         "attention_mask": mask,

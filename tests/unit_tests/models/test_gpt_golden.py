@@ -42,12 +42,14 @@ def check(golden, name, **overrides):
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     rename = case.te_name if te_names else str
     assert gradients.keys() == {rename(name) for name in case.info["grad_norm"]}
-    for name, norm in case.info["grad_norm"].items():
-        gradient = gradients[rename(name)].double()
-        assert float(gradient.norm()) == pytest.approx(norm, rel=1e-5), name
+    for parameter, norm in case.info["grad_norm"].items():
+        gradient = gradients[rename(parameter)].double()
+        assert float(gradient.norm()) == pytest.approx(norm, rel=1e-5), parameter
         # A sum of n elements of either sign: rounding is measured by the norm.
         tolerance = 1e-5 * norm * gradient.numel() ** 0.5
-        assert float(gradient.sum()) == pytest.approx(case.info["grad_sum"][name], abs=tolerance), name
+        assert float(gradient.sum()) == pytest.approx(case.info["grad_sum"][parameter], abs=tolerance), (
+            parameter
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)

@@ -54,7 +54,7 @@ def test_losses_and_gradients_equal_one_process(schedule, world, chunks, microba
         {"variable": True, "batch_p2p_comm": False},
         {"steps": 2},
     ],
-    ids=lambda changes: "+".join(changes),
+    ids="+".join,
 )
 def test_no_way_of_sending_changes_the_numbers(schedule, chunks, changes):
     results = run_ranks(2, run_pipeline, schedule, chunks, 4, **changes)

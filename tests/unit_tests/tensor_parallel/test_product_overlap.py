@@ -217,7 +217,8 @@ def test_chunks_send_the_same_bytes_in_more_messages(chunks):
 
 def order_of_work(ranks, sp):
     """What a rank does one after the other in the row-parallel layer's forward and the other's backward, and
-    in those of the column-parallel layer."""
+    in those of the column-parallel layer.
+    """
     layers, done = Layers(ranks, sp, ChunkedProducts(2)), []
 
     def noted(name, function):

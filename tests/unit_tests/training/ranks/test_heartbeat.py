@@ -43,8 +43,8 @@ def test_two_processes_with_one_rank_each_detect_the_other(store: dist.Store):
     first, second = HeartbeatTable(store, 1, 2), HeartbeatTable(store, 1, 2)
     found = {first: None, second: None}
     for _ in range(4):
-        for beats in found:
-            found[beats] = found[beats] or beats.write()
+        for beats, other in found.items():
+            found[beats] = other or beats.write()
     assert found[first].nonce == second.own.nonce and found[second].nonce == first.own.nonce
 
 

@@ -122,7 +122,7 @@ def write(directory: Path, **files: str) -> str:
         (lambda d: str(d / "missing"), "nothing is downloaded; give a directory"),
         (lambda d: "no-such-org/no-such-model", "nothing is downloaded; give a directory"),
         (lambda d: "gpt2", "nothing is downloaded; give a directory"),
-        (lambda d: write(d), "no tokenizer files in this directory, which holds nothing"),
+        (write, "no tokenizer files in this directory, which holds nothing"),
         (
             lambda d: write(d, **{"weights.bin": "x"}),
             "no tokenizer files in this directory, which holds weights.bin",
