@@ -12,10 +12,6 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.utils import StragglerDetector
@@ -24,7 +20,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.data.batch import stage_needs_data
 from megatron.training.entry import run_main
 from megatron.training.memory_limits import check_memory
-from megatron.training.model_setup import spec_by_name
+from megatron.training.model_setup import layer_spec_from_args
 from megatron.training.shared_storage import storage_domain
 from megatron.training.tokenizer import num_token_ids
 from megatron.training.utils import (
@@ -44,17 +40,9 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> GPTMo
     check_memory(args)
     print_rank_0("building GPT model ...")
     config = core_transformer_config_from_args(args)
-    if args.spec is not None and args.spec != ["local"]:
-        layer_spec = spec_by_name(args.spec)
-    elif args.transformer_impl == "transformer_engine" and args.spec is None:
-        layer_spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=args.qk_layernorm)
-    else:
-        layer_spec = get_gpt_layer_local_spec(
-            qk_layernorm=args.qk_layernorm, normalization=args.normalization
-        )
     return GPTModel(
         config=config,
-        transformer_layer_spec=layer_spec,
+        transformer_layer_spec=layer_spec_from_args(args, config),
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         pre_process=pre_process,
@@ -74,7 +62,7 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> GPTMo
 def get_batch(data_iterator):
     """Tokens, labels, loss mask, attention mask (None = causal) and positions of one micro-batch."""
     batch = get_batch_on_this_cp_rank(get_batch_on_this_tp_rank(data_iterator))
-    return tuple(batch[k] for k in ("tokens", "labels", "loss_mask", "attention_mask", "position_ids"))
+    return tuple(batch.values())
 
 
 def loss_func(loss_mask: torch.Tensor, output_tensor: torch.Tensor):
@@ -188,6 +176,7 @@ def main() -> None:
         ModelType.encoder_or_decoder,
         forward_step,
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
+        model_family="gpt",
     )
 
 

@@ -11,18 +11,17 @@ from megatron.core import accelerator, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.enums import ModelType
 from megatron.core.errors import ConfigError
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.parameter_count import gpt_parameter_count
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.pipeline_layout import get_num_layers_to_build
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 from megatron.training.arguments.model_config import field_values
 from megatron.training.checkpointing import load_checkpoint
 from megatron.training.global_vars import get_args, get_timers
+from megatron.training.model_family import model_family
 from megatron.training.utils import print_rank_0
 
 
@@ -60,6 +59,14 @@ def get_model(
             for chunk in chunks:
                 chunk.broadcast_params()
     return chunks
+
+
+def layer_spec_from_args(args: Namespace, config: TransformerConfig) -> Any:
+    """The spec that ``--spec`` names; without it, the family's for ``--transformer-impl``."""
+    if args.spec is not None and args.spec != ["local"]:
+        return spec_by_name(args.spec)
+    has_te_names = args.transformer_impl == "transformer_engine" and args.spec is None
+    return model_family(args).layer_spec(config, has_te_names)
 
 
 def spec_by_name(words: Sequence[str]) -> Any:
@@ -126,20 +133,10 @@ def _check_parameter_count(model: torch.nn.Module) -> None:
     A model built wrongly (a bias too many, a head too few, a layer twice) trains and saves happily; counting
     is cheap.
     """
-    if type(model) is not GPTModel:
+    expected = model_family(get_args()).parameters(model)
+    if expected is None:
         return
     counted = sum(param.nelement() for param in model.parameters())
-    expected = gpt_parameter_count(
-        model.config,
-        model.vocab_size,
-        model.max_sequence_length,
-        model.position_embedding_type,
-        model.share_embeddings_and_output_weights,
-        tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        num_layers=get_num_layers_to_build(model.config),
-        has_embedding=model.pre_process,
-        has_output=model.post_process,
-    )
     if counted != expected:
         raise ConfigError(
             f"this rank's part of the model has {counted} parameters but its configuration implies "

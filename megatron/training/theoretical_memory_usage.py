@@ -1,11 +1,14 @@
 """What a run should need on its fullest device, from the arguments alone.
 
-The counts are estimates, to two digits or so: biases, for one, are left out. The exact number
-of parameters of a model is in ``megatron.core.models.gpt.parameter_count``.
+The counts are estimates, to two digits or so, of the model's family (``megatron.core.models.family``); this
+module divides them among ranks.
 """
 
 from argparse import Namespace
 from dataclasses import dataclass
+
+from megatron.core.models.family import MemoryEstimate
+from megatron.training.model_family import batch_shape, model_family, model_shape
 
 MEBIBYTE = 2**20
 # Name, size, and the smallest number that is printed in it: 0.01 billion is, as in the original.
@@ -34,41 +37,15 @@ class ParameterEstimate:
     other_shards: float
 
 
-def _layer_parameters(args: Namespace, moe: bool) -> float:
-    """Parameters of one layer: 2h²r(1 + g/a) attention, 2hf·m MLP, 4h norms.
-
-    r = kv_channels·a/h, g/a = share of key-value heads, m = 3/2 for gated MLPs.
-    """
-    h = args.hidden_size
-    projection_ratio = args.kv_channels * args.num_attention_heads / h
-    group_ratio = args.num_query_groups / args.num_attention_heads if args.group_query_attention else 1.0
-    gate = 1.5 if args.swiglu else 1.0
-    attention = 2 * h * h * projection_ratio * (1 + group_ratio)
-    if moe:
-        expert_width = args.moe_ffn_hidden_size or args.ffn_hidden_size
-        shared_width = args.moe_shared_expert_intermediate_size or 0
-        mlp = 2 * h * gate * (args.num_experts * expert_width + shared_width)
-    else:
-        mlp = 2 * h * args.ffn_hidden_size * gate
-    return attention + mlp + 4 * h
-
-
-def _moe_layers(args: Namespace) -> int:
-    """How many layers have experts: every ``moe_layer_freq``-th from the first on, or the ones of a list."""
-    if not args.num_experts:
-        return 0
-    if isinstance(args.moe_layer_freq, list):
-        return sum(args.moe_layer_freq)
-    return sum(layer % args.moe_layer_freq == 0 for layer in range(args.num_layers))
+def _estimate(args: Namespace) -> MemoryEstimate:
+    """What the model's formulas say of one micro-batch."""
+    return model_family(args).memory(model_shape(args), batch_shape(args, args.micro_batch_size))
 
 
 def estimate_parameters(args: Namespace) -> ParameterEstimate:
     """Numbers of parameters that the arguments imply."""
-    moe_layers = _moe_layers(args)
-    block = moe_layers * _layer_parameters(args, moe=True) if moe_layers else 0.0
-    block += (args.num_layers - moe_layers) * _layer_parameters(args, moe=False)
-    block += 2 * args.hidden_size  # final norm
-    table = args.hidden_size * args.padded_vocab_size
+    estimate = _estimate(args)
+    block, table = estimate.block_parameters, estimate.table_parameters
     stages, tensor_ranks = args.pipeline_model_parallel_size, args.tensor_model_parallel_size
     untied = args.untie_embeddings_and_output_weights
     first_stage = block / stages + table
@@ -118,19 +95,16 @@ def compute_weight_and_optimizer_memory(args: Namespace, verbose: bool = False) 
 def compute_activation_memory(args: Namespace, num_microbatches: int | None, verbose: bool = False) -> float:
     """Bytes of activations kept on the first stage, with selective recompute and sequence parallelism.
 
-    One layer keeps s·b·h·(18 + 4f/h) bytes: Korthikanti et al., "Reducing Activation Recomputation in Large
-    Transformer Models", section 5, for an MLP of width f instead of 4h.
-
     Args:
         args: validated arguments.
         num_microbatches: micro-batches of an iteration; None assumes that they fill the pipeline.
         verbose: print the parts.
     """
     stages, tensor_ranks = args.pipeline_model_parallel_size, args.tensor_model_parallel_size
-    tokens = args.seq_length * args.micro_batch_size
-    per_layer = tokens * args.hidden_size * (18 + 4 * args.ffn_hidden_size / args.hidden_size)
-    # Inputs of the embedding (8-byte ids) and the mask of its dropout, for every micro-batch in flight.
-    total = per_layer * args.num_layers + (8 * tokens + tokens * args.hidden_size) * stages
+    estimate = _estimate(args)
+    per_layer = estimate.layer_activations
+    # The embedding keeps its inputs for every micro-batch in flight.
+    total = per_layer * args.num_layers + estimate.input_activations * stages
 
     virtual_stages = args.virtual_pipeline_model_parallel_size
     if virtual_stages is not None:
@@ -141,8 +115,7 @@ def compute_activation_memory(args: Namespace, num_microbatches: int | None, ver
         note = f"Number of in-flight microbatches: {in_flight * stages:g}"
     total *= in_flight
     if stages == 1:
-        # The output layer: its input and the logits, kept as fp32 for the loss.
-        total += tokens * args.hidden_size * 4 * (1 + args.padded_vocab_size / args.hidden_size)
+        total += estimate.output_activations
     if verbose:
         print(
             "Activation memory footprint per transformer layer: "

@@ -11,6 +11,7 @@ import torch
 from megatron import unbuilt
 from megatron.core import accelerator, parallel_state
 from megatron.core.enums import ModelType
+from megatron.core.models.family import get_model_family
 from megatron.core.num_microbatches_calculator import (
     get_current_global_batch_size,
     get_current_running_global_batch_size,
@@ -61,6 +62,7 @@ from megatron.training.logging.progress import (
 )
 from megatron.training.logging.step_log import LoopLog, num_floating_point_operations, training_log
 from megatron.training.losses import average_reports
+from megatron.training.model_family import DEFAULT_FAMILY
 from megatron.training.model_setup import (
     get_model,
     get_optimizer_param_scheduler,
@@ -150,6 +152,8 @@ def pretrain(
     get_embedding_ranks: Callable | None = None,
     get_position_embedding_ranks: Callable | None = None,
     non_loss_data_func: Callable | None = None,
+    *,
+    model_family: str = DEFAULT_FAMILY,
 ) -> None:
     """A whole run: initialise, build, load, train, save, evaluate.
 
@@ -162,6 +166,7 @@ def pretrain(
         extra_args_provider, args_defaults, get_embedding_ranks, get_position_embedding_ranks: see
             ``initialize_megatron``.
         non_loss_data_func: ``(model) -> anything`` run at each evaluation.
+        model_family: name in ``megatron.core.models.family.FAMILIES``, for batch keys and cost formulas.
     """
     if signals := stop_signals.installed():
         signals.describe = lambda: stop_signals.BEFORE_TRAINING
@@ -176,6 +181,7 @@ def pretrain(
         finish()
     args, timers = get_args(), get_timers()
     args.process_start_time = _PROCESS_START_TIME
+    args.model_family = get_model_family(model_family).name
     if args.save is not None:
         with failing_together():
             check_save_directory(args.save)

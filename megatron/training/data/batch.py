@@ -1,8 +1,7 @@
 """Broadcasting a microbatch from the rank that read it to its tensor-parallel group.
 
-A pipeline stage gets only the tensors it uses: the first stage tokens and positions, the last one labels and
-loss mask, both of them the attention mask where documents are kept apart. One broadcast carries all tensors;
-every rank knows its size from the arguments.
+A pipeline stage gets only the tensors that it uses, as the family of the model lists them. One broadcast
+carries all tensors; every rank knows its size from the arguments.
 """
 
 import math
@@ -14,21 +13,12 @@ import torch
 
 from megatron.core import accelerator, parallel_state
 from megatron.core.errors import DataError
+from megatron.core.models.family import Stages
 from megatron.training.global_vars import get_args
-
-KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
-_FIRST_STAGE = ("tokens", "position_ids")
-_LAST_STAGE = ("labels", "loss_mask")
-# Long elements first: each tensor then starts at a multiple of its own element size in the message.
-_DTYPES = {
-    "tokens": torch.int64,
-    "position_ids": torch.int64,
-    "labels": torch.int64,
-    "loss_mask": torch.float32,
-    "attention_mask": torch.bool,
-}
+from megatron.training.model_family import batch_shape, model_family
 
 Batch = dict[str, torch.Tensor | None]
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def sends_attention_mask(args: Namespace) -> bool:
@@ -38,25 +28,26 @@ def sends_attention_mask(args: Namespace) -> bool:
 
 def stage_needs_data(args: Namespace) -> bool:
     """Whether the pipeline stage (virtual one, if there are several) reads samples."""
-    on_edge = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
-    return on_edge or sends_attention_mask(args)
+    return bool(stage_tensors(args))
 
 
-def stage_tensors(args: Namespace) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def stage_tensors(args: Namespace) -> Layout:
     """Types and shapes of the tensors that this stage needs, in the order of the broadcast."""
-    b, s = args.micro_batch_size, args.seq_length
-    wanted: tuple[str, ...] = ()
-    if parallel_state.is_pipeline_first_stage():
-        wanted += _FIRST_STAGE
-    if parallel_state.is_pipeline_last_stage():
-        wanted += _LAST_STAGE
-    if sends_attention_mask(args):
-        wanted += ("attention_mask",)
-    return {
-        key: (dtype, (b, 1, s, s) if key == "attention_mask" else (b, s))
-        for key, dtype in _DTYPES.items()
-        if key in wanted
+    stage, with_mask = _current_stage(), sends_attention_mask(args)
+    shape = batch_shape(args, args.micro_batch_size)
+    wanted = {
+        key: (tensor.dtype, tensor.shape(shape))
+        for key, tensor in model_family(args).batch.items()
+        if tensor.stages & stage and (with_mask or not tensor.is_attention_mask)
     }
+    # Long elements first: each tensor then starts at a multiple of its own element size in the message.
+    return dict(sorted(wanted.items(), key=lambda entry: -entry[1][0].itemsize))
+
+
+def _current_stage() -> Stages:
+    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    stage = (Stages.FIRST if first else Stages(0)) | (Stages.LAST if last else Stages(0))
+    return stage or Stages.MIDDLE
 
 
 def next_sample(data_iterator: Iterator) -> dict[str, Any]:
@@ -81,21 +72,24 @@ def get_batch_on_this_tp_rank(data_iterator: Iterator | None) -> Batch:
         data_iterator: samples, on tensor-parallel rank 0 of a stage that needs them.
 
     Returns:
-        tokens, labels, position_ids [b, s] int64, loss_mask [b, s] float32, attention_mask [b, 1, s, s]
-        bool; None where this stage needs none.
+        Every key of the family's batch, with the type and shape that the family says; None where this stage
+        needs none. Of a GPT: tokens, labels, position_ids [b, s] int64, loss_mask [b, s] float32,
+        attention_mask [b, 1, s, s] bool.
 
     Raises:
         DataError: a sample is not what the arguments announce, or there is none left.
     """
     args = get_args()
     layout = stage_tensors(args)
-    batch: Batch = dict.fromkeys(KEYS)
+    tensors = model_family(args).batch
+    masks = [key for key, tensor in tensors.items() if tensor.is_attention_mask]
+    batch: Batch = dict.fromkeys(tensors)
     if not layout:
         return batch
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         sample, device = next_sample(data_iterator), accelerator.current_device()
         # A mask that the flags did not announce is used all the same: here it needs no broadcast.
-        wanted = [key for key in KEYS if key in layout or key == "attention_mask"]
+        wanted = [key for key in tensors if key in layout or key in masks]
         batch |= {
             key: sample[key].to(device, non_blocking=True) for key in wanted if sample.get(key) is not None
         }
@@ -103,13 +97,11 @@ def get_batch_on_this_tp_rank(data_iterator: Iterator | None) -> Batch:
     sample = None
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         sample = next_sample(data_iterator)
-        _check_sample(sample, layout)
+        _check_sample(sample, layout, masks)
     return batch | _broadcast(sample, layout)
 
 
-def _broadcast(
-    sample: dict[str, Any] | None, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-) -> dict[str, torch.Tensor]:
+def _broadcast(sample: dict[str, Any] | None, layout: Layout) -> dict[str, torch.Tensor]:
     """The tensors of ``layout`` from tensor-parallel rank 0, as views of one broadcast buffer of bytes."""
     sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in layout.values()]
     device = accelerator.current_device()
@@ -131,7 +123,8 @@ def _broadcast(
     }
 
 
-def _check_sample(sample: dict[str, Any], layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+def _check_sample(sample: dict[str, Any], layout: Layout, masks: list[str]) -> None:
+    """Compare a sample with what every rank will receive; ``masks`` are the keys of attention masks."""
     for key, (dtype, shape) in layout.items():
         found = sample.get(key)
         if found is None:
@@ -141,12 +134,13 @@ def _check_sample(sample: dict[str, Any], layout: dict[str, tuple[torch.dtype, t
                 f"the data set gives {key!r} as {found.dtype} of shape {list(found.shape)}; the arguments "
                 f"announce {dtype} of shape {list(shape)} (--micro-batch-size, --seq-length)"
             )
-    mask = sample.get("attention_mask")
-    if mask is not None and "attention_mask" not in layout and not _is_causal(mask):
-        raise DataError(
-            "the data set makes attention masks of its own, which tensor-parallel ranks expect only with "
-            "--reset-attention-mask: add it, or let the data set leave the mask out"
-        )
+    for key in masks:
+        mask = sample.get(key)
+        if mask is not None and key not in layout and not _is_causal(mask):
+            raise DataError(
+                "the data set makes attention masks of its own, which tensor-parallel ranks expect only with "
+                "--reset-attention-mask: add it, or let the data set leave the mask out"
+            )
 
 
 def _is_causal(mask: torch.Tensor) -> bool:

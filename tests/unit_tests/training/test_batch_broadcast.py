@@ -8,6 +8,7 @@ import torch
 
 from megatron.core import parallel_state
 from megatron.core.errors import DataError
+from megatron.core.models.gpt.family import GPT
 from megatron.training.data import batch
 from tests.distributed.pool import run_ranks
 
@@ -57,7 +58,7 @@ def read(tp: int, pp: int, vpp: int | None = None, mask: bool = False, given: di
             if batch.stage_needs_data(args) and parallel_state.get_tensor_model_parallel_rank() == 0:
                 reader = Reader(given or sample(mask))
             found = batch.get_batch_on_this_tp_rank(reader)
-            assert tuple(found) == batch.KEYS
+            assert tuple(found) == tuple(GPT.batch)
             values = {key: value for key, value in found.items() if value is not None}
             seen.append((values, reader.asked if reader else 0))
     return seen

@@ -1,0 +1,137 @@
+"""GPT as the training loop sees it: its layers, its batch, and the formulas for its cost."""
+
+from typing import Any
+
+import torch
+
+from megatron.core import parallel_state
+from megatron.core.models.family import (
+    BatchShape,
+    BatchTensor,
+    MemoryEstimate,
+    ModelFamily,
+    ModelShape,
+    Stages,
+)
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.gpt.parameter_count import gpt_parameter_count
+from megatron.core.transformer.pipeline_layout import get_num_layers_to_build
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+def _token_pairs(batch: BatchShape) -> tuple[int, ...]:
+    """[b, 1, s, s]."""
+    return batch.sequences, 1, batch.sequence_length, batch.sequence_length
+
+
+BATCH = {
+    "tokens": BatchTensor(torch.int64, Stages.FIRST),
+    "labels": BatchTensor(torch.int64, Stages.LAST),
+    "loss_mask": BatchTensor(torch.float32, Stages.LAST),
+    "attention_mask": BatchTensor(torch.bool, Stages.ALL, _token_pairs, is_attention_mask=True),
+    "position_ids": BatchTensor(torch.int64, Stages.FIRST),
+}
+
+
+def layer_spec(config: TransformerConfig, with_transformer_engine_names: bool) -> ModuleSpec:
+    """The layer that the config describes, with the norms inside the linear layers or apart from them."""
+    if with_transformer_engine_names:
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    return get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+
+
+def operations(shape: ModelShape, batch: BatchShape) -> float:
+    """Multiply-adds (counted as two) of forward and backward over a batch.
+
+    Matrix products of attention, MLP and logits; causal attention counts half its square; embedding
+    look-ups and norms count nothing. With s, h, L, a, g, f, V for sequence, hidden, layers, heads, query
+    groups, MLP width, vocabulary, r = kv_channels * a / h and m = 3/2 for gated MLPs (else 1)::
+
+        batch * s * (12 h f m L + 12 L h^2 r (1 + g/a + s/(2h)) + 6 h V)
+
+    The factor 12 is 3 passes (forward, input gradient, weight gradient) x 2 products x 2 operations.
+    """
+    s, h, layers, heads = (
+        batch.sequence_length,
+        shape.hidden_size,
+        shape.num_layers,
+        shape.num_attention_heads,
+    )
+    projection = shape.kv_channels * heads / h
+    gate = 1.5 if shape.gated_linear_unit else 1.0
+    mlp = 12 * h * shape.ffn_hidden_size * gate * layers
+    attention = 12 * layers * h * h * projection * (1 + shape.num_query_groups / heads + s / (2 * h))
+    logits = 6 * h * shape.vocab_size
+    return batch.sequences * s * (mlp + attention + logits)
+
+
+def memory(shape: ModelShape, batch: BatchShape) -> MemoryEstimate:
+    """Parameters without biases, and activations with selective recompute and sequence parallelism.
+
+    One layer keeps s·b·h·(18 + 4f/h) bytes: Korthikanti et al., "Reducing Activation Recomputation in Large
+    Transformer Models", section 5, for an MLP of width f instead of 4h.
+    """
+    tokens, h = batch.sequences * batch.sequence_length, shape.hidden_size
+    dense_layers = shape.num_layers - shape.num_moe_layers
+    block = dense_layers * _layer_parameters(shape, moe=False) + 2 * h  # final norm
+    if shape.num_moe_layers:
+        block += shape.num_moe_layers * _layer_parameters(shape, moe=True)
+    return MemoryEstimate(
+        block_parameters=block,
+        table_parameters=h * shape.vocab_size,
+        layer_activations=tokens * h * (18 + 4 * shape.ffn_hidden_size / h),
+        # Ids of 8 bytes, and the mask of the embedding's dropout.
+        input_activations=8 * tokens + tokens * h,
+        # The input of the output layer, and the logits, kept as fp32 for the loss.
+        output_activations=tokens * h * 4 * (1 + shape.vocab_size / h),
+    )
+
+
+def _layer_parameters(shape: ModelShape, moe: bool) -> float:
+    """Parameters of one layer: 2h²r(1 + g/a) attention, 2hf·m MLP, 4h norms.
+
+    r = kv_channels·a/h, g/a = share of key-value heads, m = 3/2 for gated MLPs.
+    """
+    h = shape.hidden_size
+    projection_ratio = shape.kv_channels * shape.num_attention_heads / h
+    group_ratio = shape.num_query_groups / shape.num_attention_heads
+    gate = 1.5 if shape.gated_linear_unit else 1.0
+    attention = 2 * h * h * projection_ratio * (1 + group_ratio)
+    width = shape.ffn_hidden_size
+    if moe:
+        expert_width = shape.moe_ffn_hidden_size or shape.ffn_hidden_size
+        shared_width = shape.moe_shared_expert_intermediate_size or 0
+        width = (shape.num_moe_experts or 0) * expert_width + shared_width
+    return attention + 2 * h * gate * width + 4 * h
+
+
+def parameters(model: Any) -> int | None:
+    """Number of parameters of this rank's part of a GPT, while it is the part being built, by formula."""
+    if type(model) is not GPTModel:
+        return None
+    return gpt_parameter_count(
+        model.config,
+        model.vocab_size,
+        model.max_sequence_length,
+        model.position_embedding_type,
+        model.share_embeddings_and_output_weights,
+        tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        num_layers=get_num_layers_to_build(model.config),
+        has_embedding=model.pre_process,
+        has_output=model.post_process,
+    )
+
+
+GPT = ModelFamily(
+    name="gpt",
+    batch=BATCH,
+    layer_spec=layer_spec,
+    operations=operations,
+    memory=memory,
+    parameters=parameters,
+)

@@ -1,0 +1,48 @@
+"""The model family of a run, and the sizes that its formulas take, from the arguments."""
+
+from argparse import Namespace
+
+from megatron.core.models.family import BatchShape, ModelFamily, ModelShape, get_model_family
+
+# Of scripts that do not say which.
+DEFAULT_FAMILY = "gpt"
+
+
+def model_family(args: Namespace) -> ModelFamily:
+    """The family that the entry point named to ``pretrain``."""
+    return get_model_family(getattr(args, "model_family", DEFAULT_FAMILY))
+
+
+def model_shape(args: Namespace) -> ModelShape:
+    """Sizes of the model. Flags about experts are read only where there are some."""
+    experts = {}
+    if getattr(args, "num_experts", None):
+        experts = {
+            "num_moe_layers": _num_moe_layers(args),
+            "num_moe_experts": args.num_experts,
+            "moe_ffn_hidden_size": args.moe_ffn_hidden_size,
+            "moe_shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size,
+        }
+    return ModelShape(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        kv_channels=args.kv_channels,
+        gated_linear_unit=args.swiglu or getattr(args, "glu_gate_last", False),
+        vocab_size=args.padded_vocab_size,
+        **experts,
+    )
+
+
+def batch_shape(args: Namespace, sequences: int) -> BatchShape:
+    """Sizes of a batch of so many sequences."""
+    return BatchShape(sequences, args.seq_length)
+
+
+def _num_moe_layers(args: Namespace) -> int:
+    """How many layers have experts: every ``moe_layer_freq``-th from the first on, or the ones of a list."""
+    if isinstance(args.moe_layer_freq, list):
+        return sum(args.moe_layer_freq)
+    return sum(layer % args.moe_layer_freq == 0 for layer in range(args.num_layers))
