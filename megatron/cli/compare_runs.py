@@ -1,4 +1,4 @@
-"""Say how far the losses of two runs lie apart.
+"""Compare the losses of two runs.
 
 A run is a log file with the trainer's iteration lines (Megatron's own format, so logs of other machines and
 of the original work too), or a TensorBoard directory. Iterations that both runs report are compared; the

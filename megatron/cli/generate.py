@@ -25,7 +25,7 @@ from megatron.training.initialize import initialize_megatron
 from megatron.training.tokenizer.build import SIZED_BY_FLAG
 from megatron.training.training import get_model
 
-# Taken from the checkpoint where the command line says nothing; load_args_from_checkpoint does the rest.
+# Taken from the checkpoint unless given on the command line; load_args_from_checkpoint takes the rest.
 FILLED = (
     "vocab_file", "merge_file", "tokenizer_model", "tokenizer_name_or_path", "tokenizer_type", "vocab_size",
     "pre_tockens", "next_tockens", "window_size",

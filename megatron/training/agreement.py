@@ -1,7 +1,7 @@
-"""What ranks must decide together: whether somebody failed, and which number holds.
+"""Decisions that ranks make together: whether one of them failed, and which value all use.
 
 A rank that stops alone leaves the others waiting in their next collective. Where a failure is likely (files,
-disks), ranks therefore tell each other before they go on.
+disks), ranks therefore exchange their success before they continue.
 """
 
 import socket

@@ -39,7 +39,7 @@ def save_checkpoint_and_time(
     """Save, outside the interval that counts as training time, and print how long it took.
 
     An iteration that ``checkpointing_context`` knows to be in ``--save`` already is not saved again: several
-    reasons to save may meet at one iteration (interval, growing batch, exit, end of the run).
+    reasons to save may coincide at one iteration (interval, growing batch, exit, end of the run).
     """
     args, timers = get_args(), get_timers()
     if checkpointing_context is None:
@@ -137,7 +137,7 @@ def checkpoint_and_decide_exit(
     checkpointing_context: dict,
     train_data_iterator: Iterator | None,
 ) -> bool:
-    """Save if it is time to, and say whether the run must stop now.
+    """Save if it is time to, and decide whether the run must stop now.
 
     Checked in this order: a signal to any rank, the save interval, a signal during that save, the time limit,
     the exit interval. A run that stops has saved first, if ``--save`` is given.

@@ -43,7 +43,7 @@ def check_memory(args: Namespace) -> None:
     record = get_unread_flags()
     given = _SIZES if record is None else record.given
     args = Namespace(**vars(args))
-    for place, estimate, total in (
+    for memory, estimate, total in (
         (accelerator.device_name(), _device_bytes, accelerator.total_memory()),
         ("this host", _host_bytes, _host_memory()),
     ):
@@ -52,7 +52,7 @@ def check_memory(args: Namespace) -> None:
             flag, value = _heaviest(args, given, estimate)
             raise ConfigError(
                 f"{flag} {value}: this run needs at least {_gib(needed)} GiB of memory on each rank, and "
-                f"{place} has {_gib(total)} GiB; use a smaller {flag}"
+                f"{memory} has {_gib(total)} GiB; use a smaller {flag}"
             )
 
 

@@ -64,7 +64,7 @@ class Case:
         observe: tensors to compare, from the result and the call (for functions that write in place).
         pinned: fp32 operands stay fp32 in the reference as well.
         dtypes: types to try; None for all that the replacement takes.
-        among_ranks: all ranks of the default process group make the call, each with operands of its own, and
+        among_ranks: all ranks of the default process group make the call, each with its own operands, and
             get the group as ``group``.
     """
 

@@ -226,7 +226,7 @@ def _fitted_optimizer_state(
     state_dict: dict[str, Any],
     renamed: list[dict[str, str]],
 ) -> Any:
-    """The optimizer state under today's names and in the order of the model at hand."""
+    """The optimizer state under current names and in the order of the current model."""
     state = _modern_names(state_dict["optimizer"])
     if not any(renamed):
         return state

@@ -21,7 +21,7 @@ FILL = (
     "max_position_embeddings", "padded_vocab_size", "ckpt_format",
 )
 
-# Taken over whatever the command line says: they define the weights or how they are used.
+# Taken over, whether or not the command line gives them: they define the weights or how they are used.
 FORCE = (
     "num_query_groups", "group_query_attention",
     "position_embedding_type", "add_position_embedding", "use_rotary_position_embeddings",

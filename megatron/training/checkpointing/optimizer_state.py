@@ -38,7 +38,7 @@ def gathered_state(optimizer: Any) -> Any | None:
 
 
 def read_state(optimizer: Any, model_file: str) -> Any | None:
-    """Content of the file beside ``model_file`` on the ranks that hand it out, None elsewhere.
+    """Content of the file beside ``model_file`` on the ranks that distribute it, None elsewhere.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -55,7 +55,7 @@ def read_state(optimizer: Any, model_file: str) -> Any | None:
 
 
 def distribute_state(optimizer: Any, state: Any | None) -> None:
-    """Hand the content of the file out to the shards. Takes all ranks."""
+    """Distribute the content of the file to the shards. Takes all ranks."""
     if is_sharded(optimizer):
         optimizer.load_parameter_state_from_dp_zero(state)
 
@@ -85,12 +85,12 @@ def group_names(parameters: Iterable[tuple[str, int]], decoupled_lr: bool) -> di
 def renumber(
     state: dict[str, Any], stored: dict[GroupKey, list[str]], wanted: dict[GroupKey, list[str]]
 ) -> dict[str, Any]:
-    """An optimizer state in the order of the model at hand.
+    """An optimizer state in the order of the current model.
 
     Args:
         state: ``optimizer`` of a checkpoint, fp32 or mixed-precision.
-        stored: groups of the checkpoint's model, under the names of the model at hand.
-        wanted: groups of the model at hand.
+        stored: groups of the checkpoint's model, under the names of the current model.
+        wanted: groups of the current model.
 
     Raises:
         CheckpointError: the state does not have the groups that the checkpoint's model implies.

@@ -23,7 +23,7 @@ _NOT_PARAMETERS = ("rotary_pos_emb.inv_freq",)
 
 
 def rename_to(stored: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
-    """For each stored name the name that the model at hand uses; unchanged where there is no better one."""
+    """For each stored name the name that the current model uses; unchanged where there is no better one."""
     stored, wanted = list(stored), set(wanted)
     renamed = {}
     for name in stored:
@@ -44,14 +44,14 @@ def _other_spellings(name: str) -> list[str]:
 def fit_model_state(
     stored: dict[str, Any], wanted: dict[str, Any]
 ) -> tuple[OrderedDict[str, Any], dict[str, str]]:
-    """Rename a checkpoint's model state to the names of the model at hand.
+    """Rename a checkpoint's model state to the names of the current model.
 
     ``_extra_state`` entries hold the scaling factors of 8-bit layers. A model without them gets None,
     whatever the checkpoint has.
 
     Args:
         stored: model state of the checkpoint.
-        wanted: state dict of the model at hand.
+        wanted: state dict of the current model.
 
     Returns:
         the state, and the new name of every stored parameter whose name differs.

@@ -220,7 +220,7 @@ class MegatronPretrainingRandomSampler:
     Every iteration over the sampler starts after ``consumed_samples`` and runs to the end of that pass.
 
     Args:
-        dataset: told the pass when it is a :class:`RandomSeedDataset`.
+        dataset: gets the number of the pass if it is a :class:`RandomSeedDataset`.
         total_samples: length of the data set; what does not fill a step of all ranks is left out.
         consumed_samples: where to start, counted over all passes.
         micro_batch_size: samples per step of one rank.

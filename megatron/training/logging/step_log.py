@@ -182,7 +182,7 @@ def training_log(
 
 
 def explain_skipped_step(args: Namespace, iteration: int, loss_scale: float) -> None:
-    """Say on the last rank why a step changed nothing.
+    """Print on the last rank why a step was skipped.
 
     Args:
         iteration: of the step.

@@ -49,7 +49,7 @@ class Encoder:
     """Parses and tokenizes blocks. Built once in every worker process, from the arguments.
 
     Args:
-        args: tokenizer flags, and what ``flags.py`` says of keys, sentences and the end of documents.
+        args: tokenizer flags, and those of ``flags.py`` about keys, sentences and the end of documents.
 
     Raises:
         ConfigError: the tokenizer has no end-of-document id, or the sentence splitter is missing.

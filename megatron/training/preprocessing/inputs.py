@@ -36,7 +36,7 @@ class InputFile:
 
 
 def find_inputs(patterns: list[str]) -> list[InputFile]:
-    """Expand patterns (sorted by name) and look at every file.
+    """Expand patterns (sorted by name) and inspect every file.
 
     Raises:
         DataError: a name that matches nothing, or a directory, or a file that is empty or unreadable.

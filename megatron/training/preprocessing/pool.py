@@ -239,7 +239,7 @@ class _Worker:
         inherited: list[Connection],
     ):
         self.number = number
-        self.number_given = 0  # of the task at hand
+        self.number_given = 0  # of the current task
         self._slots = slots
         self.connection, theirs = context.Pipe()
         # A fork inherits these; while it keeps them open, the death of their owners cannot be detected.

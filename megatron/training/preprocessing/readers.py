@@ -145,7 +145,7 @@ def _next_line(descriptor: int, position: int, size: int) -> int:
 
 
 def _line_blocks(index: int, chunks: Iterator[tuple[bytes, int]], block_bytes: int) -> Iterator[Block]:
-    """Blocks of a stream, cut behind the last line end that is at hand."""
+    """Blocks of a stream, cut after the last complete line that has been read."""
     held: list[bytes] = []
     held_bytes = done = 0
     for chunk, done in chunks:
@@ -165,7 +165,7 @@ _SHOWN_CHARACTERS = 60
 
 
 def is_json_lines(chunks: Chunks) -> tuple[bool, Chunks]:
-    """Whether the first line is a JSON value of its own and no array; and the stream from its start."""
+    """Whether the first line alone is a JSON value other than an array; and the stream from its start."""
     head, taken = b"", []
     for piece in chunks:
         taken.append(piece)

@@ -68,7 +68,7 @@ def check_network() -> None:
 
     Raises:
         ConfigError: this machine does not know the machine of MASTER_ADDR, or lacks a network interface of
-            GLOO_SOCKET_IFNAME. (NCCL and HCCL take patterns for theirs, and say so themselves.)
+            GLOO_SOCKET_IFNAME. (NCCL and HCCL take patterns, and report errors in theirs themselves.)
     """
     address = os.environ.get("MASTER_ADDR", "")
     try:

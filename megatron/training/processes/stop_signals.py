@@ -45,7 +45,7 @@ _POLL_S, _BRIEFLY_S, _HOLD_S, _AT_ONCE_S = 1.0, 0.5, 1.5, 4.0
 
 
 class StoppedBySignal(SystemExit):
-    """Raised in the main thread. Where nobody catches it, the process ends quietly with its status."""
+    """Raised in the main thread. If it is not caught, the process ends quietly with its status."""
 
     def __init__(self, number: int):
         super().__init__(exit_status(number))

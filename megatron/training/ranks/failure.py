@@ -97,7 +97,7 @@ def end_process(status: int) -> None:
 
     for child in multiprocessing.active_children():
         child.kill()
-    flushing = threading.Thread(target=flush, daemon=True)  # nobody may read what is written
+    flushing = threading.Thread(target=flush, daemon=True)  # it blocks where a full pipe has no reader
     flushing.start()
     flushing.join(1.0)
     os._exit(status)

@@ -33,7 +33,7 @@ _REQUESTS_PER_S = 1000
 
 
 class Process(NamedTuple):
-    """One process, told apart from a later one with the same number.
+    """Identity of one process, different from that of a later one with the same number.
 
     Attributes:
         host: name for people; two machines may share it.

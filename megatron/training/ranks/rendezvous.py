@@ -171,9 +171,9 @@ class ArgumentComparison:
     def _differences(self, others: Mapping[str, str]) -> str:
         names = [n for n in {**others, **self._arguments} if others.get(n) != self._arguments.get(n)]
         pairs = [(name, self._arguments.get(name), others.get(name)) for name in names[:_SHOWN]]
-        told = [f"{_flag(name)} is {here} here, but {there} on rank 0" for name, here, there in pairs]
+        differences = [f"{_flag(name)} is {here} here, but {there} on rank 0" for name, here, there in pairs]
         more = f"; and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        return f"{'; '.join(told)}{more}. Start all ranks with the same arguments"
+        return f"{'; '.join(differences)}{more}. Start all ranks with the same arguments"
 
 
 def _flag(name: str) -> str:

@@ -9,7 +9,7 @@ from megatron.training.ranks.failure import Failure
 from megatron.training.ranks.heartbeat import INTERVAL_S, Heartbeat, Session
 from megatron.training.ranks.store import WatchedStore
 
-# Within this time all ranks meet a failure that they share, such as a wrong argument.
+# A failure that all ranks share, such as a wrong argument, reaches all of them within this time.
 CLAIM_S = 1.0
 # Longest wait for the rank that reports, which may have died.
 REPORT_S = 20.0
@@ -72,7 +72,7 @@ def leave(session: Session) -> None:
 
     A rank that lost the store before it could read that the cause is reported would report it again.
     """
-    with contextlib.suppress(RuntimeError):  # the store is gone: nobody needs to be waited for
+    with contextlib.suppress(RuntimeError):  # the store is gone, so no rank needs to wait for it
         shared = session.shared()
         left = shared.add("left", 1)
         if session.address.ends_with_this_rank and left < session.world_size:
@@ -184,11 +184,11 @@ def explain(findings: Mapping[int, Finding], error: str) -> str:
     )
     if not missing or len(missing) == len(findings):
         return _mismatch(findings, error)
-    told = "; ".join(_describe_finding(rank, findings[rank]) for rank in missing[:4])
+    text = "; ".join(_describe_finding(rank, findings[rank]) for rank in missing[:4])
     if len(missing) > 4:
-        told += f"; and {rank_list(missing[4:])} alike"
+        text += f"; and {rank_list(missing[4:])} alike"
     others = {rank: finding for rank, finding in findings.items() if rank not in missing}
-    return f"{told}. Meanwhile {_groups(others)}"
+    return f"{text}. Meanwhile {_groups(others)}"
 
 
 def _describe_finding(rank: int, finding: Finding) -> str:

@@ -136,7 +136,7 @@ class FailureWatcher:
         self._thread.join(2 * POLL_INTERVAL_S)
 
     def note_failure(self, failure: Failure) -> None:
-        """Note a failure, unless one is known that says more; the threads then end the process."""
+        """Note a failure, unless a more specific one is known; the threads then end the process."""
         with self._lock:
             known = self._failure
             if known is not None and known.kind == failure.kind == CONSEQUENCE and known.location is None:

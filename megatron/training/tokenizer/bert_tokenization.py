@@ -32,7 +32,7 @@ Value = TypeVar("Value")
 
 
 def validate_case_matches_checkpoint(do_lower_case: bool, init_checkpoint: str | None) -> None:
-    """Warn if the name of a published BERT checkpoint says the other case than ``do_lower_case``."""
+    """Warn if the name of a published BERT checkpoint means the other case than ``do_lower_case``."""
     match = re.search(
         r"(?:^|/)(multi_)?(cased|uncased|multilingual|chinese)_L-\d+_H-\d+_A-\d+(?:/|$)",
         init_checkpoint or "",
