@@ -16,8 +16,7 @@ from megatron.training.agreement import any_rank
 from megatron.training.exits import signal_of_any_rank
 from megatron.training.global_vars import get_args, get_tensorboard_writer, get_timers
 from megatron.training.logging.step_log import write_scalar
-from megatron.training.losses import average_reports
-from megatron.training.schedule_hooks import gathered_parameters
+from megatron.training.schedule_hooks import average_reports, gathered_parameters, with_fields
 from megatron.training.utils import is_last_rank, print_rank_0, print_rank_last
 
 LARGEST_EXPONENT = 20.0
@@ -51,20 +50,25 @@ def evaluate(
     was_training = [chunk.training for chunk in model]
     for chunk in model:
         chunk.eval()
-    config.timers = None
+    # Forward passes of an evaluation would count as those of training.
+    config = with_fields(config, timers=None)
     try:
         with gathered_parameters(model), StragglerDetector().paused():
-            losses, cut_short = _run_eval_iters(forward_step_func, data_iterator, model, verbose)
+            losses, cut_short = _run_eval_iters(forward_step_func, data_iterator, model, config, verbose)
             collected = None
             if not cut_short:
                 collected = _collect_non_loss_data(
-                    forward_step_func, data_iterator, model, process_non_loss_data_func, non_loss_data_func
+                    forward_step_func,
+                    data_iterator,
+                    model,
+                    config,
+                    process_non_loss_data_func,
+                    non_loss_data_func,
                 )
     finally:
         for chunk, training in zip(model, was_training, strict=True):
             chunk.train(training)
         rerun_machine.set_mode(rerun_mode)
-        config.timers = timers
     timers("evaluate").stop()
     if get_args().timing_log_level > 0:
         timers.log(["evaluate"], reset=False)
@@ -72,7 +76,11 @@ def evaluate(
 
 
 def _run_eval_iters(
-    forward_step_func: Callable, data_iterator: Iterator | list, model: list[torch.nn.Module], verbose: bool
+    forward_step_func: Callable,
+    data_iterator: Iterator | list,
+    model: list[torch.nn.Module],
+    config: Any,
+    verbose: bool,
 ) -> tuple[dict[str, float] | None, bool]:
     args = get_args()
     num_microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
@@ -97,6 +105,7 @@ def _run_eval_iters(
                 micro_batch_size=args.micro_batch_size,
                 decoder_seq_length=args.decoder_seq_length,
                 forward_only=True,
+                config=config,
             )
             if args.empty_unused_memory_level >= 1:
                 accelerator.empty_cache()
@@ -118,6 +127,7 @@ def _collect_non_loss_data(
     forward_step_func: Callable,
     data_iterator: Iterator | list,
     model: list[torch.nn.Module],
+    config: Any,
     process_non_loss_data_func: Callable | None,
     non_loss_data_func: Callable | None,
 ) -> Any:
@@ -138,6 +148,7 @@ def _collect_non_loss_data(
             decoder_seq_length=args.decoder_seq_length,
             forward_only=True,
             collect_non_loss_data=True,
+            config=config,
         )
 
 

@@ -261,7 +261,7 @@ def setup_model_and_optimizer(
     args, timers = get_args(), get_timers()
     model = get_model(model_provider_func, model_type)
     optimizer_config = optimizer_config_from_args(args)
-    optimizer_config.timers = timers
+    optimizer_config.timers = get_model_config(model[0]).timers = timers
     optimizer = get_megatron_optimizer(
         optimizer_config,
         model,

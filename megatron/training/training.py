@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -61,7 +61,6 @@ from megatron.training.logging.progress import (
     get_start_time_from_progress_log,
 )
 from megatron.training.logging.step_log import LoopLog, num_floating_point_operations, training_log
-from megatron.training.losses import average_reports
 from megatron.training.model_family import DEFAULT_FAMILY
 from megatron.training.model_setup import (
     get_model,
@@ -71,9 +70,10 @@ from megatron.training.model_setup import (
 )
 from megatron.training.processes import stop_signals
 from megatron.training.schedule_hooks import (
-    connect,
+    average_reports,
     disable_forward_pre_hook,
     enable_forward_pre_hook,
+    schedule_config,
     should_disable_forward_pre_hook,
 )
 from megatron.training.step_hooks import StepHooks, post_training_step_callbacks
@@ -126,9 +126,6 @@ __all__ = [
     "update_train_iters",
 ]
 
-# See train_step().
-StepResult = tuple[dict[str, torch.Tensor], int, bool, bool, int, float | None, float | None]
-
 # Limits such as --exit-duration-in-mins count from here: importing is part of what a job waits for.
 _PROCESS_START_TIME = _TRAIN_START_TIME = time.time()
 
@@ -168,24 +165,10 @@ def pretrain(
         non_loss_data_func: ``(model) -> anything`` run at each evaluation.
         model_family: name in ``megatron.core.models.family.FAMILIES``, for batch keys and cost formulas.
     """
-    if signals := stop_signals.installed():
-        signals.describe = lambda: stop_signals.BEFORE_TRAINING
-    finish = initialize_megatron(
-        extra_args_provider,
-        args_defaults,
-        get_embedding_ranks=get_embedding_ranks,
-        get_position_embedding_ranks=get_position_embedding_ranks,
-        on_validated=partial(record_reads, args_defaults or {}),
-    )
-    if finish is not None:  # --lazy-mpu-init: nobody else will
-        finish()
+    family = get_model_family(model_family).name
+    _initialize(extra_args_provider, args_defaults, get_embedding_ranks, get_position_embedding_ranks)
     args, timers = get_args(), get_timers()
-    args.process_start_time = _PROCESS_START_TIME
-    args.model_family = get_model_family(model_family).name
-    if args.save is not None:
-        with failing_together():
-            check_save_directory(args.save)
-    append_start_line(args)
+    args.model_family = family
 
     timers("model-and-optimizer-setup", log_level=0).start(barrier=True)
     model, optimizer, scheduler = setup_model_and_optimizer(model_provider, model_type)
@@ -202,7 +185,7 @@ def pretrain(
     print_rank_0("done with setup ...")
     timers.log(["model-and-optimizer-setup", "train/valid/test-data-iterators-setup"], barrier=True)
 
-    evaluation = (process_non_loss_data_func, get_model_config(model[0]))
+    config = get_model_config(model[0])
     iteration = args.iteration
     args.num_floating_point_operations_at_start = args.num_floating_point_operations_so_far
     args.validated_iteration = None
@@ -213,46 +196,87 @@ def pretrain(
         print_rank_0("training ...")
         answer_signals(in_training=True)
         if args.do_train:
-            run = (forward_step_func, model, optimizer, scheduler, train_iterator, valid_iterator)
-            iteration, flops = train(*run, *evaluation, saves, non_loss_data_func)
+            iteration, flops = train(
+                forward_step_func,
+                model,
+                optimizer,
+                scheduler,
+                train_data_iterator=train_iterator,
+                valid_data_iterator=valid_iterator,
+                process_non_loss_data_func=process_non_loss_data_func,
+                config=config,
+                checkpointing_context=saves,
+                non_loss_data_func=non_loss_data_func,
+            )
             print_datetime("after training is done")
             if args.save and iteration != 0:
-                what = (iteration, model, optimizer, scheduler, flops, saves)
-                save_checkpoint_and_time(*what, train_data_iterator=train_iterator)
+                save_checkpoint_and_time(
+                    iteration,
+                    model,
+                    optimizer,
+                    scheduler,
+                    num_floating_point_operations_so_far=flops,
+                    checkpointing_context=saves,
+                    train_data_iterator=train_iterator,
+                )
     answer_signals(in_training=False)
-    what = (forward_step_func, model, iteration, *evaluation, non_loss_data_func)
-    _evaluate_at_the_end(args, *what, {"validation": valid_iterator, "test": test_iterator})
+    evaluation = partial(
+        evaluate_and_print_results,
+        forward_step_func=forward_step_func,
+        model=model,
+        process_non_loss_data_func=process_non_loss_data_func,
+        config=config,
+        non_loss_data_func=non_loss_data_func,
+    )
+    _evaluate_at_the_end(args, evaluation, iteration, {"validation": valid_iterator, "test": test_iterator})
     name_flags_unread_by_script()
     flush_writers()
 
 
-def _evaluate_at_the_end(
-    args: Any,
-    forward_step_func: Callable,
-    model: list[torch.nn.Module],
-    iteration: int,
-    process_non_loss_data_func: Callable | None,
-    config: Any,
-    non_loss_data_func: Callable | None,
-    iterators: dict[str, DataIterators],
+def _initialize(
+    extra_args_provider: Callable | None,
+    args_defaults: Mapping[str, Any],
+    get_embedding_ranks: Callable | None,
+    get_position_embedding_ranks: Callable | None,
 ) -> None:
-    """Each split of ``iterators`` that is asked for, unless the loop has just evaluated it."""
+    """Everything before the model: arguments, process groups, the directory to save in."""
+    if signals := stop_signals.installed():
+        signals.describe = lambda: stop_signals.BEFORE_TRAINING
+    finish = initialize_megatron(
+        extra_args_provider,
+        args_defaults,
+        get_embedding_ranks=get_embedding_ranks,
+        get_position_embedding_ranks=get_position_embedding_ranks,
+        on_validated=partial(record_reads, args_defaults or {}),
+    )
+    if finish is not None:  # --lazy-mpu-init: nobody else will
+        finish()
+    args = get_args()
+    args.process_start_time = _PROCESS_START_TIME
+    if args.save is not None:
+        with failing_together():
+            check_save_directory(args.save)
+    append_start_line(args)
+
+
+def _evaluate_at_the_end(
+    args: Any, evaluation: Callable[..., bool], iteration: int, iterators: dict[str, DataIterators]
+) -> None:
+    """Each split of ``iterators`` that is asked for, unless the loop has just evaluated it.
+
+    ``evaluation`` is :func:`evaluate_and_print_results` of this model.
+    """
     # Without a step, the points of this iteration are those of the run that made it.
     has_trained = iteration > args.iteration
     for split, iterator in iterators.items():
         wanted = args.do_test if split == "test" else args.do_valid and args.validated_iteration != iteration
         if wanted:
-            cut_short = evaluate_and_print_results(
+            cut_short = evaluation(
                 f"iteration {iteration} on {split} set",
-                forward_step_func,
-                iterator,
-                model,
-                iteration,
-                process_non_loss_data_func,
-                config,
+                data_iterator=iterator,
+                iteration=iteration,
                 verbose=True,
                 write_to_tensorboard=has_trained,
-                non_loss_data_func=non_loss_data_func,
                 split=split,
             )
             if cut_short and (number := signal_of_any_rank()):
@@ -280,10 +304,19 @@ def train(
     args, timers = get_args(), get_timers()
     set_points_aside(args)
     write_args_to_tensorboard()
-    connect(model, optimizer, config)
+    for chunk in model:
+        chunk.train()
+    config = schedule_config(config, model, optimizer)
+    evaluation = partial(
+        evaluate_and_print_results,
+        forward_step_func=forward_step_func,
+        model=model,
+        process_non_loss_data_func=process_non_loss_data_func,
+        config=config,
+        non_loss_data_func=non_loss_data_func,
+    )
     iteration, flops = args.iteration, args.num_floating_point_operations_so_far
     log = LoopLog(args, model, optimizer)
-    run = (model, optimizer, opt_param_scheduler)
     must_exit = False
     print_datetime("before the start of training step")
     timers("interval-time", log_level=0).start(barrier=True)
@@ -292,8 +325,15 @@ def train(
         while iteration < args.train_iters and not must_exit:
             hooks.before_step(iteration)
             if _batch_size_grew(args, iteration) and args.save:
-                what = (iteration, *run, flops, checkpointing_context)
-                save_checkpoint_and_time(*what, train_data_iterator=train_data_iterator)
+                save_checkpoint_and_time(
+                    iteration,
+                    model,
+                    optimizer,
+                    opt_param_scheduler,
+                    num_floating_point_operations_so_far=flops,
+                    checkpointing_context=checkpointing_context,
+                    train_data_iterator=train_data_iterator,
+                )
             get_rerun_state_machine().current_iteration = args.curr_iteration = iteration
             if iteration in args.iterations_to_skip:
                 dummy_train_step(train_data_iterator)
@@ -301,17 +341,24 @@ def train(
                 args.skipped_train_samples += _count_consumed_samples(args)
                 continue
 
-            result = train_step(forward_step_func, train_data_iterator, *run, config)
+            result = train_step(
+                forward_step_func, train_data_iterator, model, optimizer, opt_param_scheduler, config
+            )
             iteration += 1
             flops += num_floating_point_operations(args, _count_consumed_samples(args))
             args.num_floating_point_operations_so_far = flops
             log.write(iteration, result)
             if _evaluation_is_due(args, iteration):
-                what = (forward_step_func, valid_data_iterator, model, iteration)
-                _validate(args, *what, process_non_loss_data_func, config, non_loss_data_func)
+                _validate(args, evaluation, valid_data_iterator, iteration)
             hooks.after_step(iteration)
             must_exit = checkpoint_and_decide_exit(
-                *run, iteration, flops, checkpointing_context, train_data_iterator
+                model,
+                optimizer,
+                opt_param_scheduler,
+                iteration,
+                num_floating_point_operations_so_far=flops,
+                checkpointing_context=checkpointing_context,
+                train_data_iterator=train_data_iterator,
             )
     log.close()
     if must_exit:
@@ -322,14 +369,7 @@ def train(
 
 
 def _validate(
-    args: Any,
-    forward_step_func: Callable,
-    data_iterator: DataIterators,
-    model: list[torch.nn.Module],
-    iteration: int,
-    process_non_loss_data_func: Callable | None,
-    config: Any,
-    non_loss_data_func: Callable | None,
+    args: Any, evaluation: Callable[..., bool], data_iterator: DataIterators, iteration: int
 ) -> None:
     """Evaluate after a step, outside the interval that counts as training time.
 
@@ -339,16 +379,8 @@ def _validate(
     timers = get_timers()
     timers("interval-time").stop()
     where = " on validation set" if iteration == args.train_iters else ""
-    cut_short = evaluate_and_print_results(
-        f"iteration {iteration}{where}",
-        forward_step_func,
-        data_iterator,
-        model,
-        iteration,
-        process_non_loss_data_func,
-        config,
-        non_loss_data_func=non_loss_data_func,
-        split="validation",
+    cut_short = evaluation(
+        f"iteration {iteration}{where}", data_iterator=data_iterator, iteration=iteration, split="validation"
     )
     args.validated_iteration = None if cut_short else iteration
     timers("interval-time", log_level=0).start(barrier=True)
@@ -389,6 +421,20 @@ def dummy_train_step(data_iterator: DataIterators) -> None:
                     next_sample(iterator)
 
 
+class StepResult(NamedTuple):
+    """What :func:`train_step` returns."""
+
+    losses: dict[str, torch.Tensor]
+    """By name; empty when the update was skipped."""
+    skipped: int
+    """1 when the update was skipped, else 0."""
+    must_checkpoint: bool
+    must_exit: bool
+    exit_code: int
+    grad_norm: float | None
+    num_zeros_in_grad: float | None
+
+
 def train_step(
     forward_step_func: Callable,
     data_iterator: DataIterators,
@@ -399,9 +445,8 @@ def train_step(
 ) -> StepResult:
     """One step: gradients of all micro-batches, one update.
 
-    Returns:
-        (loss per name, empty when the update was skipped; 1 if skipped else 0; whether a checkpoint and
-        an exit are asked for, and its status; gradient norm; zeros in the gradient or None).
+    Args:
+        config: of the schedule, see ``schedule_config``.
     """
     args, timers = get_args(), get_timers()
     machine = get_rerun_state_machine()
@@ -418,11 +463,12 @@ def train_step(
             seq_length=args.seq_length,
             micro_batch_size=args.micro_batch_size,
             decoder_seq_length=args.decoder_seq_length,
+            config=config,
         )
         timers("forward-backward").stop()
     must_checkpoint, must_exit, exit_code = machine.should_checkpoint_and_exit()
     if must_exit:
-        return {}, 1, must_checkpoint, must_exit, exit_code, None, None
+        return StepResult({}, 1, must_checkpoint, must_exit, exit_code, None, None)
 
     if args.empty_unused_memory_level >= 1:
         accelerator.empty_cache()
@@ -440,4 +486,5 @@ def train_step(
     if args.empty_unused_memory_level >= 2:
         accelerator.empty_cache()
     losses = average_reports(reports)
-    return losses, int(not succeeded), must_checkpoint, must_exit, exit_code, grad_norm, num_zeros
+    skipped = int(not succeeded)
+    return StepResult(losses, skipped, must_checkpoint, must_exit, exit_code, grad_norm, num_zeros)
