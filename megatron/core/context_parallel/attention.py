@@ -82,7 +82,7 @@ class ContextParallelAttention:
         Args:
             query, key, value: this rank's chunks r and 2*CP-1-r.
             attention_mask: bool [b or 1, 1, s/cp, s], this rank's queries against all keys, or None.
-            causal: hide keys after the query.
+            causal: mask keys after the query.
             softmax_scale: factor in front of the scores.
             dropout_p: probability of dropping a weight.
             whole: attention over an unsplit sequence; used by ``a2a``.

@@ -23,7 +23,7 @@ class SplitAttention:
 
     Attributes:
         band: visible part of the whole score matrix.
-        attention_mask: this rank's queries against all keys, [b or 1, 1, s_local, s], True hides; or None.
+        attention_mask: this rank's queries against all keys, [b or 1, 1, s_local, s], True masks; or None.
         softmax_scale: factor in front of the scores.
         dropout_p: probability of dropping a weight.
         seed: of this rank's dropout masks.

@@ -90,7 +90,7 @@ def _row(query: Segment, keys: Segments, band: Band, joined: bool) -> list[Task]
     rows = slice(query.start, query.start + query.length)
     for key in keys:
         local = band.moved(query.position, key.position)
-        if local.hides_all(query.length, key.length):
+        if local.masks_all(query.length, key.length):
             continue
         local = local.trimmed(query.length, key.length)
         columns = slice(key.start, key.start + key.length)

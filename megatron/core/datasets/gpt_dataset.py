@@ -71,7 +71,7 @@ class GPTDataset(MegatronDataset):
     """GPT samples: all sequences of a split laid end to end and cut into equal pieces.
 
     A sample is a dictionary of ``tokens`` and ``labels`` (int64 [s]), ``loss_mask`` (float32 [s]),
-    ``position_ids`` (int64 [s]) and, unless switched off, ``attention_mask`` (bool [1, s, s], True hides).
+    ``position_ids`` (int64 [s]) and, unless switched off, ``attention_mask`` (bool [1, s, s], True masks).
 
     Raises:
         DataError: too few tokens for one sample, or no write access for the index.
@@ -311,12 +311,12 @@ class MockGPTDataset(GPTDataset):
 
 
 def causal_mask(length: int) -> Tensor:
-    """bool [1, length, length]; True hides: column j from row i < j."""
+    """bool [1, length, length]; True masks: column j from row i < j."""
     return torch.ones((1, length, length), dtype=torch.bool).triu_(1)
 
 
 def document_attention_mask(is_eod: Tensor, causal: Tensor) -> Tensor:
-    """Causal mask that also hides everything up to an end-of-document token from what follows it.
+    """Causal mask that also masks everything up to an end-of-document token from what follows it.
 
     Args:
         is_eod: bool [s]

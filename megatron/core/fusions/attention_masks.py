@@ -14,14 +14,14 @@ _STRIPE = 256
 
 
 def covers(window: tuple[int, int], sq: int, sk: int, causal: bool) -> bool:
-    """True if the window hides nothing that causality leaves visible."""
+    """True if the window masks nothing that causality leaves visible."""
     left, right = window
     return (left < 0 or left >= sk - 1) and (causal or right < 0 or right >= sq - 1)
 
 
 @functools.lru_cache(maxsize=8)
 def band_mask(sq: int, sk: int, window: tuple[int, int] | None, causal: bool, device: torch.device) -> Tensor:
-    """True where a key is hidden.  [sq, sk], cached: do not write to it.
+    """True where a key is masked.  [sq, sk], cached: do not write to it.
 
     Query i stands at position ``p = i + sk - sq`` and sees keys ``p - left <= j <= p + right``, and none
     after itself when ``causal``. Sides below 0 are open.
@@ -32,12 +32,12 @@ def band_mask(sq: int, sk: int, window: tuple[int, int] | None, causal: bool, de
     distance = torch.arange(sk, device=device).unsqueeze(0) - torch.arange(
         sk - sq, sk, device=device
     ).unsqueeze(1)
-    hidden = torch.zeros(sq, sk, dtype=torch.bool, device=device)
+    masked = torch.zeros(sq, sk, dtype=torch.bool, device=device)
     if left >= 0:
-        hidden |= distance < -left
+        masked |= distance < -left
     if right >= 0:
-        hidden |= distance > right
-    return hidden
+        masked |= distance > right
+    return masked
 
 
 class Band(NamedTuple):
@@ -58,13 +58,13 @@ class Band(NamedTuple):
         )
 
     def trimmed(self, sq: int, sk: int) -> "Band":
-        """Without the limits that hide nothing in a block of ``sq`` queries and ``sk`` keys."""
+        """Without the limits that mask nothing in a block of ``sq`` queries and ``sk`` keys."""
         return Band(
             None if self.left is None or self.left >= sq - 1 else self.left,
             None if self.right is None or self.right >= sk - 1 else self.right,
         )
 
-    def hides_all(self, sq: int, sk: int) -> bool:
+    def masks_all(self, sq: int, sk: int) -> bool:
         """True if no query of the block sees any of its keys."""
         beyond_right = self.right is not None and self.right < 1 - sq
         beyond_left = self.left is not None and self.left < 1 - sk
@@ -95,35 +95,35 @@ def stripes(sq: int, sk: int, band: Band) -> Iterator[Stripe]:
 
 
 @functools.lru_cache(maxsize=32)
-def hidden_by_band(sq: int, sk: int, band: Band, device: torch.device) -> Tensor:
-    """True where a key is hidden.  [sq, sk] bool, cached: do not write to it."""
+def masked_by_band(sq: int, sk: int, band: Band, device: torch.device) -> Tensor:
+    """True where a key is masked.  [sq, sk] bool, cached: do not write to it."""
     # [1, sk] - [sq, 1] -> [sq, sk]
     distance = torch.arange(sk, device=device)[None] - torch.arange(sq, device=device)[:, None]
-    hidden = torch.zeros(sq, sk, dtype=torch.bool, device=device)
+    masked = torch.zeros(sq, sk, dtype=torch.bool, device=device)
     if band.left is not None:
-        hidden = hidden | (distance < -band.left)
+        masked = masked | (distance < -band.left)
     if band.right is not None:
-        hidden = hidden | (distance > band.right)
-    return hidden
+        masked = masked | (distance > band.right)
+    return masked
 
 
-def hidden_in_stripe(stripe: Stripe, attention_mask: Tensor | None, device: torch.device) -> Tensor | None:
-    """True where band or mask hide a key.  [b or 1, 1, rows, keys] bool; None if nothing is hidden.
+def masked_in_stripe(stripe: Stripe, attention_mask: Tensor | None, device: torch.device) -> Tensor | None:
+    """True where the band or the mask covers a key.  [b or 1, 1, rows, keys] bool; None if nothing is masked.
 
     Args:
         stripe: part of the block.
-        attention_mask: of the whole block, [b or 1, 1, sq, sk], True hides.
+        attention_mask: of the whole block, [b or 1, 1, sq, sk], True masks.
         device: where to make the band.
     """
     mask = None if attention_mask is None else attention_mask[:, :, stripe.rows, stripe.keys]
     if stripe.band == Band():
         return mask
     rows, keys = (part.stop - part.start for part in (stripe.rows, stripe.keys))
-    band = hidden_by_band(rows, keys, stripe.band, device)[None, None]
+    band = masked_by_band(rows, keys, stripe.band, device)[None, None]
     return band if mask is None else band | mask
 
 
 @functools.lru_cache(maxsize=32)
 def get_default_causal_mask(sq: int) -> Tensor:
-    """True above the diagonal, where keys are hidden.  [sq, sq], bool, on the current device; cached."""
+    """True above the diagonal, where keys are masked.  [sq, sq], bool, on the current device; cached."""
     return torch.ones(sq, sq, dtype=torch.bool, device=accelerator.current_device()).triu_(1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.core import accelerator
-from megatron.core.fusions.attention_masks import Band, Stripe, hidden_in_stripe, stripes
+from megatron.core.fusions.attention_masks import Band, Stripe, masked_in_stripe, stripes
 from megatron.core.fusions.fused_bias_dropout import drops_by_lanes, keep_mask
 from megatron.core.overrides import overridable
 
@@ -34,14 +34,14 @@ def block_attention(
     dropout_p: float,
     dropout_seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """``dropout(softmax(hide(scale * Q K^T))) V`` over the keys of one block.
+    """``dropout(softmax(masked(scale * Q K^T))) V`` over the keys of one block.
 
     Args:
         query: [sq, b, n, d].
         key: [sk, b, g, d]; query head j uses group ``j // (n/g)``.
         value: [sk, b, g, dv].
         band: keys each query may see.
-        attention_mask: bool [b or 1, 1, sq, sk], True hides in addition; or None.
+        attention_mask: bool [b or 1, 1, sq, sk], True masks in addition; or None.
         softmax_scale: factor in front of the scores.
         dropout_p: probability of dropping a weight. Dropping does not change the second result.
         dropout_seed: the mask is a pure function of this number and the shapes, so that backward can make
@@ -66,15 +66,15 @@ def block_attention(
     wide = torch.promote_types(compute, torch.float32)
     lse = torch.full(q.shape[:3], NOTHING_VISIBLE, dtype=wide, device=q.device)
     for stripe in stripes(sq, sk, band):
-        hidden = hidden_in_stripe(stripe, attention_mask, q.device)
+        masked = masked_in_stripe(stripe, attention_mask, q.device)
         rows, keys = stripe.rows, stripe.keys
         out_part, lse_part = _flash(
             q[:, :, rows], k[:, :, keys], v[:, :, keys], 0.0, False,
-            attn_mask=_as_scores(hidden, compute), scale=softmax_scale,
+            attn_mask=_as_scores(masked, compute), scale=softmax_scale,
         )  # fmt: skip
-        if hidden is not None:
+        if masked is not None:
             # The kernel reports 0 for a row without visible keys, as if there were one key of score 0.
-            lse_part = lse_part.masked_fill(hidden.all(-1), NOTHING_VISIBLE)
+            lse_part = lse_part.masked_fill(masked.all(-1), NOTHING_VISIBLE)
         out[rows] = out_part.permute(2, 0, 1, 3)
         lse[..., rows] = lse_part
     return out, lse
@@ -124,11 +124,11 @@ def block_attention_backward(
     grad_q, grad_k, grad_v = (torch.zeros_like(t, dtype=wide) for t in (q, k, v))
     for stripe in stripes(sq, sk, band):
         rows, keys = stripe.rows, stripe.keys
-        hidden = hidden_in_stripe(stripe, attention_mask, q.device)
+        masked = masked_in_stripe(stripe, attention_mask, q.device)
         dq, dk, dv = _flash_backward(
             grad[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], merged[:, :, rows],
             lse[..., rows].contiguous(), 0.0, False,
-            attn_mask=_as_scores(hidden, compute), scale=softmax_scale,
+            attn_mask=_as_scores(masked, compute), scale=softmax_scale,
         )  # fmt: skip
         grad_q[:, :, rows] = dq
         grad_k[:, :, keys] += dk
@@ -180,11 +180,11 @@ def _sequence_first(grads: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tenso
     return dq, dk, dv
 
 
-def _as_scores(hidden: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What to add to the scores: minus infinity where a key is hidden."""
-    if hidden is None:
+def _as_scores(masked: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What to add to the scores: minus infinity where a key is masked."""
+    if masked is None:
         return None
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+    return torch.zeros(masked.shape, dtype=dtype, device=masked.device).masked_fill_(masked, -torch.inf)
 
 
 class BlockShape(NamedTuple):
@@ -284,14 +284,14 @@ def _tiles(q: Tensor, k: Tensor, shape: BlockShape) -> Iterator[_Tile]:
 
 
 def _scores(q: Tensor, k: Tensor, shape: BlockShape, tile: _Tile) -> Tensor:
-    """[G, r*rows, keys], hidden ones minus infinity."""
+    """[G, r*rows, keys], masked ones minus infinity."""
     scores = torch.bmm(_queries(q, tile, k.shape[2]), _keys(k, tile).transpose(1, 2)).mul_(shape.scale)
     mask = shape.attention_mask
     if mask is not None and mask.shape[0] > 1:
         mask = mask[tile.sequence : tile.sequence + 1]
-    hidden = hidden_in_stripe(tile.stripe, mask, q.device)
-    if hidden is not None:
-        _split_rows(scores, tile).masked_fill_(hidden, -torch.inf)
+    masked = masked_in_stripe(tile.stripe, mask, q.device)
+    if masked is not None:
+        _split_rows(scores, tile).masked_fill_(masked, -torch.inf)
     return scores
 
 

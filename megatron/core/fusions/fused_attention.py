@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron.core import accelerator
 from megatron.core.fusions.attention_masks import band_mask, covers
 from megatron.core.fusions.fused_bias_dropout import drops_by_lanes, keep_mask
-from megatron.core.fusions.fused_softmax import HIDDEN_SCORE
+from megatron.core.fusions.fused_softmax import MASKED_SCORE
 from megatron.core.overrides import overridable
 
 Window = tuple[int, int]
@@ -40,7 +40,7 @@ def fused_attention(
     softmax_scale: float = 1.0,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """``dropout(softmax(hide(scale * Q K^T))) V`` for every head.
+    """``dropout(softmax(masked(scale * Q K^T))) V`` for every head.
 
     Args:
         query: [sq, b, n*d] for layout SBH, [b, sq, n*d] for BSH, [b, n, sq, d] for BNSD.
@@ -49,9 +49,9 @@ def fused_attention(
         num_heads: n.
         num_query_groups: g, a divisor of n.
         layout: ``"SBH"``, ``"BSH"`` or ``"BNSD"``, of operands and result.
-        causal: hide keys after the query. The last query sits at the last key when lengths differ.
+        causal: mask keys after the query. The last query sits at the last key when lengths differ.
         window: (left, right): query i sees keys i-left..i+right only; -1 for no limit.
-        attention_mask: bool [b or 1, 1, sq, sk], True hides; hides in addition to the two above.
+        attention_mask: bool [b or 1, 1, sq, sk], True masks, in addition to the two above.
         softmax_scale: factor in front of the scores.
         dropout_p: probability of dropping an attention weight, drawn from the current random stream.
 
@@ -66,8 +66,8 @@ def fused_attention(
     q, k, v = q.to(compute), k.to(compute), v.to(compute)
     sizes = (q.shape[2], k.shape[2])
     if drops_by_lanes(dropout_p) and not accelerator.draws_in_parallel(q.device):
-        hidden = hidden_keys(*sizes, causal, window, attention_mask, q.device)
-        shape = AttentionShape(hidden, causal, softmax_scale, dropout_p)
+        masked = masked_keys(*sizes, causal, window, attention_mask, q.device)
+        shape = AttentionShape(masked, causal, softmax_scale, dropout_p)
         return join_heads(attention_with_dropout(q, k, v, shape).to(query.dtype), layout)
     mask = visible_keys(*sizes, causal, window, attention_mask, q.device)
     out = F.scaled_dot_product_attention(
@@ -109,16 +109,16 @@ def visible_keys(
 ) -> Tensor | None:
     """Bool mask, True where a key is *visible*, broadcastable to [b, n, sq, sk].
 
-    None where ``is_causal`` (or nothing) says all there is to say, so that a kernel can skip hidden blocks.
+    None where ``is_causal`` (or nothing) says all there is to say, so that a kernel can skip masked blocks.
     """
     if window is not None and covers(window, sq, sk, causal):
         window = None
     if attention_mask is None and window is None and (not causal or sq == sk):
         return None
-    return ~hidden_keys(sq, sk, causal, window, attention_mask, device)
+    return ~masked_keys(sq, sk, causal, window, attention_mask, device)
 
 
-def hidden_keys(
+def masked_keys(
     sq: int,
     sk: int,
     causal: bool,
@@ -126,7 +126,7 @@ def hidden_keys(
     attention_mask: Tensor | None,
     device: torch.device,
 ) -> Tensor | None:
-    """Bool mask [b or 1, 1, sq, sk], True where a key is hidden; None if nothing is."""
+    """Bool mask [b or 1, 1, sq, sk], True where a key is masked; None if nothing is."""
     if window is not None and covers(window, sq, sk, causal):
         window = None
     if not causal and window is None:
@@ -149,7 +149,7 @@ def packed_attention(
     softmax_scale: float,
     dropout_p: float,
 ) -> Tensor:
-    """``dropout(softmax(hide(scale * Q K^T))) V`` of every head, sequence by sequence.
+    """``dropout(softmax(masked(scale * Q K^T))) V`` of every head, sequence by sequence.
 
     Args:
         query: [t, n, d].
@@ -157,7 +157,7 @@ def packed_attention(
         value: [u, g, dv].
         query_ends: where each sequence ends among the queries, ascending, the last one t; on the host.
         key_ends: the same among the keys, the last one u.
-        causal: hide keys after the query. The last query of a sequence sits at its last key.
+        causal: mask keys after the query. The last query of a sequence sits at its last key.
         window: (left, right) as in ``fused_attention``.
         softmax_scale: factor in front of the scores.
         dropout_p: probability of dropping an attention weight.
@@ -192,20 +192,20 @@ class AttentionShape:
     """What an attention computes besides its operands.
 
     Attributes:
-        hidden: bool, True hides; broadcastable to [b, 1, sq, sk]; or None.
-        causal: no query sees keys after itself (``hidden`` says so too).
+        masked: bool, True masks; broadcastable to [b, 1, sq, sk]; or None.
+        causal: no query sees keys after itself (``masked`` says so too).
         scale: factor in front of the scores.
         dropout_p: probability of dropping a weight.
     """
 
-    hidden: Tensor | None
+    masked: Tensor | None
     causal: bool
     scale: float
     dropout_p: float
 
 
 def attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
-    """``dropout(softmax(hide(scale * Q K^T))) V``.
+    """``dropout(softmax(masked(scale * Q K^T))) V``.
 
     q: [b, n, sq, d], k: [b, g, sk, d], v: [b, g, sk, dv] -> [b, n, sq, dv]. Backward recomputes the weights.
     """
@@ -242,11 +242,11 @@ def _blocks(q: Tensor, k: Tensor, causal: bool, seed: int) -> Iterator[_Block]:
 def _probabilities(q: Tensor, k: Tensor, shape: AttentionShape, block: _Block) -> Tensor:
     """Attention weights before dropout.  q: [G, r*rows, d], k: [G, keys, d] -> [G, r*rows, keys]"""
     scores = torch.bmm(q, k.transpose(1, 2)).mul_(shape.scale)
-    if shape.hidden is not None:
-        per_sequence = shape.hidden.expand(max(block.sequence + 1, shape.hidden.shape[0]), -1, -1, -1)
-        hidden = per_sequence[block.sequence, 0, block.queries, block.keys]
+    if shape.masked is not None:
+        per_sequence = shape.masked.expand(max(block.sequence + 1, shape.masked.shape[0]), -1, -1, -1)
+        masked = per_sequence[block.sequence, 0, block.queries, block.keys]
         # [G, r*rows, keys] -> [G, r, rows, keys], where the mask is the same for all heads
-        scores.unflatten(1, (-1, hidden.shape[0])).masked_fill_(hidden, HIDDEN_SCORE)
+        scores.unflatten(1, (-1, masked.shape[0])).masked_fill_(masked, MASKED_SCORE)
     return torch.softmax(scores, dim=-1)
 
 

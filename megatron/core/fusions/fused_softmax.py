@@ -10,18 +10,18 @@ from megatron.core.fusions.attention_masks import get_default_causal_mask
 from megatron.core.overrides import overridable
 from megatron.core.transformer.enums import AttnMaskType
 
-# What hidden scores are set to before the softmax. Finite, so that a row in which everything is hidden stays
+# What masked scores are set to before the softmax. Finite, so that a row in which everything is masked stays
 # a number.
-HIDDEN_SCORE = -10000.0
+MASKED_SCORE = -10000.0
 
 
 @overridable
 def scaled_masked_softmax(scores: Tensor, mask: Tensor | None, scale: float, in_fp32: bool) -> Tensor:
-    """``softmax(hide(scale * scores, mask))`` over the last dimension.
+    """``softmax(masked(scale * scores, mask))`` over the last dimension.
 
     Args:
         scores: [b, n, sq, sk].
-        mask: bool, broadcastable to the scores, True where a key is hidden; None hides nothing.
+        mask: bool, broadcastable to the scores, True where a key is masked; None masks nothing.
         scale: factor in front of the scores.
         in_fp32: widen half-precision scores first.
 
@@ -32,7 +32,7 @@ def scaled_masked_softmax(scores: Tensor, mask: Tensor | None, scale: float, in_
     if scale != 1.0:
         wide = wide * scale
     if mask is not None:
-        wide = wide.masked_fill(mask, HIDDEN_SCORE)
+        wide = wide.masked_fill(mask, MASKED_SCORE)
     return torch.softmax(wide, dim=-1).to(scores.dtype)
 
 
@@ -54,7 +54,7 @@ class ScaledMaskedSoftmax:
 
 
 class ScaledSoftmax:
-    """Softmax of 4-D scores with nothing hidden."""
+    """Softmax of 4-D scores with nothing masked."""
 
     @staticmethod
     def apply(inputs: Tensor, scale: float) -> Tensor:
@@ -98,7 +98,7 @@ class FusedScaleMaskSoftmax(nn.Module):
         self.scale = scale
 
     def forward(self, input: Tensor, mask: Tensor | None) -> Tensor:
-        """Probabilities of scores [b, n, sq, sk]; mask: bool, True hides, [b or 1, 1, sq, sk] or None."""
+        """Probabilities of scores [b, n, sq, sk]; mask: bool, True masks, [b or 1, 1, sq, sk] or None."""
         if mask is None and self.attn_mask_type == AttnMaskType.causal:
             sq, sk = input.shape[-2:]
             if sq == sk:

@@ -140,7 +140,7 @@ class Attention(MegatronModule, ABC):
 
         Args:
             hidden_states: input.
-            attention_mask: bool [b or 1, 1, s, s], True hides; or None.
+            attention_mask: bool [b or 1, 1, s, s], True masks; or None.
             key_value_states: source of keys and values of cross attention.
             rotary_pos_emb: angles [s, 1, 1, d], one tensor or a (query, key) pair.
             rotary_pos_cos, rotary_pos_sin: tables instead of angles, [s, d / 2].

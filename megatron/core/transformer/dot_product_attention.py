@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron.core import accelerator
 from megatron.core.context_parallel.attention import ContextParallelAttention, comm_type_of_layer
 from megatron.core.errors import ConfigError, NotBuiltYetError
-from megatron.core.fusions.fused_attention import fused_attention, hidden_keys, packed_attention
+from megatron.core.fusions.fused_attention import fused_attention, masked_keys, packed_attention
 from megatron.core.fusions.fused_bias_dropout import dropout
 from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -25,10 +25,10 @@ CAUSAL_TYPES = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
 
 class DotProductAttention(MegatronModule):
-    """``softmax(hide(scale * Q K^T)) V``, in one fused operation or in explicit steps.
+    """``softmax(masked(scale * Q K^T)) V``, in one fused operation or in explicit steps.
 
     ``config.attention_backend`` chooses: auto, flash and fused take the fused function of this device,
-    unfused and local the steps. Both hide the same keys: those after the query (causal types), those outside
+    unfused and local the steps. Both mask the same keys: those after the query (causal types), those outside
     ``config.window_size``, and those marked in ``attention_mask``.
 
     Args:
@@ -95,7 +95,7 @@ class DotProductAttention(MegatronModule):
             query: [sq, b, n, d].
             key: [sk, b, g, d], g dividing n.
             value: [sk, b, g, dv].
-            attention_mask: bool [b or 1, 1, sq, sk], True hides; or None. Where context-parallel ranks share
+            attention_mask: bool [b or 1, 1, sq, sk], True masks; or None. Where context-parallel ranks share
                 the sequence, operands are this rank's chunks and the mask has all keys: [.., sq, sk*CP].
             attn_mask_type: overrides the layer's own.
             packed_seq_params: the sequences of a packed row, b = 1; then there is no other mask.
@@ -212,7 +212,7 @@ class DotProductAttention(MegatronModule):
         # [b*g, (n/g)*sq, sk] -> [b, n, sq, sk]
         probs = self.scale_mask_softmax(
             scores.view(b, n, sq, sk),
-            hidden_keys(sq, sk, causal, self.config.window_size, mask, q.device),
+            masked_keys(sq, sk, causal, self.config.window_size, mask, q.device),
         )
         if dropout_p > 0.0:
             probs = dropout(probs, dropout_p)

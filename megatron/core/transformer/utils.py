@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron import unbuilt
 from megatron.core.fusions.attention_masks import get_default_causal_mask  # noqa: F401  (also importable from here)
-from megatron.core.fusions.fused_softmax import HIDDEN_SCORE
+from megatron.core.fusions.fused_softmax import MASKED_SCORE
 
 __getattr__ = unbuilt.names_of(__name__)
 
@@ -27,8 +27,8 @@ def get_linear_layer(
 
 
 def attention_mask_func(attention_scores: Tensor, attention_mask: Tensor) -> Tensor:
-    """Fills hidden scores with -10000, in place."""
-    return attention_scores.masked_fill_(attention_mask, HIDDEN_SCORE)
+    """Fills masked scores with -10000, in place."""
+    return attention_scores.masked_fill_(attention_mask, MASKED_SCORE)
 
 
 def gelu_impl(x: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""What to tell the fused attention operator so that it hides exactly the keys that it should.
+"""What to tell the fused attention operator so that it masks exactly the keys that it should.
 
-The operator takes a mask (True hides) and a sparse mode. Without a mask it computes everything, whatever the
+The operator takes a mask (True masks) and a sparse mode. Without a mask it computes everything, whatever the
 mode says. Rows counted from the upper left (mode 0) or the lower right corner (modes 3 and 4) see
 
-    mode 0   mask is False and i - pre <= j <= i + next; the mask must hide all that the window hides
+    mode 0   mask is False and i - pre <= j <= i + next; the mask must cover all that the window masks
     mode 1   mask is False
     mode 2   j <= i                                 compressed mask
     mode 3   j <= i + sk - sq                       compressed mask
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.core.fusions.attention_masks import Band, hidden_by_band
+from megatron.core.fusions.attention_masks import Band, masked_by_band
 
 COMPRESSED = 2048
 _OPEN = 2147483647
@@ -31,7 +31,7 @@ def compressed_mask(device: torch.device) -> Tensor:
     return torch.ones(COMPRESSED, COMPRESSED, dtype=torch.bool, device=device).triu_(1)
 
 
-def hiding(
+def mask_arguments(
     sq: int, sk: int, band: Band, attention_mask: Tensor | None, device: torch.device
 ) -> dict[str, Any]:
     """Keywords of the operator for scores of ``sq`` queries and ``sk`` keys.
@@ -39,12 +39,12 @@ def hiding(
     Args:
         sq, sk: sizes.
         band: visible keys of each query, counted from the upper left corner.
-        attention_mask: bool [b or 1, 1, sq, sk], True hides in addition; or None.
+        attention_mask: bool [b or 1, 1, sq, sk], True masks in addition; or None.
         device: of the operands.
     """
     band = band.trimmed(sq, sk)
     if attention_mask is not None:
-        # A row may be hidden as a whole; this precision makes its result 0 instead of undefined.
+        # A row may be masked as a whole; this precision makes its result 0 instead of undefined.
         return _with_mask(sq, sk, band, attention_mask, device) | {"inner_precise": 2}
     if band == Band():
         return {}
@@ -53,13 +53,13 @@ def hiding(
     return _compressed(sq, sk, band, device)
 
 
-def hiding_in_packed_rows(
+def mask_arguments_of_packed_rows(
     causal: bool, window: tuple[int, int] | None, device: torch.device
 ) -> dict[str, Any]:
     """Keywords for packed sequences: the mode counts from the lower right corner of each.
 
     Args:
-        causal: hide keys after the query.
+        causal: mask keys after the query.
         window: (left, right) around a query that sits at its sequence's last keys; below 0 is open.
         device: of the operands.
     """
@@ -84,13 +84,13 @@ def _with_mask(
 ) -> dict[str, Any]:
     if band == Band():
         return {"atten_mask": attention_mask, "sparse_mode": _MASKED}
-    hidden = hidden_by_band(sq, sk, band, device)
+    masked = masked_by_band(sq, sk, band, device)
     if attention_mask is not None:
-        hidden = hidden | attention_mask
+        masked = masked | attention_mask
     if not _is_window(band, sq, sk):
-        return {"atten_mask": hidden, "sparse_mode": _MASKED}
-    # The window lets the operator skip blocks that the mask hides anyway.
-    return {"atten_mask": hidden, "sparse_mode": _MASKED_WINDOW, **_limits(band.left, band.right)}
+        return {"atten_mask": masked, "sparse_mode": _MASKED}
+    # The window lets the operator skip blocks that are masked anyway.
+    return {"atten_mask": masked, "sparse_mode": _MASKED_WINDOW, **_limits(band.left, band.right)}
 
 
 def _compressed(sq: int, sk: int, band: Band, device: torch.device) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.core.fusions.attention_masks import Band, hidden_by_band
+from megatron.core.fusions.attention_masks import Band, masked_by_band
 from megatron.core.fusions.block_attention import NOTHING_VISIBLE
 from megatron_npu import chip
-from megatron_npu.core.fusions.attention_masks import empty_rows, hiding
+from megatron_npu.core.fusions.attention_masks import empty_rows, mask_arguments
 from megatron_npu.core.fusions.fused_attention import WIDEST_HEAD, why_not_shape
 from megatron_npu.registry import replaces
 
@@ -58,7 +58,7 @@ def block_attention(
     sq, sk, heads = query.shape[0], key.shape[0], query.shape[2]
     out, largest, total, *_ = torch.ops.npu.npu_fusion_attention(
         _flat(query), _flat(key), _flat(value), heads, "SBH", scale=softmax_scale,
-        **_hiding(sq, sk, band, attention_mask, query.device),
+        **_mask_arguments(sq, sk, band, attention_mask, query.device),
     )  # fmt: skip
     out = out.unflatten(-1, (heads, -1))
     lse = largest[..., 0] + total[..., 0].log()
@@ -101,7 +101,7 @@ def block_attention_backward(
     dq, dk, dv, *_ = torch.ops.npu.npu_fusion_attention_grad(
         _flat(query), _flat(key), _flat(value), _flat(grad_out.to(dtype)), heads, "SBH",
         softmax_max=largest, softmax_sum=torch.ones_like(largest), attention_in=_flat(out.to(dtype)),
-        scale_value=softmax_scale, **_hiding(sq, sk, band, attention_mask, query.device),
+        scale_value=softmax_scale, **_mask_arguments(sq, sk, band, attention_mask, query.device),
     )  # fmt: skip
     return dq.view(query.shape), dk.view(key.shape), dv.view(value.shape)
 
@@ -134,8 +134,10 @@ def _repeated(t: Tensor) -> Tensor:
     return t.unsqueeze(-1).expand(*t.shape, _COPIES).contiguous()
 
 
-def _hiding(sq: int, sk: int, band: Band, mask: Tensor | None, device: torch.device) -> dict[str, Any]:
-    keywords = hiding(sq, sk, band, mask, device)
+def _mask_arguments(
+    sq: int, sk: int, band: Band, mask: Tensor | None, device: torch.device
+) -> dict[str, Any]:
+    keywords = mask_arguments(sq, sk, band, mask, device)
     return keywords | {"inner_precise": 2} if empty_rows(sq, sk, band) else keywords
 
 
@@ -145,5 +147,5 @@ def _rows_without_keys(
     """True for queries that see nothing of this block, [b or 1, 1, sq]; None if there can be none."""
     if attention_mask is None and not empty_rows(sq, sk, band):
         return None
-    hidden = hidden_by_band(sq, sk, band, device)[None, None]
-    return (hidden if attention_mask is None else hidden | attention_mask).all(-1)
+    masked = masked_by_band(sq, sk, band, device)[None, None]
+    return (masked if attention_mask is None else masked | attention_mask).all(-1)

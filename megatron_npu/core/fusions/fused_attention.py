@@ -9,7 +9,11 @@ from torch import Tensor
 from megatron.core.fusions.attention_masks import Band
 from megatron.core.fusions.fused_attention import Window
 from megatron_npu import chip
-from megatron_npu.core.fusions.attention_masks import empty_rows, hiding, hiding_in_packed_rows
+from megatron_npu.core.fusions.attention_masks import (
+    empty_rows,
+    mask_arguments,
+    mask_arguments_of_packed_rows,
+)
 from megatron_npu.registry import replaces
 
 WIDEST_HEAD = 512
@@ -85,7 +89,7 @@ def fused_attention(
         layout,
         scale=softmax_scale,
         keep_prob=1.0 - dropout_p,
-        **hiding(sq, sk, band, attention_mask, query.device),
+        **mask_arguments(sq, sk, band, attention_mask, query.device),
     )[0]
 
 
@@ -155,5 +159,5 @@ def packed_attention(
         keep_prob=1.0 - dropout_p,
         actual_seq_qlen=query_ends,
         actual_seq_kvlen=key_ends,
-        **hiding_in_packed_rows(causal, window, query.device),
+        **mask_arguments_of_packed_rows(causal, window, query.device),
     )[0]

@@ -25,7 +25,7 @@ def _unsuitable(scores: Tensor, mask: Tensor | None, scale: float, in_fp32: bool
     note="a query that sees nothing passes on a gradient; the default's is 0",
 )
 def scaled_masked_softmax(scores: Tensor, mask: Tensor | None, scale: float, in_fp32: bool) -> Tensor:
-    """The operator hides with -10000 as the default does. It says nothing about the type it computes in, so
+    """The operator masks with -10000 as the default does. It says nothing about the type it computes in, so
     scores are widened where the caller asks for it.
     """
     wide = scores.float() if in_fp32 else scores

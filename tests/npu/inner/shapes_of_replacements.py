@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from megatron.core import overrides
-from megatron.core.fusions.attention_masks import hidden_by_band
+from megatron.core.fusions.attention_masks import masked_by_band
 from megatron_npu import activation
 from megatron_npu.checking.case import Call, Case, execute
 from megatron_npu.checking.cases import CASES
@@ -63,10 +63,10 @@ def missing_shape_functions():
 def fake():
     """One mode for all, because masks are cached as tensors of it."""
     mode = FakeTensorMode(allow_non_fake_inputs=False)
-    for cache in (hidden_by_band, compressed_mask):
+    for cache in (masked_by_band, compressed_mask):
         cache.cache_clear()
     yield mode
-    for cache in (hidden_by_band, compressed_mask):
+    for cache in (masked_by_band, compressed_mask):
         cache.cache_clear()
 
 

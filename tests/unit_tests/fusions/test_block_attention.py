@@ -7,7 +7,7 @@ import torch
 
 from megatron.core import accelerator
 from megatron.core.fusions import block_attention as block_attention_module
-from megatron.core.fusions.attention_masks import Band, hidden_by_band
+from megatron.core.fusions.attention_masks import Band, masked_by_band
 from megatron.core.fusions.block_attention import (
     NOTHING_VISIBLE,
     BlockShape,
@@ -97,7 +97,7 @@ def test_bands(band, groups, width):
     for sq, sk in SIZES:
         q, k, v, grad = operands(sq, sk, groups, width)
         hidden = by_rule(band, sq, sk)
-        assert torch.equal(hidden_by_band(sq, sk, band, q.device), hidden[0, 0])
+        assert torch.equal(masked_by_band(sq, sk, band, q.device), hidden[0, 0])
         check(q, k, v, grad, hidden, arguments(band))
 
 

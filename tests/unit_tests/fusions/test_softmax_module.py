@@ -146,7 +146,7 @@ def test_bands_against_lists_of_pairs(sq, sk):
         band = Band(left, right)
         seen = [place for place in itertools.product(range(sq), range(sk)) if is_inside(band, *place)]
         if left is None or right is None or left + right >= 0:  # else it is empty by itself
-            hides = band.hides_all(sq, sk)
+            hides = band.masks_all(sq, sk)
             assert hides <= (not seen)
             if left is None or right is None:
                 assert hides == (not seen)
