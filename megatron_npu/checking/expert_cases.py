@@ -11,7 +11,7 @@ from megatron_npu.checking.case import Call, Case, Draw
 _PERMUTE = "megatron.core.fusions.experts.permute_tokens"
 _UNPERMUTE = "megatron.core.fusions.experts.unpermute_tokens"
 _GATING = "megatron.core.fusions.experts.topk_routing"
-_PRODUCTS = "megatron.core.fusions.matmul."
+_MATMULS = "megatron.core.fusions.matmul."
 
 
 def _ranks(draw: Draw, rows: int, columns: int) -> Tensor:
@@ -146,11 +146,11 @@ EXPERT_CASES = [
     ),
     *(Case(_UNPERMUTE, name, _unpermute(**settings)) for name, settings in _ORDERS.items()),
     Case(_UNPERMUTE, "fp32 weights", _unpermute(**_WIDE_WEIGHTS), dtypes=(torch.bfloat16,)),
-    Case(_PRODUCTS + "grouped_product", "an expert without rows", _product(False)),
-    Case(_PRODUCTS + "grouped_product", "transposed weights", _product(True)),
-    Case(_PRODUCTS + "grouped_weight_gradient", "an expert without rows", _gradient),
+    Case(_MATMULS + "grouped_mm", "an expert without rows", _product(False)),
+    Case(_MATMULS + "grouped_mm", "transposed weights", _product(True)),
+    Case(_MATMULS + "grouped_weight_gradient", "an expert without rows", _gradient),
     Case(
-        _PRODUCTS + "accumulate_grouped_weight_gradient",
+        _MATMULS + "accumulate_grouped_weight_gradient",
         "an expert without rows",
         _accumulated,
         lambda result, call: [call.args[3]],

@@ -59,7 +59,7 @@ def test_gradients_are_compared_where_autograd_goes_through() -> None:
         "adamw_step", "unscale_and_check", "watch_overflow",
         "block_attention", "block_attention_backward", "merge_attention",
         "all_gather_matmul", "matmul_reduce_scatter",
-        "grouped_product", "grouped_weight_gradient", "accumulate_grouped_weight_gradient",
+        "grouped_mm", "grouped_weight_gradient", "accumulate_grouped_weight_gradient",
     }  # fmt: skip
     for case in CASES:
         wanted = bool(case.make(Draw()).wanted)

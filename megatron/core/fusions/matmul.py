@@ -19,7 +19,7 @@ from megatron.core.overrides import overridable
 from megatron.core.utils import divide
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x weight^T + bias``.  [..., in], [out, in], [out] -> [..., out], in the dtype of ``x``"""
     compute = accelerator.matmul_compute_dtype(x.dtype, x.device)
     if compute == x.dtype:
@@ -43,7 +43,7 @@ def as_rows(t: Tensor) -> Tensor:
 def accumulate_weight_gradient(main_grad: Tensor, grad_output: Tensor, x: Tensor) -> None:
     """``main_grad += grad_output^T x``, in place.
 
-    main_grad: [out, in], usually fp32; grad_output: [tokens, out]; x: [tokens, in]. The product is rounded
+    main_grad: [out, in], usually fp32; grad_output: [tokens, out]; x: [tokens, in]. The matmul is rounded
     to the dtype of ``x`` before it is added, so that accumulating here or after the backward pass gives the
     same bits.
     """
@@ -86,7 +86,7 @@ def grouped_matmul(
 
 
 @overridable
-def grouped_product(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
+def grouped_mm(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
     """``x_e W_e``, rounded once, without derivative.  x: [m, k], weight: [E, k, n] -> [m, n]
 
     The last two dimensions of ``weight`` may be a transposed view.
@@ -121,7 +121,7 @@ def accumulate_grouped_weight_gradient(
 ) -> None:
     """``main_grad_e += x_e^T g_e`` of every expert, in place.  main_grad: [E, k, n], usually fp32
 
-    Products are rounded to the dtype of ``x`` first, as in ``accumulate_weight_gradient``.
+    Matmuls are rounded to the dtype of ``x`` first, as in ``accumulate_weight_gradient``.
     """
     if _has_one_call(x, grad_output):
         main_grad.add_(grouped_weight_gradient(x, grad_output, tokens_per_expert))
@@ -139,7 +139,7 @@ class _GroupedMatmul(torch.autograd.Function):
         ctx.save_for_backward(x, weight, tokens_per_expert)
         ctx.into_main_grad = gradient_accumulation_fusion
         blocks = weight.view(len(tokens_per_expert), x.shape[1], -1)
-        return grouped_product(x, blocks, tokens_per_expert)
+        return grouped_mm(x, blocks, tokens_per_expert)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -148,7 +148,7 @@ class _GroupedMatmul(torch.autograd.Function):
         grad_output = grad_output.contiguous()
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = grouped_product(grad_output, blocks.transpose(1, 2), tokens_per_expert)
+            grad_x = grouped_mm(grad_output, blocks.transpose(1, 2), tokens_per_expert)
         if ctx.needs_input_grad[1] and ctx.into_main_grad and getattr(weight, "main_grad", None) is not None:
             main_grad = weight.main_grad.view(blocks.shape)
             accumulate_grouped_weight_gradient(x, grad_output, tokens_per_expert, main_grad)
@@ -197,7 +197,7 @@ def all_gather_matmul(
     """
     whole = x.new_empty(x.shape[0] * group_size(group), x.shape[1])
     collectives.all_gather(whole, x, group)
-    return product(whole, matrix.t()), whole if keep else None
+    return linear_forward(whole, matrix.t()), whole if keep else None
 
 
 @overridable
@@ -207,7 +207,7 @@ def matmul_reduce_scatter(x: Tensor, matrix: Tensor, group: ProcessGroup) -> Ten
     x: [m, k], with m a multiple of the number of ranks; matrix: [k, n], contiguous or a transposed view; both
     of one dtype. -> [m / ranks, n]
     """
-    partial = product(x, matrix.t())
+    partial = linear_forward(x, matrix.t())
     out = partial.new_empty(divide(x.shape[0], group_size(group)), matrix.shape[1])
     collectives.reduce_scatter(out, partial, group)
     return out

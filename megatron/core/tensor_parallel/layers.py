@@ -90,7 +90,7 @@ class LinearBase(_StatelessExtra):
         bias: [out/TP] or [out], or None.
         place: of this rank among those that share the weight.
         sequence_parallel: activations outside hold this rank's part of the sequence.
-        overlap: how products overlap with the layer's traffic; None if they do not.
+        overlap: how matmuls overlap with the layer's traffic; None if they do not.
     """
 
     def __init__(
@@ -141,12 +141,12 @@ class LinearBase(_StatelessExtra):
         if not self.communicates:
             added = None if self.skip_bias_add else self.bias
             return self._linear(input_, weight, added, False), self.bias if self.skip_bias_add else None
-        out = self._summed_product(input_, weight)
+        out = self._summed_matmul(input_, weight)
         if self.skip_bias_add:
             return out, self.bias
         return out if self.bias is None else out + self.bias, None
 
-    def _summed_product(self, input_: Tensor, weight: Tensor) -> Tensor:
+    def _summed_matmul(self, input_: Tensor, weight: Tensor) -> Tensor:
         """[s, b, in/TP] -> [s, b, out], or [s/TP, b, out] under sequence parallelism."""
         group = self.place.group()
         if self.overlap is not None:

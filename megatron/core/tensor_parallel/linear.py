@@ -16,12 +16,12 @@ from megatron.core.fusions.matmul import (
     accumulate_weight_gradient,
     as_rows,
     input_gradient,
-    product,
+    linear_forward,
     weight_gradient,
 )
 from megatron.core.tensor_parallel import deferred_gradients
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.tensor_parallel.overlap import OverlappedProducts
+from megatron.core.tensor_parallel.overlap import OverlappedMatmuls
 
 # The scratch buffer of gathered inputs is not the one of the mappings, whose results may still be in use.
 _GATHERED_INPUT = "linear_input"
@@ -119,7 +119,7 @@ def _send_input_gradient(grad_input: Tensor, ctx: Any) -> PendingResult:
 class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
     """``x weight^T + bias``; the weight's gradient may go straight into ``weight.main_grad``.
 
-    Under sequence parallelism the input is this rank's part of the sequence: it is gathered for the product,
+    Under sequence parallelism the input is this rank's part of the sequence: it is gathered for the matmul,
     not kept, and gathered again in backward while the input gradient is computed. The input gradient is
     reduced over the ranks while the weight gradient is computed.
     """
@@ -136,7 +136,7 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
         grad_output_buffer: list[Tensor] | None,
         wgrad_deferral_limit: int | None,
         group: ProcessGroup | None = None,
-        overlap: OverlappedProducts | None = None,
+        overlap: OverlappedMatmuls | None = None,
     ) -> Tensor:
         ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight)
         ctx.group, ctx.overlap = tensor_group(group), overlap
@@ -148,7 +148,7 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
         if ctx.sequence_parallel and overlap is not None:
             return overlap.gather_then_multiply(input, weight.t(), bias, ctx.group, keep=False)[0]
         whole = _start_gather(input, ctx.group)[0] if ctx.sequence_parallel else input
-        return product(whole, weight, bias)
+        return linear_forward(whole, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -217,7 +217,7 @@ def linear_with_grad_accumulation_and_async_allreduce(
     async_grad_allreduce: bool | None = None,
     *,
     group: ProcessGroup | None = None,
-    overlap: OverlappedProducts | None = None,
+    overlap: OverlappedMatmuls | None = None,
 ) -> Tensor:
     """``input weight^T + bias``.  input: [..., in], weight: [out, in], bias: [out] -> [..., out].
 
@@ -233,7 +233,7 @@ def linear_with_grad_accumulation_and_async_allreduce(
         wgrad_deferral_limit: how many it takes; 0 means any number.
         async_grad_allreduce: old name of ``allreduce_dgrad``.
         group: ranks among which the layer is split; the tensor-parallel ones by default.
-        overlap: how products overlap with the traffic before and after them; by default a product is whole,
+        overlap: how matmuls overlap with the traffic before and after them; by default a matmul is whole,
             and only what the weight's gradient does not wait for travels behind it.
     """
     if async_grad_allreduce is not None:
@@ -267,7 +267,7 @@ class LinearThenSum(torch.autograd.Function):
         gradient_accumulation_fusion: bool,
         sequence_parallel: bool,
         group: ProcessGroup,
-        overlap: OverlappedProducts,
+        overlap: OverlappedMatmuls,
     ) -> Tensor:
         ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight)
         ctx.into_main_grad, ctx.sequence_parallel = gradient_accumulation_fusion, sequence_parallel
@@ -307,7 +307,7 @@ class LinearWithFrozenWeight(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.has_bias, ctx.allreduce_dgrad, ctx.group = bias is not None, allreduce_dgrad, tensor_group(group)
-        return product(input, weight, bias)
+        return linear_forward(input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:

@@ -2,7 +2,7 @@
 
 A layer that gathers its input, or sums its output over the ranks, has nothing to compute until the whole has
 arrived, or nothing to send until the whole is computed. Cut into N chunks, all but one N-th of the traffic
-goes on behind products (Wang et al. 2023, "Overlap Communication with Dependent Computation via
+goes on behind matmuls (Wang et al. 2023, "Overlap Communication with Dependent Computation via
 Decomposition in Large Deep Learning Models"). The bytes stay the same, in N times as many messages, so small
 layers do not gain.
 
@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from megatron.core import collectives, overrides, parallel_state
 from megatron.core.collectives import PendingResult, group_size
 from megatron.core.fusions import matmul
-from megatron.core.fusions.matmul import as_rows, product
+from megatron.core.fusions.matmul import as_rows, linear_forward
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.utils import divide
 
@@ -27,8 +27,8 @@ from megatron.core.utils import divide
 _GATHERED_PIECES = "chunked_overlap"
 
 
-class OverlappedProducts(Protocol):
-    """Products with the traffic before or after them; :class:`ChunkedProducts` says what arguments are."""
+class OverlappedMatmuls(Protocol):
+    """Matmuls with the traffic before or after them; :class:`ChunkedMatmuls` says what arguments are."""
 
     def gather_then_multiply(
         self, x: Tensor, matrix: Tensor, bias: Tensor | None, group: ProcessGroup | None, keep: bool
@@ -39,8 +39,8 @@ class OverlappedProducts(Protocol):
     ) -> PendingResult: ...
 
 
-class ChunkedProducts:
-    """Products whose traffic overlaps with them in ``chunks`` pieces.
+class ChunkedMatmuls:
+    """Matmuls whose traffic overlaps with them in ``chunks`` pieces.
 
     Rows that do not divide make pieces that differ by one; fewer rows than chunks make a piece each.
     """
@@ -53,7 +53,7 @@ class ChunkedProducts:
     ) -> tuple[Tensor, Tensor | None]:
         """Joins the ranks' parts along the first dimension and multiplies them.
 
-        All gathers start at once; each product waits for its own.
+        All gathers start at once; each matmul waits for its own.
 
         Args:
             x: [s/TP, ..., k], this rank's part.
@@ -81,7 +81,7 @@ class ChunkedProducts:
             if work is not None:
                 work.wait()
             gathered = scratch[ranks * first : ranks * last]
-            y = product(gathered, matrix.t(), bias)
+            y = linear_forward(gathered, matrix.t(), bias)
             if out is None:
                 out = y.new_empty(ranks, x.shape[0], *y.shape[1:])
             # [TP * c, ..., n] -> [TP, c, ..., n]: the rows of a rank's part lie together in the whole
@@ -99,7 +99,7 @@ class ChunkedProducts:
         Args:
             x: [s, ..., k].
             matrix: [k, n].
-            group: ranks whose products are summed.
+            group: ranks whose matmuls are summed.
             scatter: leave every rank its part of the first dimension; otherwise all get the whole sum.
 
         Returns:
@@ -112,7 +112,7 @@ class ChunkedProducts:
         sending: PendingResult | None = None
         for first, last in self._pieces(length):
             # [TP, c, ..., k] -> [TP * c, ..., k]
-            partial = product(cut[:, first:last].flatten(0, 1), matrix.t())
+            partial = linear_forward(cut[:, first:last].flatten(0, 1), matrix.t())
             if sending is None:
                 result = partial.new_empty(length, *partial.shape[1:])
                 sending = PendingResult(result)
@@ -132,8 +132,8 @@ class ChunkedProducts:
             yield number * length // count, (number + 1) * length // count
 
 
-class FusedProducts:
-    """Products that the device's kernels fuse with the traffic of sequence parallelism."""
+class FusedMatmuls:
+    """Matmuls that the device's kernels fuse with the traffic of sequence parallelism."""
 
     def gather_then_multiply(
         self, x: Tensor, matrix: Tensor, bias: Tensor | None, group: ProcessGroup | None, keep: bool
@@ -154,12 +154,12 @@ class FusedProducts:
         return PendingResult(out.view(-1, *x.shape[1:-1], out.shape[1]))
 
 
-def overlap_of(config: ModelParallelConfig) -> OverlappedProducts | None:
-    """What the config asks for and the device can do; None for whole products and separate traffic.
+def overlap_of(config: ModelParallelConfig) -> OverlappedMatmuls | None:
+    """What the config asks for and the device can do; None for whole matmuls and separate traffic.
 
     Fused kernels exist for sequence parallelism only, and come before chunks where both are asked for.
     """
     fused = config.tp_comm_fused_matmul and config.sequence_parallel
     if fused and overrides.is_replaced(matmul.all_gather_matmul):
-        return FusedProducts()
-    return ChunkedProducts(config.tp_comm_chunks) if config.tp_comm_chunks > 1 else None
+        return FusedMatmuls()
+    return ChunkedMatmuls(config.tp_comm_chunks) if config.tp_comm_chunks > 1 else None

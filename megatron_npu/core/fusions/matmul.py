@@ -53,7 +53,7 @@ def _ends(tokens_per_expert: Tensor, device: torch.device) -> Tensor:
 
 
 @replaces(
-    _POINTS + "grouped_product",
+    _POINTS + "grouped_mm",
     operators=("npu_grouped_matmul",),
     since="6.0.rc1",
     chips=chip.FROM_910B,
@@ -62,7 +62,7 @@ def _ends(tokens_per_expert: Tensor, device: torch.device) -> Tensor:
     limits=_GROUPED_LIMITS,
     bound=_GROUPED_BOUND,
 )
-def grouped_product(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
+def grouped_mm(x: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
     """The operator takes transposed weights, but no transposed rows."""
     return torch.ops.npu.npu_grouped_matmul(
         [x.contiguous()],
@@ -113,7 +113,7 @@ def _cannot_add(x: Tensor, grad_output: Tensor, tokens_per_expert: Tensor, main_
     unless=_cannot_add,
     limits=f"fp32 operands, other sums than fp32, {_GROUPED_LIMITS}",
     bound=_GROUPED_BOUND,
-    note="products are added as fp32; the default rounds them to the type of the operands first",
+    note="matmuls are added as fp32; the default rounds them to the type of the operands first",
 )
 def accumulate_grouped_weight_gradient(
     x: Tensor, grad_output: Tensor, tokens_per_expert: Tensor, main_grad: Tensor

@@ -117,7 +117,7 @@ def test_defaults_serve_what_the_operators_exclude() -> None:
     }  # fmt: skip
     assert reasons("unpermute_tokens") == {"different numbers of experts a token"}
     grouped_matmul(tokens[:0], drawn(2, WIDTH, INNER), torch.tensor([0, 0]), False)
-    assert reasons("grouped_product") == {"no rows"}
+    assert reasons("grouped_mm") == {"no rows"}
     topk_routing(probs[:0], 2)
     topk_routing(probs, 1, "sigmoid")
     topk_routing(probs, 2, num_groups=3, group_topk=1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import deferred_gradients
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.overlap import FusedProducts
+from megatron.core.tensor_parallel.overlap import FusedMatmuls
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -38,7 +38,7 @@ def run_layers(out: int, dtype: torch.dtype, fused: bool, late: bool = False) ->
     options = {"config": config, "init_method": lambda t: t.copy_(values[tuple(t.shape)]), "bias": False}
     first = ColumnParallelLinear(IN, out, **options)
     second = RowParallelLinear(out, IN, input_is_parallel=True, skip_bias_add=True, **options)
-    assert isinstance(first.overlap, FusedProducts) == isinstance(second.overlap, FusedProducts) == fused
+    assert isinstance(first.overlap, FusedMatmuls) == isinstance(second.overlap, FusedMatmuls) == fused
     x, grad = (random(n, LENGTH, BATCH, IN).to(dtype).chunk(ranks)[rank] for n in (1, 2))
     x = x.clone().requires_grad_()
     y = second(torch.tanh(first(x)[0]))[0]

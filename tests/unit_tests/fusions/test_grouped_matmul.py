@@ -71,7 +71,7 @@ def test_one_call_for_all_experts_is_the_same(monkeypatch: pytest.MonkeyPatch) -
     parts = zip(x.double().split(COUNTS.tolist()), grad.double().split(COUNTS.tolist()), strict=True)
     assert relative(main_grad, torch.stack([a.t() @ b for a, b in parts])) < BOUNDS[torch.bfloat16]
     assert len(calls) == 4
-    module.grouped_product(drawn(10, 7).bfloat16(), drawn(4, 7, 16).bfloat16(), COUNTS)
+    module.grouped_mm(drawn(10, 7).bfloat16(), drawn(4, 7, 16).bfloat16(), COUNTS)
     assert len(calls) == 4  # rows that begin anywhere
 
 

@@ -1,4 +1,4 @@
-"""Products that overlap with their traffic: in chunks, and by the default of the fused kernels.
+"""Matmuls that overlap with their traffic: in chunks, and by the default of the fused kernels.
 
 Against plain torch on whole weights in float64, and bit by bit against the layers without overlap.
 """
@@ -16,7 +16,7 @@ from megatron.core import collectives, parallel_state
 from megatron.core.errors import ConfigError
 from megatron.core.tensor_parallel import deferred_gradients, linear, overlap
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.overlap import ChunkedProducts, FusedProducts, overlap_of
+from megatron.core.tensor_parallel.overlap import ChunkedMatmuls, FusedMatmuls, overlap_of
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from tests.distributed.pool import run_ranks
@@ -107,7 +107,7 @@ def check_close(found, wanted):
         torch.testing.assert_close(f, w)
 
 
-OVERLAPS = {f"{n} chunks": ChunkedProducts(n) for n in (2, 4, 8)} | {"fused": FusedProducts()}
+OVERLAPS = {f"{n} chunks": ChunkedMatmuls(n) for n in (2, 4, 8)} | {"fused": FusedMatmuls()}
 
 
 def check_overlap(ranks, name):
@@ -135,13 +135,13 @@ def differing_bits(ranks, chunks):
 
 
 def test_two_ranks_get_the_same_bits():
-    """Products of rows are the same products, and two numbers have one sum."""
+    """Matmuls of rows are the same matmuls, and two numbers have one sum."""
     for chunks in (2, 4, 8):
         for found in run_ranks(2, differing_bits, 2, chunks):
             assert found == {False: set(), True: set()}, chunks
 
 
-def test_gathered_products_have_the_same_bits_on_four_ranks():
+def test_gathered_matmuls_have_the_same_bits_on_four_ranks():
     """Where four numbers are summed, their order depends on the place in the message."""
     for found in run_ranks(4, differing_bits, 4, 2):
         assert "hidden" not in found[True] | found[False]
@@ -219,7 +219,7 @@ def order_of_work(ranks, sp):
     """What a rank does one after the other in the row-parallel layer's forward and the other's backward, and
     in those of the column-parallel layer.
     """
-    layers, done = Layers(ranks, sp, ChunkedProducts(2)), []
+    layers, done = Layers(ranks, sp, ChunkedMatmuls(2)), []
 
     def noted(name, function):
         def call(*args, **kwargs):
@@ -241,7 +241,7 @@ def order_of_work(ranks, sp):
             (collectives, "all_gather"),
             (collectives, "reduce_scatter"),
             (collectives, "all_reduce"),
-            (overlap, "product"),
+            (overlap, "linear_forward"),
             (linear, "_weight_gradient"),
         ):
             stack.enter_context(mock.patch.object(module, name, noted(name, getattr(module, name))))
@@ -259,21 +259,21 @@ def order_of_work(ranks, sp):
 
 def test_one_chunk_travels_while_the_next_is_multiplied():
     for first, second, third, fourth in run_ranks(2, order_of_work, 2, True):
-        assert first == "all_gather all_gather wait product wait product"
-        assert second == "product reduce_scatter product reduce_scatter wait wait"
-        assert third == "all_gather all_gather wait product wait product _weight_gradient"
+        assert first == "all_gather all_gather wait linear_forward wait linear_forward"
+        assert second == "linear_forward reduce_scatter linear_forward reduce_scatter wait wait"
+        assert third == "all_gather all_gather wait linear_forward wait linear_forward _weight_gradient"
         # What the weight needs comes first, and its gradient is computed while sums are under way.
-        sums = "product reduce_scatter product reduce_scatter"
+        sums = "linear_forward reduce_scatter linear_forward reduce_scatter"
         assert fourth == f"all_gather {sums} wait _weight_gradient wait wait"
     for first, second, third, fourth in run_ranks(2, order_of_work, 2, False):
         assert (first, third) == ("", "_weight_gradient")
-        assert second == "product all_reduce product all_reduce wait wait"
-        assert fourth == "product all_reduce product all_reduce _weight_gradient wait wait"
+        assert second == "linear_forward all_reduce linear_forward all_reduce wait wait"
+        assert fourth == "linear_forward all_reduce linear_forward all_reduce _weight_gradient wait wait"
 
 
 def check_few_rows(ranks):
     """Fewer rows than chunks, one dimension less, and none at all."""
-    layers = Layers(ranks, False, ChunkedProducts(8))
+    layers = Layers(ranks, False, ChunkedMatmuls(8))
     for rows in (0, 1, 3):
         x = random(6, rows, IN).requires_grad_()
         out, _ = layers.row(layers.column(x)[0])
@@ -302,7 +302,7 @@ def choices(ranks):
 
 
 def test_what_a_layer_chooses():
-    assert run_ranks(2, choices, 2)[0] == ["NoneType", "NoneType", "ChunkedProducts", "NoneType"]
+    assert run_ranks(2, choices, 2)[0] == ["NoneType", "NoneType", "ChunkedMatmuls", "NoneType"]
     assert run_ranks(1, choices, 1) == [["NoneType"] * 4]
 
 
@@ -312,11 +312,11 @@ def test_fused_kernels_come_first_where_the_device_has_them(monkeypatch):
         sequence_parallel=True, tp_comm_fused_matmul=True, tp_comm_chunks=4,
     )  # fmt: skip
     chunked = overlap_of(config)
-    assert isinstance(chunked, ChunkedProducts) and chunked.chunks == 4
+    assert isinstance(chunked, ChunkedMatmuls) and chunked.chunks == 4
     monkeypatch.setattr("megatron.core.overrides.is_replaced", lambda point: True)
-    assert isinstance(overlap_of(config), FusedProducts)
+    assert isinstance(overlap_of(config), FusedMatmuls)
     config.sequence_parallel = False
-    assert isinstance(overlap_of(config), ChunkedProducts)
+    assert isinstance(overlap_of(config), ChunkedMatmuls)
 
 
 def test_a_number_of_chunks_that_makes_no_sense():
