@@ -26,11 +26,6 @@ def get_current_global_batch_size() -> int:
     return _calculator().get_current_global_batch_size()
 
 
-def get_micro_batch_size() -> int:
-    """Samples per micro-batch."""
-    return _calculator().get_micro_batch_size()
-
-
 def get_current_running_global_batch_size() -> int:
     """Samples per step over all ranks, as run: rounded down to whole micro-batches where that is allowed."""
     return _calculator().get_current_running_global_batch_size()
@@ -68,25 +63,6 @@ def init_num_microbatches_calculator(
         data_parallel_size,
         decrease_batch_size_if_needed,
         init=True,
-    )
-
-
-def reconfigure_num_microbatches_calculator(
-    rank: int,
-    rampup_batch_size: list[int] | None,
-    global_batch_size: int,
-    micro_batch_size: int,
-    data_parallel_size: int,
-    decrease_batch_size_if_needed: bool = False,
-) -> None:
-    """Replaces the batch size of this process. Arguments as for the calculators."""
-    _configure_global_num_microbatches_calculator(
-        rank,
-        rampup_batch_size,
-        global_batch_size,
-        micro_batch_size,
-        data_parallel_size,
-        decrease_batch_size_if_needed,
     )
 
 
@@ -342,3 +318,30 @@ def _explain_misfit(size: int, micro_batch_size: int, data_parallel_size: int) -
         f"size {data_parallel_size} = {unit}: use {nearest}"
     )
     return rule if below == 0 else f"{rule}, or set decrease_batch_size_if_needed to run {below}"
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def get_micro_batch_size() -> int:
+    """Samples per micro-batch."""
+    return _calculator().get_micro_batch_size()
+
+
+def reconfigure_num_microbatches_calculator(
+    rank: int,
+    rampup_batch_size: list[int] | None,
+    global_batch_size: int,
+    micro_batch_size: int,
+    data_parallel_size: int,
+    decrease_batch_size_if_needed: bool = False,
+) -> None:
+    """Replaces the batch size of this process. Arguments as for the calculators."""
+    _configure_global_num_microbatches_calculator(
+        rank,
+        rampup_batch_size,
+        global_batch_size,
+        micro_batch_size,
+        data_parallel_size,
+        decrease_batch_size_if_needed,
+    )

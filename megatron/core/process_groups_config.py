@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch.distributed import ProcessGroup
 
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
 
 @dataclass
 class ModelCommProcessGroups:

@@ -50,17 +50,6 @@ class RerunState(Enum):
     RERUNNING_AGAIN_FROM_CHECKPOINT = 5
 
 
-class RerunValidationStatus(str, Enum):
-    """What a line of a log file of validations reports."""
-
-    RERUN_DISABLED = "rerun_disabled"
-    INITIAL_RUN = "initial_run"
-    FIRST_RERUN_NOT_REPRODUCIBLE = "first_rerun_not_reproducible"
-    FIRST_RERUN_REPRODUCIBLE = "first_rerun_reproducible"
-    SECOND_RERUN_NOT_REPRODUCIBLE = "second_rerun_not_reproducible"
-    SECOND_RERUN_REPRODUCIBLE = "second_rerun_reproducible"
-
-
 class Caller(NamedTuple):
     """Where a result is validated."""
 
@@ -74,55 +63,6 @@ class Call(NamedTuple):
 
     caller: Caller
     sequence: int
-
-
-class RerunErrorInjector:
-    """Source of faults for trials.
-
-    Args:
-        error_injection_rate: one result in so many is made wrong; only 0, never, so far.
-        error_injection_type: which kind of fault.
-
-    Raises:
-        NotBuiltYetError: another rate than 0.
-    """
-
-    def __init__(
-        self,
-        error_injection_rate: int = 0,
-        error_injection_type: RerunDiagnostic = RerunDiagnostic.TRANSIENT_ERROR,
-    ):
-        if error_injection_rate:
-            raise NotBuiltYetError(
-                "making results wrong on purpose", f"error_injection_rate {error_injection_rate}", "Pass 0."
-            )
-        self.error_injection_rate = error_injection_rate
-        self.error_injection_type = RerunDiagnostic(error_injection_type)
-
-    def maybe_inject(self) -> bool:
-        """Whether the result at hand is to be made wrong: never, at rate 0."""
-        return False
-
-    def maybe_miscompare(
-        self,
-        comparison_func: Callable[[Any, Any], float],
-        initial_result: Any,
-        result: Any,
-        state: RerunState,
-    ) -> float:
-        """Distance of two results, as ``comparison_func`` finds it."""
-        return comparison_func(initial_result, result)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Rate and kind, in plain types."""
-        return {
-            "error_injection_rate": self.error_injection_rate,
-            "error_injection_type": self.error_injection_type.value,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up what :meth:`state_dict` returned."""
-        self.__init__(state_dict["error_injection_rate"], state_dict["error_injection_type"])
 
 
 class RerunDataIterator:
@@ -358,12 +298,6 @@ def initialize_rerun_state_machine(**kwargs: Any) -> None:
     _GLOBAL_RERUN_STATE_MACHINE = RerunStateMachine(**kwargs)
 
 
-def destroy_rerun_state_machine() -> None:
-    """Drops this process's machine."""
-    global _GLOBAL_RERUN_STATE_MACHINE
-    _GLOBAL_RERUN_STATE_MACHINE = None
-
-
 def get_rerun_state_machine() -> RerunStateMachine:
     """This process's machine, made in the mode ``disabled`` if there is none."""
     if _GLOBAL_RERUN_STATE_MACHINE is None:
@@ -379,3 +313,72 @@ def _rank() -> int:
 def _plain(result: Any) -> Any:
     """A one-element tensor as its number, so that the message shows ``nan`` and not a tensor."""
     return result.item() if isinstance(result, torch.Tensor) and result.numel() == 1 else result
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+class RerunValidationStatus(str, Enum):
+    """What a line of a log file of validations reports."""
+
+    RERUN_DISABLED = "rerun_disabled"
+    INITIAL_RUN = "initial_run"
+    FIRST_RERUN_NOT_REPRODUCIBLE = "first_rerun_not_reproducible"
+    FIRST_RERUN_REPRODUCIBLE = "first_rerun_reproducible"
+    SECOND_RERUN_NOT_REPRODUCIBLE = "second_rerun_not_reproducible"
+    SECOND_RERUN_REPRODUCIBLE = "second_rerun_reproducible"
+
+
+class RerunErrorInjector:
+    """Source of faults for trials.
+
+    Args:
+        error_injection_rate: one result in so many is made wrong; only 0, never, so far.
+        error_injection_type: which kind of fault.
+
+    Raises:
+        NotBuiltYetError: another rate than 0.
+    """
+
+    def __init__(
+        self,
+        error_injection_rate: int = 0,
+        error_injection_type: RerunDiagnostic = RerunDiagnostic.TRANSIENT_ERROR,
+    ):
+        if error_injection_rate:
+            raise NotBuiltYetError(
+                "making results wrong on purpose", f"error_injection_rate {error_injection_rate}", "Pass 0."
+            )
+        self.error_injection_rate = error_injection_rate
+        self.error_injection_type = RerunDiagnostic(error_injection_type)
+
+    def maybe_inject(self) -> bool:
+        """Whether the result at hand is to be made wrong: never, at rate 0."""
+        return False
+
+    def maybe_miscompare(
+        self,
+        comparison_func: Callable[[Any, Any], float],
+        initial_result: Any,
+        result: Any,
+        state: RerunState,
+    ) -> float:
+        """Distance of two results, as ``comparison_func`` finds it."""
+        return comparison_func(initial_result, result)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rate and kind, in plain types."""
+        return {
+            "error_injection_rate": self.error_injection_rate,
+            "error_injection_type": self.error_injection_type.value,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up what :meth:`state_dict` returned."""
+        self.__init__(state_dict["error_injection_rate"], state_dict["error_injection_type"])
+
+
+def destroy_rerun_state_machine() -> None:
+    """Drops this process's machine."""
+    global _GLOBAL_RERUN_STATE_MACHINE
+    _GLOBAL_RERUN_STATE_MACHINE = None

@@ -14,15 +14,6 @@ def get_world_size() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-def get_device(local_rank: int | None = None) -> torch.device:
-    """Device of flags exchanged in the default group.
-
-    Args:
-        local_rank: index of the device, where it is one; None takes the current one.
-    """
-    return _device_of(None, local_rank)
-
-
 def _device_of(group: torch.distributed.ProcessGroup | None, local_rank: int | None) -> torch.device:
     if not torch.distributed.is_initialized():
         return torch.device("cpu")
@@ -108,3 +99,15 @@ class DistributedSignalHandler:
         signal.signal(self.sig, self._previous)
         self._installed = False
         return True
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def get_device(local_rank: int | None = None) -> torch.device:
+    """Device of flags exchanged in the default group.
+
+    Args:
+        local_rank: index of the device, where it is one; None takes the current one.
+    """
+    return _device_of(None, local_rank)

@@ -32,12 +32,6 @@ def __getattr__(name: str) -> Any:
     return _REGISTRY.get(name.removeprefix("_GLOBAL_").lower())
 
 
-def _ensure_var_is_not_initialized(var: Any, name: str) -> None:
-    """Raises AssertionError if there is something called ``name`` already."""
-    if var is not None:
-        raise AssertionError(f"{name} is already initialized: call destroy_global_vars() first")
-
-
 def _ensure_var_is_initialized(var: Any, name: str) -> None:
     """Raises AssertionError if there is nothing called ``name`` yet."""
     if var is None:
@@ -112,11 +106,6 @@ def get_failure_watcher() -> Any:
 def set_failure_watcher(watcher: Any) -> None:
     """Register the watcher of this process."""
     _PROCESS["failure_watcher"] = watcher
-
-
-def set_args(args: Namespace) -> None:
-    """Replace the arguments alone (tests and tools)."""
-    _REGISTRY["args"] = args
 
 
 def set_global_variables(args: Namespace, build_tokenizer: bool = True) -> None:
@@ -226,3 +215,17 @@ def flush_writers() -> None:
     if writer is not None:
         writer.flush()
     sys.stdout.flush()
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def _ensure_var_is_not_initialized(var: Any, name: str) -> None:
+    """Raises AssertionError if there is something called ``name`` already."""
+    if var is not None:
+        raise AssertionError(f"{name} is already initialized: call destroy_global_vars() first")
+
+
+def set_args(args: Namespace) -> None:
+    """Replace the arguments alone (tests and tools)."""
+    _REGISTRY["args"] = args

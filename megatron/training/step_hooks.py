@@ -16,28 +16,6 @@ from megatron.training.schedule_hooks import gathered_parameters
 from megatron.training.utils import print_rank_0
 
 
-def post_training_step_callbacks(
-    model: list[torch.nn.Module],
-    optimizer: Any,
-    opt_param_scheduler: Any,
-    iteration: int,
-    prof: Any,
-    num_floating_point_operations_since_last_log_event: float,
-) -> None:
-    """What is due after ``iteration`` finished iterations, for loops of one's own.
-
-    Args:
-        model: model chunks.
-        prof: profiler that is running, or None.
-        num_floating_point_operations_since_last_log_event: for the report on slow ranks.
-        optimizer, opt_param_scheduler: not looked at.
-    """
-    hooks = StepHooks(get_args(), model, 0)
-    hooks._profiler = prof
-    hooks._reported_flops -= num_floating_point_operations_since_last_log_event
-    hooks.after_step(iteration)
-
-
 class StepHooks:
     """Context of the training loop; its methods are called around every step.
 
@@ -116,3 +94,28 @@ class StepHooks:
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler = None
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def post_training_step_callbacks(
+    model: list[torch.nn.Module],
+    optimizer: Any,
+    opt_param_scheduler: Any,
+    iteration: int,
+    prof: Any,
+    num_floating_point_operations_since_last_log_event: float,
+) -> None:
+    """What is due after ``iteration`` finished iterations, for loops of one's own.
+
+    Args:
+        model: model chunks.
+        prof: profiler that is running, or None.
+        num_floating_point_operations_since_last_log_event: for the report on slow ranks.
+        optimizer, opt_param_scheduler: not looked at.
+    """
+    hooks = StepHooks(get_args(), model, 0)
+    hooks._profiler = prof
+    hooks._reported_flops -= num_floating_point_operations_since_last_log_event
+    hooks.after_step(iteration)

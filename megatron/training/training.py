@@ -130,13 +130,6 @@ __all__ = [
 _PROCESS_START_TIME = _TRAIN_START_TIME = time.time()
 
 
-def destroy_global_state() -> None:
-    """Forget everything that a process can have only one of, so that another run can begin in it."""
-    destroy_global_vars()
-    parallel_state.destroy_model_parallel()
-    destroy_rerun_state_machine()
-
-
 @stop_signals.answered
 def pretrain(
     train_valid_test_dataset_provider: Callable,
@@ -488,3 +481,13 @@ def train_step(
     losses = average_reports(reports)
     skipped = int(not succeeded)
     return StepResult(losses, skipped, must_checkpoint, must_exit, exit_code, grad_norm, num_zeros)
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def destroy_global_state() -> None:
+    """Forget everything that a process can have only one of, so that another run can begin in it."""
+    destroy_global_vars()
+    parallel_state.destroy_model_parallel()
+    destroy_rerun_state_machine()

@@ -148,17 +148,6 @@ def _norm(tensors: list[torch.Tensor]) -> float:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).item() if tensors else 0.0
 
 
-def average_losses_across_data_parallel_group(losses: list[torch.Tensor]) -> torch.Tensor:
-    """Mean over the data-parallel ranks of each scalar loss; [len(losses)]."""
-    stacked = torch.stack([loss.detach().clone().view(()) for loss in losses])
-    group = parallel_state.get_data_parallel_group()
-    world_size = parallel_state.get_data_parallel_world_size()
-    if world_size > 1:
-        torch.distributed.all_reduce(stacked, group=group)
-        stacked /= world_size
-    return stacked
-
-
 def _reduce_over_model_parallel_group(value: float, operation: torch.distributed.ReduceOp) -> float:
     group = parallel_state.get_model_parallel_group()
     if torch.distributed.get_world_size(group) == 1:
@@ -179,28 +168,6 @@ def reduce_max_stat_across_model_parallel_group(stat: float | None) -> float | N
 def logical_and_across_model_parallel_group(input: bool) -> bool:
     """True when every rank of the tensor x pipeline group says True."""
     return bool(_reduce_over_model_parallel_group(float(input), torch.distributed.ReduceOp.MIN))
-
-
-def get_device_arch_version() -> int:
-    """First number of the device's architecture (9 for a Hopper GPU); 0 where devices have no such number."""
-    return accelerator.architecture()[0]
-
-
-def print_params_min_max_norm(optimizer: Any, iteration: int) -> None:
-    """Print a line for every parameter of the optimizer: smallest and largest value, and norm.
-
-    A line names the iteration, the rank, the number of the parameter and whether it is split over the
-    tensor-parallel ranks. Each rank prints its own.
-    """
-    rank = _rank_and_world_size()[0]
-    lines = ["iteration, rank, index, tensor-model-parallel, min, max, norm"]
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    for index, param in enumerate(params, 1):
-        values = param.detach().float()
-        split = int(getattr(param, "tensor_model_parallel", False))
-        low, high, norm = values.min().item(), values.max().item(), values.norm().item()
-        lines.append(f"{iteration:7d}, {rank:4d}, {index:4d}, {split:2d}, {low:.6E}, {high:.6E}, {norm:.6E}")
-    print("\n".join(lines), flush=True)
 
 
 def report_memory(name: str) -> None:
@@ -241,11 +208,6 @@ def append_to_progress_log(string: str, barrier: bool = True) -> None:
         progress.write(
             f"{datetime.now():%Y-%m-%d %H:%M:%S}\tJob ID: {job_id}\t# GPUs: {world_size}\t{string}\n"
         )
-
-
-def update_use_dist_ckpt(args: Namespace) -> None:
-    """Set ``args.use_dist_ckpt``: every format but ``torch`` is a distributed one."""
-    args.use_dist_ckpt = args.ckpt_format != "torch"
 
 
 def get_blend_and_blend_per_split(args: Namespace) -> tuple[Any, Any]:
@@ -313,6 +275,47 @@ def _blend_per_split_from_file(path: str) -> list[Any]:
         words = table[split]
         blends.append(get_blend_from_list(words.split() if isinstance(words, str) else words))
     return blends
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def average_losses_across_data_parallel_group(losses: list[torch.Tensor]) -> torch.Tensor:
+    """Mean over the data-parallel ranks of each scalar loss; [len(losses)]."""
+    stacked = torch.stack([loss.detach().clone().view(()) for loss in losses])
+    group = parallel_state.get_data_parallel_group()
+    world_size = parallel_state.get_data_parallel_world_size()
+    if world_size > 1:
+        torch.distributed.all_reduce(stacked, group=group)
+        stacked /= world_size
+    return stacked
+
+
+def get_device_arch_version() -> int:
+    """First number of the device's architecture (9 for a Hopper GPU); 0 where devices have no such number."""
+    return accelerator.architecture()[0]
+
+
+def print_params_min_max_norm(optimizer: Any, iteration: int) -> None:
+    """Print a line for every parameter of the optimizer: smallest and largest value, and norm.
+
+    A line names the iteration, the rank, the number of the parameter and whether it is split over the
+    tensor-parallel ranks. Each rank prints its own.
+    """
+    rank = _rank_and_world_size()[0]
+    lines = ["iteration, rank, index, tensor-model-parallel, min, max, norm"]
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for index, param in enumerate(params, 1):
+        values = param.detach().float()
+        split = int(getattr(param, "tensor_model_parallel", False))
+        low, high, norm = values.min().item(), values.max().item(), values.norm().item()
+        lines.append(f"{iteration:7d}, {rank:4d}, {index:4d}, {split:2d}, {low:.6E}, {high:.6E}, {norm:.6E}")
+    print("\n".join(lines), flush=True)
+
+
+def update_use_dist_ckpt(args: Namespace) -> None:
+    """Set ``args.use_dist_ckpt``: every format but ``torch`` is a distributed one."""
+    args.use_dist_ckpt = args.ckpt_format != "torch"
 
 
 def get_ltor_masks_and_position_ids(

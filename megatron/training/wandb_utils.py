@@ -4,6 +4,8 @@ import os
 
 from megatron.training.global_vars import get_wandb_writer
 
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
 
 def on_save_checkpoint_success(
     checkpoint_path: str, tracker_filename: str, save_dir: str, iteration: int

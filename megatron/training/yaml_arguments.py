@@ -119,34 +119,6 @@ def namespace_from_yaml(command_line: Namespace, parser: argparse.ArgumentParser
     return args
 
 
-def validate_yaml(args: Namespace, defaults: Mapping[str, Any] = {}) -> Namespace:
-    """Flatten the sections of a loaded file, if it still has them, then ``validate_args``."""
-    if any(hasattr(args, section) for section in SECTIONS):
-        loaded = Namespace(**vars(args))
-        for name in loaded.__dict__:
-            delattr(args, name)
-        args.rank, args.world_size = getattr(loaded, "rank", 0), getattr(loaded, "world_size", 1)
-        args.yaml_cfg = getattr(loaded, "yaml_cfg", None)
-        for flag in ALL_FLAGS:
-            if not hasattr(args, flag.dest):
-                setattr(args, flag.dest, flag.default)
-        _fill(args, loaded)
-    return validate_args(args, defaults)
-
-
-def core_config_from_args(args: Namespace, dataclass: type = TransformerConfig) -> Any:
-    """A dataclass filled from the attributes of the same names; absent ones keep their defaults."""
-    names = [entry.name for entry in dataclasses.fields(dataclass) if hasattr(args, entry.name)]
-    return dataclass(**{name: getattr(args, name) for name in names})
-
-
-def core_transformer_config_from_yaml(args: Namespace, transfomer_key: str = "language_model") -> Any:
-    """The model's config; ``args`` has been validated, so the section is part of it by now."""
-    if hasattr(args, transfomer_key):
-        args = validate_yaml(deepcopy(args))
-    return core_transformer_config_from_args(args)
-
-
 def _fill(args: Namespace, loaded: Namespace) -> None:
     """Copy what a file says into ``args``, whose other attributes are the defaults."""
     pairs, unknown, problems = _flatten(loaded)
@@ -272,3 +244,34 @@ def _convert_one(flag: Flag, value: Any) -> Any:
         named = [choice for choice in choices if choice is not None]
         raise ValueError(f"{value} is not one of {', '.join(map(str, named))}{suggestion(value, named)}")
     return converted
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def validate_yaml(args: Namespace, defaults: Mapping[str, Any] = {}) -> Namespace:
+    """Flatten the sections of a loaded file, if it still has them, then ``validate_args``."""
+    if any(hasattr(args, section) for section in SECTIONS):
+        loaded = Namespace(**vars(args))
+        for name in loaded.__dict__:
+            delattr(args, name)
+        args.rank, args.world_size = getattr(loaded, "rank", 0), getattr(loaded, "world_size", 1)
+        args.yaml_cfg = getattr(loaded, "yaml_cfg", None)
+        for flag in ALL_FLAGS:
+            if not hasattr(args, flag.dest):
+                setattr(args, flag.dest, flag.default)
+        _fill(args, loaded)
+    return validate_args(args, defaults)
+
+
+def core_config_from_args(args: Namespace, dataclass: type = TransformerConfig) -> Any:
+    """A dataclass filled from the attributes of the same names; absent ones keep their defaults."""
+    names = [entry.name for entry in dataclasses.fields(dataclass) if hasattr(args, entry.name)]
+    return dataclass(**{name: getattr(args, name) for name in names})
+
+
+def core_transformer_config_from_yaml(args: Namespace, transfomer_key: str = "language_model") -> Any:
+    """The model's config; ``args`` has been validated, so the section is part of it by now."""
+    if hasattr(args, transfomer_key):
+        args = validate_yaml(deepcopy(args))
+    return core_transformer_config_from_args(args)

@@ -81,25 +81,6 @@ def build_shuffle_index(plan: EpochPlan, random: np.random.RandomState) -> np.nd
     return order
 
 
-def _build_document_index(
-    documents: np.ndarray,
-    num_epochs: int,
-    numpy_random_state: np.random.RandomState,
-    separate_final_epoch: bool,
-) -> np.ndarray:
-    """:func:`build_document_index` of a number of passes; the last is shuffled apart if so wished."""
-    separate = 0 if separate_final_epoch and num_epochs > 1 else None
-    return build_document_index(documents, EpochPlan(0, num_epochs, separate, 0), numpy_random_state)
-
-
-def _build_shuffle_index(
-    num_samples: int, total_size: int, numpy_random_state: np.random.RandomState
-) -> np.ndarray:
-    """:func:`build_shuffle_index` of ``total_size`` samples; those from ``num_samples`` on come last."""
-    separate = num_samples if num_samples != total_size else None
-    return build_shuffle_index(EpochPlan(0, 0, separate, total_size), numpy_random_state)
-
-
 def build_gpt_index(
     sizes: np.ndarray,
     indices: np.ndarray,
@@ -160,3 +141,25 @@ def find_index_fault(
     if ((offset >= lengths) if extra else (offset == 0) & (lengths > 0)).any():
         return "it was built with the other setting of add_extra_token_to_sequence"
     return None
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def _build_document_index(
+    documents: np.ndarray,
+    num_epochs: int,
+    numpy_random_state: np.random.RandomState,
+    separate_final_epoch: bool,
+) -> np.ndarray:
+    """:func:`build_document_index` of a number of passes; the last is shuffled apart if so wished."""
+    separate = 0 if separate_final_epoch and num_epochs > 1 else None
+    return build_document_index(documents, EpochPlan(0, num_epochs, separate, 0), numpy_random_state)
+
+
+def _build_shuffle_index(
+    num_samples: int, total_size: int, numpy_random_state: np.random.RandomState
+) -> np.ndarray:
+    """:func:`build_shuffle_index` of ``total_size`` samples; those from ``num_samples`` on come last."""
+    separate = num_samples if num_samples != total_size else None
+    return build_shuffle_index(EpochPlan(0, 0, separate, total_size), numpy_random_state)

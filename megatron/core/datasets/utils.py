@@ -27,10 +27,6 @@ class Split(Enum):
     test = 2
 
 
-def compile_helpers() -> None:
-    """Do nothing: index building is NumPy and needs no compiler. Kept for scripts that call it."""
-
-
 def normalize(weights: list[float]) -> list[float]:
     """Divide by the sum, in double precision."""
     array = np.array(weights, dtype=np.float64)
@@ -101,3 +97,10 @@ def sync_directory(directory: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def compile_helpers() -> None:
+    """Do nothing: index building is NumPy and needs no compiler. Kept for scripts that call it."""

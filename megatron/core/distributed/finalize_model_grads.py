@@ -117,22 +117,6 @@ def _get_main_grad_attr(param: torch.nn.Parameter, use_custom_fsdp: bool = False
     return "main_grad" if hasattr(param, "main_grad") else "grad"
 
 
-def _unshard_if_dtensor(tensor: Tensor) -> Tensor:
-    """The whole of a DTensor; any other tensor as it is."""
-    full_tensor = getattr(tensor, "full_tensor", None)
-    return tensor if full_tensor is None else full_tensor()
-
-
-def _reshard_if_dtensor(tensor_to_shard: Tensor, reference_tensor: Tensor) -> Tensor:
-    """``tensor_to_shard`` spread like ``reference_tensor`` where that is a DTensor; else as it is."""
-    mesh = getattr(reference_tensor, "device_mesh", None)
-    if mesh is None:
-        return tensor_to_shard
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor_to_shard, mesh, reference_tensor.placements)
-
-
 def _allreduce_word_embedding_grads(model: list[torch.nn.Module], config: TransformerConfig) -> None:
     """Sums the gradients of a tied embedding's copies on the first and the last stage."""
     if not parallel_state.is_rank_in_embedding_group(ignore_virtual=True):
@@ -183,3 +167,22 @@ def _sum_tokens(num_tokens: Tensor) -> Tensor:
         if data.size() > 1:
             dist.all_reduce(total, group=data)
     return total
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def _unshard_if_dtensor(tensor: Tensor) -> Tensor:
+    """The whole of a DTensor; any other tensor as it is."""
+    full_tensor = getattr(tensor, "full_tensor", None)
+    return tensor if full_tensor is None else full_tensor()
+
+
+def _reshard_if_dtensor(tensor_to_shard: Tensor, reference_tensor: Tensor) -> Tensor:
+    """``tensor_to_shard`` spread like ``reference_tensor`` where that is a DTensor; else as it is."""
+    mesh = getattr(reference_tensor, "device_mesh", None)
+    if mesh is None:
+        return tensor_to_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor_to_shard, mesh, reference_tensor.placements)

@@ -32,13 +32,6 @@ _LARGE_GRAD_FACTOR = 10
 _MOST_NAMES = 5
 
 
-class BufferType(enum.Enum):
-    """Which of a buffer's two tensors is meant."""
-
-    PARAM = 1
-    GRAD = 2
-
-
 class _ParamAndGradBucket:
     """A slice of a buffer that is reduced, and gathered, at once.
 
@@ -443,3 +436,13 @@ def partition_buckets(
         earlier.next_group, later.previous_group = later, earlier
         later.next_param_gather_bucket_group = earlier
     return groups
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+class BufferType(enum.Enum):
+    """Which of a buffer's two tensors is meant."""
+
+    PARAM = 1
+    GRAD = 2

@@ -55,51 +55,6 @@ class TENorm:
         return NORMS[config.normalization](config, hidden_size, eps)
 
 
-class TELinear(LinearBase):
-    """A linear layer; ``parallel_mode`` says what is split over the group: "column" its outputs, "row" its
-    inputs, None nothing: every rank has the whole weight and works on what it is given.
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        *,
-        parallel_mode: str | None,
-        config: TransformerConfig,
-        init_method: InitMethod,
-        bias: bool,
-        skip_bias_add: bool,
-        skip_weight_param_allocation: bool,
-        tp_comm_buffer_name: str | None = None,
-        is_expert: bool = False,
-    ):
-        if parallel_mode not in _SPLIT_DIMENSIONS:
-            raise ConfigError(f"parallel_mode: {parallel_mode!r} is not 'column', 'row' or None")
-        if skip_weight_param_allocation:
-            raise ConfigError("skip_weight_param_allocation: not offered by this layer; it needs its weight")
-        super().__init__(config, (input_size, output_size), skip_bias_add, is_expert)
-        self.parallel_mode = parallel_mode
-        self.weight, _ = new_weight(
-            config, (output_size, input_size), _SPLIT_DIMENSIONS[parallel_mode], init_method, self.place
-        )
-        is_column = parallel_mode == "column"
-        self.bias = new_bias(config, output_size, is_column, self.place) if bias else None
-        # Whole parameters that see a part of the sequence: their gradients are summed over the ranks.
-        if self.bias is not None and not is_column:
-            self.bias.sequence_parallel = self.sequence_parallel
-        if parallel_mode is None:
-            self.weight.sequence_parallel = self.sequence_parallel
-
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[..., in] -> [..., out], of which one is split with "column" or "row"; and the bias or None."""
-        if self.parallel_mode == "row":
-            return self._linear_then_sum(input_, self.weight)
-        reduces = self.parallel_mode == "column" and self.communicates
-        out = self._linear(input_, self.weight, None if self.skip_bias_add else self.bias, reduces)
-        return out, self.bias if self.skip_bias_add else None
-
-
 def _refuse_gathering(gather_output: bool) -> None:
     if gather_output:
         raise ConfigError("gather_output: not offered by this layer; use ColumnParallelLinear")
@@ -263,13 +218,6 @@ class TEDotProductAttention(DotProductAttention):
         )
 
 
-class TECudaRNGStatesTracker(CudaRNGStatesTracker):
-    """Named random streams; there is one kind here."""
-
-    def __init__(self, is_inference_rng_tracker: bool = False):
-        super().__init__(is_inference_rng_tracker=is_inference_rng_tracker)
-
-
 # Kernels of TransformerEngine that callers test for None before they use them.
 Fp8Padding = Fp8Unpadding = SplitAlongDim = None
 fused_permute = fused_permute_with_probs = fused_unpermute = None
@@ -279,6 +227,61 @@ fused_sort_chunks_by_index = fused_sort_chunks_by_index_with_probs = None
 def condition_init_method(config: TransformerConfig, init_method: InitMethod) -> InitMethod:
     """``init_method``, or one that leaves the weight as it is without ``config.perform_initialization``."""
     return init_method if config.perform_initialization else (lambda weight: None)
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+class TELinear(LinearBase):
+    """A linear layer; ``parallel_mode`` says what is split over the group: "column" its outputs, "row" its
+    inputs, None nothing: every rank has the whole weight and works on what it is given.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        parallel_mode: str | None,
+        config: TransformerConfig,
+        init_method: InitMethod,
+        bias: bool,
+        skip_bias_add: bool,
+        skip_weight_param_allocation: bool,
+        tp_comm_buffer_name: str | None = None,
+        is_expert: bool = False,
+    ):
+        if parallel_mode not in _SPLIT_DIMENSIONS:
+            raise ConfigError(f"parallel_mode: {parallel_mode!r} is not 'column', 'row' or None")
+        if skip_weight_param_allocation:
+            raise ConfigError("skip_weight_param_allocation: not offered by this layer; it needs its weight")
+        super().__init__(config, (input_size, output_size), skip_bias_add, is_expert)
+        self.parallel_mode = parallel_mode
+        self.weight, _ = new_weight(
+            config, (output_size, input_size), _SPLIT_DIMENSIONS[parallel_mode], init_method, self.place
+        )
+        is_column = parallel_mode == "column"
+        self.bias = new_bias(config, output_size, is_column, self.place) if bias else None
+        # Whole parameters that see a part of the sequence: their gradients are summed over the ranks.
+        if self.bias is not None and not is_column:
+            self.bias.sequence_parallel = self.sequence_parallel
+        if parallel_mode is None:
+            self.weight.sequence_parallel = self.sequence_parallel
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[..., in] -> [..., out], of which one is split with "column" or "row"; and the bias or None."""
+        if self.parallel_mode == "row":
+            return self._linear_then_sum(input_, self.weight)
+        reduces = self.parallel_mode == "column" and self.communicates
+        out = self._linear(input_, self.weight, None if self.skip_bias_add else self.bias, reduces)
+        return out, self.bias if self.skip_bias_add else None
+
+
+class TECudaRNGStatesTracker(CudaRNGStatesTracker):
+    """Named random streams; there is one kind here."""
+
+    def __init__(self, is_inference_rng_tracker: bool = False):
+        super().__init__(is_inference_rng_tracker=is_inference_rng_tracker)
 
 
 def te_checkpoint(

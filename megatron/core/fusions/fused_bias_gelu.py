@@ -29,16 +29,6 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
     return F.gelu(x, approximate=approximate)
 
 
-def bias_gelu(bias: Tensor, y: Tensor) -> Tensor:
-    """Tanh GELU of ``y + bias`` (Hendrycks and Gimpel, 2016).  y: [..., f], bias: [f]."""
-    return F.gelu(y + bias, approximate="tanh")
-
-
-def bias_gelu_back(g: Tensor, bias: Tensor, y: Tensor) -> Tensor:
-    """Gradient of :func:`bias_gelu` with respect to ``y``, for the output gradient ``g``."""
-    return torch.ops.aten.gelu_backward(g, y + bias, approximate="tanh")
-
-
 @overridable
 def bias_gelu_impl(input: Tensor, bias: Tensor) -> Tensor:
     """Tanh GELU of ``input + bias``, differentiable.  input: [..., f], bias: [f] -> [..., f]."""
@@ -84,3 +74,16 @@ def _rows(t: Tensor) -> Tensor:
 
 def _widen(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def bias_gelu(bias: Tensor, y: Tensor) -> Tensor:
+    """Tanh GELU of ``y + bias`` (Hendrycks and Gimpel, 2016).  y: [..., f], bias: [f]."""
+    return F.gelu(y + bias, approximate="tanh")
+
+
+def bias_gelu_back(g: Tensor, bias: Tensor, y: Tensor) -> Tensor:
+    """Gradient of :func:`bias_gelu` with respect to ``y``, for the output gradient ``g``."""
+    return torch.ops.aten.gelu_backward(g, y + bias, approximate="tanh")

@@ -42,6 +42,14 @@ class SwiGLUFunction(torch.autograd.Function):
         return swiglu_back(grad_output, input), None
 
 
+def _refuse_fp8(fp8_input_store: bool) -> None:
+    if fp8_input_store:
+        raise ConfigError("activation_func_fp8_input_store: no fp8 storage here; leave it off")
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
 class BiasSwiGLUFunction(torch.autograd.Function):
     """:class:`SwiGLUFunction` of ``input + bias``."""
 
@@ -116,8 +124,3 @@ def weighted_bias_swiglu_impl(
     if bias is not None:
         raise ConfigError("weighted_bias_swiglu_impl takes no bias; pass None")
     return weighted_swiglu(input, weights)
-
-
-def _refuse_fp8(fp8_input_store: bool) -> None:
-    if fp8_input_store:
-        raise ConfigError("activation_func_fp8_input_store: no fp8 storage here; leave it off")

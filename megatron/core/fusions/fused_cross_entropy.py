@@ -199,6 +199,9 @@ class VocabParallelCrossEntropy:
         return grad_input.mul_(grad_output.unsqueeze(-1))
 
 
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
 def calculate_logits_max(vocab_parallel_logits: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 logits [..., v/TP] and their maximum over this rank's ids [...]."""
     return VocabParallelCrossEntropy.calculate_logits_max(vocab_parallel_logits)

@@ -36,31 +36,6 @@ def scaled_masked_softmax(scores: Tensor, mask: Tensor | None, scale: float, in_
     return torch.softmax(wide, dim=-1).to(scores.dtype)
 
 
-class ScaledUpperTriangMaskedSoftmax:
-    """Causal softmax of 3-D scores [b*n, s, s]."""
-
-    @staticmethod
-    def apply(inputs: Tensor, scale: float) -> Tensor:
-        mask = get_default_causal_mask(inputs.shape[-2])
-        return scaled_masked_softmax(inputs.unsqueeze(0), mask, scale, True).squeeze(0)
-
-
-class ScaledMaskedSoftmax:
-    """Softmax of 4-D scores [b, n, sq, sk] under a mask."""
-
-    @staticmethod
-    def apply(inputs: Tensor, mask: Tensor, scale: float) -> Tensor:
-        return scaled_masked_softmax(inputs, mask, scale, True)
-
-
-class ScaledSoftmax:
-    """Softmax of 4-D scores with nothing masked."""
-
-    @staticmethod
-    def apply(inputs: Tensor, scale: float) -> Tensor:
-        return scaled_masked_softmax(inputs, None, scale, True)
-
-
 class FusedScaleMaskSoftmax(nn.Module):
     """``softmax(mask(scale * x))``, by the replaceable kernel or by plain operations.
 
@@ -144,3 +119,31 @@ class FusedScaleMaskSoftmax(nn.Module):
         """
         width = 1 << max(sk - 1, 0).bit_length()
         return 128 // min(width, 32) * (2 if width <= 128 else 1)
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+class ScaledUpperTriangMaskedSoftmax:
+    """Causal softmax of 3-D scores [b*n, s, s]."""
+
+    @staticmethod
+    def apply(inputs: Tensor, scale: float) -> Tensor:
+        mask = get_default_causal_mask(inputs.shape[-2])
+        return scaled_masked_softmax(inputs.unsqueeze(0), mask, scale, True).squeeze(0)
+
+
+class ScaledMaskedSoftmax:
+    """Softmax of 4-D scores [b, n, sq, sk] under a mask."""
+
+    @staticmethod
+    def apply(inputs: Tensor, mask: Tensor, scale: float) -> Tensor:
+        return scaled_masked_softmax(inputs, mask, scale, True)
+
+
+class ScaledSoftmax:
+    """Softmax of 4-D scores with nothing masked."""
+
+    @staticmethod
+    def apply(inputs: Tensor, scale: float) -> Tensor:
+        return scaled_masked_softmax(inputs, None, scale, True)

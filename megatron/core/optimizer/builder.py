@@ -107,41 +107,6 @@ def _some_rank_says(flag: bool) -> bool:
     return bool(found.item())
 
 
-def _get_megatron_optimizer_based_on_param_groups(
-    config: OptimizerConfig,
-    model_chunks: list[torch.nn.Module],
-    param_groups: list[dict[str, Any]],
-    per_model_buffers: dict[int, list[Any]] | None = None,
-    model_parallel_group: dist.ProcessGroup | None = None,
-    data_parallel_group: dist.ProcessGroup | None = None,
-    data_parallel_group_gloo: dist.ProcessGroup | None = None,
-    data_parallel_group_idx: int | None = None,
-    distributed_optimizer_instance_id: int | None = 0,
-) -> MegatronOptimizer:
-    """The optimizer of one set of param groups: what :func:`get_megatron_optimizer` returns or chains.
-
-    Args:
-        config: settings.
-        model_chunks: chunks that hold the parameters.
-        param_groups: as of ``_get_param_groups``.
-        per_model_buffers: number of the chunk -> gradient buffers, for the distributed optimizer.
-        model_parallel_group: ranks over which norms and overflows are found.
-        data_parallel_group, data_parallel_group_gloo: ranks that share the distributed optimizer's state.
-        data_parallel_group_idx: number of that group; by default this rank's place in the model group.
-        distributed_optimizer_instance_id: only 0; several instances are not built yet.
-    """
-    if distributed_optimizer_instance_id:
-        raise NotBuiltYetError(
-            "more than one instance of the distributed optimizer",
-            f"distributed_optimizer_instance_id {distributed_optimizer_instance_id}",
-            "Pass 0.",
-        )
-    places = _Places(
-        per_model_buffers or {}, data_parallel_group, data_parallel_group_gloo, model_parallel_group
-    )
-    return _build_member(config, param_groups, model_chunks, places, data_parallel_group_idx)
-
-
 @dataclass(frozen=True)
 class _Places:
     """Where the dense, or the expert, parameters and their gradients are."""
@@ -271,3 +236,41 @@ def _build_grad_scaler(config: OptimizerConfig) -> MegatronGradScaler | None:
         growth_interval=config.loss_scale_window,
         hysteresis=config.hysteresis,
     )
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def _get_megatron_optimizer_based_on_param_groups(
+    config: OptimizerConfig,
+    model_chunks: list[torch.nn.Module],
+    param_groups: list[dict[str, Any]],
+    per_model_buffers: dict[int, list[Any]] | None = None,
+    model_parallel_group: dist.ProcessGroup | None = None,
+    data_parallel_group: dist.ProcessGroup | None = None,
+    data_parallel_group_gloo: dist.ProcessGroup | None = None,
+    data_parallel_group_idx: int | None = None,
+    distributed_optimizer_instance_id: int | None = 0,
+) -> MegatronOptimizer:
+    """The optimizer of one set of param groups: what :func:`get_megatron_optimizer` returns or chains.
+
+    Args:
+        config: settings.
+        model_chunks: chunks that hold the parameters.
+        param_groups: as of ``_get_param_groups``.
+        per_model_buffers: number of the chunk -> gradient buffers, for the distributed optimizer.
+        model_parallel_group: ranks over which norms and overflows are found.
+        data_parallel_group, data_parallel_group_gloo: ranks that share the distributed optimizer's state.
+        data_parallel_group_idx: number of that group; by default this rank's place in the model group.
+        distributed_optimizer_instance_id: only 0; several instances are not built yet.
+    """
+    if distributed_optimizer_instance_id:
+        raise NotBuiltYetError(
+            "more than one instance of the distributed optimizer",
+            f"distributed_optimizer_instance_id {distributed_optimizer_instance_id}",
+            "Pass 0.",
+        )
+    places = _Places(
+        per_model_buffers or {}, data_parallel_group, data_parallel_group_gloo, model_parallel_group
+    )
+    return _build_member(config, param_groups, model_chunks, places, data_parallel_group_idx)

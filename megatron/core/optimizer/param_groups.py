@@ -89,6 +89,35 @@ def empty_group(is_expert: bool, lr: float | None, min_lr: float | None) -> dict
     return {**_describe(kind, []), "max_lr": lr, "min_lr": min_lr}
 
 
+def _update_min_and_max_lr_in_param_groups(
+    param_groups: list[dict[str, Any]],
+    lr: float | None,
+    min_lr: float | None,
+    decoupled_lr: float | None,
+    decoupled_min_lr: float | None,
+) -> list[dict[str, Any]]:
+    """Writes the limits of the learning rate into the groups, which it returns; arguments as above."""
+    if decoupled_min_lr is None:
+        decoupled_min_lr = min_lr
+    for group in param_groups:
+        is_decoupled = group.get("is_decoupled_lr", False)
+        group["max_lr"] = decoupled_lr if is_decoupled else lr
+        group["min_lr"] = decoupled_min_lr if is_decoupled else min_lr
+    return param_groups
+
+
+def _is_bias_or_vector(name: str, param: torch.nn.Parameter) -> bool:
+    return name.endswith(".bias") or param.dim() == 1
+
+
+def _describe(kind: _Kind, params: list[torch.nn.Parameter]) -> dict[str, Any]:
+    """A group for a torch optimizer, without limits of the learning rate."""
+    return {"params": params, **asdict(kind)}
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
 def _get_param_groups_and_buffers(
     model_chunks: list[torch.nn.Module],
     model_chunk_offset: int,
@@ -114,29 +143,3 @@ def _get_param_groups_and_buffers(
         number: getattr(chunk, buffer_name) for number, chunk in enumerate(model_chunks, model_chunk_offset)
     }
     return [group for group in groups if filter_fn(group)], buffers
-
-
-def _update_min_and_max_lr_in_param_groups(
-    param_groups: list[dict[str, Any]],
-    lr: float | None,
-    min_lr: float | None,
-    decoupled_lr: float | None,
-    decoupled_min_lr: float | None,
-) -> list[dict[str, Any]]:
-    """Writes the limits of the learning rate into the groups, which it returns; arguments as above."""
-    if decoupled_min_lr is None:
-        decoupled_min_lr = min_lr
-    for group in param_groups:
-        is_decoupled = group.get("is_decoupled_lr", False)
-        group["max_lr"] = decoupled_lr if is_decoupled else lr
-        group["min_lr"] = decoupled_min_lr if is_decoupled else min_lr
-    return param_groups
-
-
-def _is_bias_or_vector(name: str, param: torch.nn.Parameter) -> bool:
-    return name.endswith(".bias") or param.dim() == 1
-
-
-def _describe(kind: _Kind, params: list[torch.nn.Parameter]) -> dict[str, Any]:
-    """A group for a torch optimizer, without limits of the learning rate."""
-    return {"params": params, **asdict(kind)}

@@ -44,11 +44,6 @@ def get_model_parallel_group() -> ProcessGroup:
     return state.group("_MODEL_PARALLEL_GROUP")
 
 
-def get_model_parallel_src_rank() -> int:
-    """Global rank of the first member of the tensor x pipeline group."""
-    return state.ranks("_MODEL_PARALLEL_GROUP")[0]
-
-
 def get_tensor_model_parallel_group(check_initialized: bool = True) -> ProcessGroup | None:
     """Tensor-parallel group of this rank."""
     return state.group("_TENSOR_MODEL_PARALLEL_GROUP", check_initialized)
@@ -89,34 +84,9 @@ def get_pipeline_model_parallel_world_size() -> int:
     return state.size("_PIPELINE_MODEL_PARALLEL_GROUP", "pp_size")
 
 
-def set_pipeline_model_parallel_world_size(world_size: int | None) -> None:
-    """Override the number of pipeline stages."""
-    STATE.by_hand["pp_size"] = world_size
-
-
 def get_pipeline_model_parallel_rank() -> int:
     """Pipeline stage of this rank."""
     return state.rank("_PIPELINE_MODEL_PARALLEL_GROUP", "pp_rank")
-
-
-def set_pipeline_model_parallel_rank(rank: int | None) -> None:
-    """Override the pipeline stage."""
-    STATE.by_hand["pp_rank"] = rank
-
-
-def get_pipeline_model_parallel_split_rank() -> int | None:
-    """First decoder stage of the old encoder/decoder split, None without one."""
-    return STATE.by_hand.get("split_rank")
-
-
-def set_pipeline_model_parallel_split_rank(rank: int | None) -> None:
-    """Override the first decoder stage of the old encoder/decoder split."""
-    STATE.by_hand["split_rank"] = rank
-
-
-def get_pipeline_model_parallel_decoder_start() -> int | None:
-    """First stage with decoder layers where encoder and decoder have stages of their own, else None."""
-    return STATE.by_hand.get("decoder_start")
 
 
 def get_virtual_pipeline_model_parallel_rank() -> int | None:
@@ -132,16 +102,6 @@ def set_virtual_pipeline_model_parallel_rank(rank: int | None) -> None:
 def get_virtual_pipeline_model_parallel_world_size() -> int | None:
     """Virtual stages per rank, None without virtual stages."""
     return STATE.by_hand.get("vpp_size")
-
-
-def set_virtual_pipeline_model_parallel_world_size(world_size: int | None) -> None:
-    """Override the number of virtual stages per rank."""
-    STATE.by_hand["vpp_size"] = world_size
-
-
-def get_pipeline_model_parallel_first_rank() -> int:
-    """Global rank of the first stage."""
-    return state.ranks("_PIPELINE_MODEL_PARALLEL_GROUP")[0]
 
 
 def get_pipeline_model_parallel_last_rank() -> int:
@@ -188,18 +148,6 @@ def is_pipeline_last_stage(ignore_virtual: bool = False) -> bool:
     )
 
 
-def get_pipeline_model_parallel_next_rank() -> int:
-    """Global rank of the next stage; the first after the last."""
-    ranks = state.ranks("_PIPELINE_MODEL_PARALLEL_GROUP")
-    return ranks[(get_pipeline_model_parallel_rank() + 1) % get_pipeline_model_parallel_world_size()]
-
-
-def get_pipeline_model_parallel_prev_rank() -> int:
-    """Global rank of the previous stage; the last before the first."""
-    ranks = state.ranks("_PIPELINE_MODEL_PARALLEL_GROUP")
-    return ranks[(get_pipeline_model_parallel_rank() - 1) % get_pipeline_model_parallel_world_size()]
-
-
 def is_rank_in_embedding_group(ignore_virtual: bool = False) -> bool:
     """True where word embeddings live; with virtual stages only in the chunk that has them."""
     if state.group("_EMBEDDING_GROUP", check_initialized=False) is None:
@@ -210,6 +158,217 @@ def is_rank_in_embedding_group(ignore_virtual: bool = False) -> bool:
     if rank == ranks[0] and is_pipeline_first_stage():
         return True
     return is_pipeline_last_stage() if rank == ranks[-1] else rank != ranks[0]
+
+
+# ---- The data and context axes
+
+
+def _data_parallel(with_context_parallel: bool, partial_data_parallel: bool) -> str:
+    if not partial_data_parallel:
+        return "_DATA_PARALLEL_GROUP_WITH_CP" if with_context_parallel else "_DATA_PARALLEL_GROUP"
+    if not with_context_parallel:
+        raise UsageError(
+            "the shard group of an optimizer instance spans the context axis: pass with_context_parallel=True"
+        )
+    return "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP"
+
+
+def get_data_parallel_group(
+    with_context_parallel: bool = False, partial_data_parallel: bool = False
+) -> ProcessGroup:
+    """Data-parallel group, with the context axis folded in on request.
+
+    ``partial_data_parallel`` asks for the shard group of one distributed optimizer instance, and needs
+    ``with_context_parallel``; with a single instance that is the whole group.
+    """
+    return state.group(_data_parallel(with_context_parallel, partial_data_parallel))
+
+
+def get_data_parallel_group_gloo(
+    with_context_parallel: bool = False, partial_data_parallel: bool = False
+) -> ProcessGroup:
+    """Twin of the data-parallel group for tensors in host memory."""
+    return state.group(f"{_data_parallel(with_context_parallel, partial_data_parallel)}_GLOO")
+
+
+def get_data_parallel_world_size(
+    with_context_parallel: bool = False, partial_data_parallel: bool = False
+) -> int:
+    """Data-parallel size; 0 without torch.distributed."""
+    return state.size_or_zero(_data_parallel(with_context_parallel, partial_data_parallel))
+
+
+def get_data_parallel_rank(with_context_parallel: bool = False, partial_data_parallel: bool = False) -> int:
+    """Data-parallel rank; 0 without torch.distributed."""
+    return state.rank_or_zero(_data_parallel(with_context_parallel, partial_data_parallel), "dp_rank")
+
+
+def get_context_parallel_group(check_initialized: bool = True) -> ProcessGroup | None:
+    """Context-parallel group of this rank."""
+    return state.group("_CONTEXT_PARALLEL_GROUP", check_initialized)
+
+
+def get_hierarchical_context_parallel_groups(check_initialized: bool = True) -> list[ProcessGroup] | None:
+    """Groups of this rank inside its context-parallel group, one per level, neighbours first."""
+    if check_initialized and STATE.hierarchical is None:
+        raise UsageError(
+            "hierarchical context parallel groups are not initialized: pass "
+            "hierarchical_context_parallel_sizes to initialize_model_parallel()"
+        )
+    return STATE.hierarchical
+
+
+def get_context_parallel_world_size() -> int:
+    """Context-parallel size; 0 without torch.distributed."""
+    return state.size_or_zero("_CONTEXT_PARALLEL_GROUP")
+
+
+def get_context_parallel_rank() -> int:
+    """Context-parallel rank; 0 without torch.distributed."""
+    return state.rank_or_zero("_CONTEXT_PARALLEL_GROUP")
+
+
+# ---- The expert grid's axes
+
+
+def get_expert_model_parallel_world_size() -> int:
+    """Expert-parallel size; 0 without torch.distributed."""
+    return state.size_or_zero("_EXPERT_MODEL_PARALLEL_GROUP", "ep_size")
+
+
+def get_expert_model_parallel_rank() -> int:
+    """Expert-parallel rank; 0 without torch.distributed."""
+    return state.rank_or_zero("_EXPERT_MODEL_PARALLEL_GROUP", "ep_rank")
+
+
+def get_expert_tensor_parallel_group(check_initialized: bool = True) -> ProcessGroup | None:
+    """Tensor-parallel group inside experts."""
+    return state.group("_EXPERT_TENSOR_PARALLEL_GROUP", check_initialized)
+
+
+def _tensor_by_hand(key: str) -> str:
+    """Before initialisation, what was set for the dense tensor axis holds inside experts too."""
+    has_own = STATE.by_hand.get(f"expert_{key}") is not None
+    return f"expert_{key}" if has_own or "_EXPERT_TENSOR_PARALLEL_GROUP" in STATE.groups else key
+
+
+def get_expert_tensor_parallel_world_size() -> int:
+    """Tensor-parallel size inside experts; before initialisation the size set for the tensor axis."""
+    return state.size("_EXPERT_TENSOR_PARALLEL_GROUP", _tensor_by_hand("tp_size"))
+
+
+def get_expert_tensor_parallel_rank() -> int:
+    """Tensor-parallel rank inside experts; before initialisation the rank set for the tensor axis."""
+    return state.rank("_EXPERT_TENSOR_PARALLEL_GROUP", _tensor_by_hand("tp_rank"))
+
+
+def get_expert_tensor_model_pipeline_parallel_group() -> ProcessGroup:
+    """Expert tensor x expert x pipeline group, over which the norm of expert gradients is taken."""
+    return state.group("_EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP")
+
+
+def get_expert_data_parallel_group() -> ProcessGroup:
+    """Group over which gradients of expert weights are reduced."""
+    return state.group("_EXPERT_DATA_PARALLEL_GROUP")
+
+
+def get_expert_data_parallel_group_gloo() -> ProcessGroup:
+    """Twin of the expert data-parallel group for tensors in host memory."""
+    return state.group("_EXPERT_DATA_PARALLEL_GROUP_GLOO")
+
+
+def get_expert_data_parallel_rank() -> int:
+    """Rank in the expert data-parallel group; 0 without torch.distributed."""
+    return state.rank_or_zero("_EXPERT_DATA_PARALLEL_GROUP")
+
+
+# ---- All axes together
+
+
+_RANK_LISTS = {
+    "_PIPELINE_GLOBAL_RANKS": "_PIPELINE_MODEL_PARALLEL_GROUP",
+    "_DATA_PARALLEL_GLOBAL_RANKS": "_DATA_PARALLEL_GROUP",
+    "_TENSOR_MODEL_PARALLEL_GLOBAL_RANKS": "_TENSOR_MODEL_PARALLEL_GROUP",
+    "_MODEL_PARALLEL_GLOBAL_RANKS": "_MODEL_PARALLEL_GROUP",
+    "_CONTEXT_PARALLEL_GLOBAL_RANKS": "_CONTEXT_PARALLEL_GROUP",
+    "_EMBEDDING_GLOBAL_RANKS": "_EMBEDDING_GROUP",
+    "_POSITION_EMBEDDING_GLOBAL_RANKS": "_POSITION_EMBEDDING_GROUP",
+}
+
+
+def _variable(table: str, name: str) -> property:
+    """A module variable that stands for an entry of ``state``; None where there is none."""
+
+    def write(module: ModuleType, value: Any) -> None:
+        getattr(STATE, table)[name] = value
+
+    return property(lambda module: getattr(STATE, table).get(name), write)
+
+
+class _ModuleOfGroups(ModuleType):
+    """Shows the groups and rank lists as module variables, which user code reads and tests swap."""
+
+
+for _name in GROUP_NAMES:
+    setattr(_ModuleOfGroups, _name, _variable("groups", _name))
+for _name, _group in _RANK_LISTS.items():
+    setattr(_ModuleOfGroups, _name, _variable("ranks", _group))
+sys.modules[__name__].__class__ = _ModuleOfGroups
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def get_model_parallel_src_rank() -> int:
+    """Global rank of the first member of the tensor x pipeline group."""
+    return state.ranks("_MODEL_PARALLEL_GROUP")[0]
+
+
+def set_pipeline_model_parallel_world_size(world_size: int | None) -> None:
+    """Override the number of pipeline stages."""
+    STATE.by_hand["pp_size"] = world_size
+
+
+def set_pipeline_model_parallel_rank(rank: int | None) -> None:
+    """Override the pipeline stage."""
+    STATE.by_hand["pp_rank"] = rank
+
+
+def get_pipeline_model_parallel_split_rank() -> int | None:
+    """First decoder stage of the old encoder/decoder split, None without one."""
+    return STATE.by_hand.get("split_rank")
+
+
+def set_pipeline_model_parallel_split_rank(rank: int | None) -> None:
+    """Override the first decoder stage of the old encoder/decoder split."""
+    STATE.by_hand["split_rank"] = rank
+
+
+def get_pipeline_model_parallel_decoder_start() -> int | None:
+    """First stage with decoder layers where encoder and decoder have stages of their own, else None."""
+    return STATE.by_hand.get("decoder_start")
+
+
+def set_virtual_pipeline_model_parallel_world_size(world_size: int | None) -> None:
+    """Override the number of virtual stages per rank."""
+    STATE.by_hand["vpp_size"] = world_size
+
+
+def get_pipeline_model_parallel_first_rank() -> int:
+    """Global rank of the first stage."""
+    return state.ranks("_PIPELINE_MODEL_PARALLEL_GROUP")[0]
+
+
+def get_pipeline_model_parallel_next_rank() -> int:
+    """Global rank of the next stage; the first after the last."""
+    ranks = state.ranks("_PIPELINE_MODEL_PARALLEL_GROUP")
+    return ranks[(get_pipeline_model_parallel_rank() + 1) % get_pipeline_model_parallel_world_size()]
+
+
+def get_pipeline_model_parallel_prev_rank() -> int:
+    """Global rank of the previous stage; the last before the first."""
+    ranks = state.ranks("_PIPELINE_MODEL_PARALLEL_GROUP")
+    return ranks[(get_pipeline_model_parallel_rank() - 1) % get_pipeline_model_parallel_world_size()]
 
 
 def _stage(rank: int | None) -> int:
@@ -246,52 +405,9 @@ def is_inside_decoder(rank: int | None = None) -> bool:
     return get_pipeline_model_parallel_world_size() == 1 or start is None or _stage(rank) >= start
 
 
-# ---- The data and context axes
-
-
-def _data_parallel(with_context_parallel: bool, partial_data_parallel: bool) -> str:
-    if not partial_data_parallel:
-        return "_DATA_PARALLEL_GROUP_WITH_CP" if with_context_parallel else "_DATA_PARALLEL_GROUP"
-    if not with_context_parallel:
-        raise UsageError(
-            "the shard group of an optimizer instance spans the context axis: pass with_context_parallel=True"
-        )
-    return "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP"
-
-
-def get_data_parallel_group(
-    with_context_parallel: bool = False, partial_data_parallel: bool = False
-) -> ProcessGroup:
-    """Data-parallel group, with the context axis folded in on request.
-
-    ``partial_data_parallel`` asks for the shard group of one distributed optimizer instance, and needs
-    ``with_context_parallel``; with a single instance that is the whole group.
-    """
-    return state.group(_data_parallel(with_context_parallel, partial_data_parallel))
-
-
-def get_data_parallel_group_gloo(
-    with_context_parallel: bool = False, partial_data_parallel: bool = False
-) -> ProcessGroup:
-    """Twin of the data-parallel group for tensors in host memory."""
-    return state.group(f"{_data_parallel(with_context_parallel, partial_data_parallel)}_GLOO")
-
-
 def get_inter_partial_data_parallel_group() -> ProcessGroup:
     """Ranks that hold equal shards in the different distributed optimizer instances."""
     return state.group("_INTER_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP")
-
-
-def get_data_parallel_world_size(
-    with_context_parallel: bool = False, partial_data_parallel: bool = False
-) -> int:
-    """Data-parallel size; 0 without torch.distributed."""
-    return state.size_or_zero(_data_parallel(with_context_parallel, partial_data_parallel))
-
-
-def get_data_parallel_rank(with_context_parallel: bool = False, partial_data_parallel: bool = False) -> int:
-    """Data-parallel rank; 0 without torch.distributed."""
-    return state.rank_or_zero(_data_parallel(with_context_parallel, partial_data_parallel), "dp_rank")
 
 
 def set_data_parallel_rank(rank: int | None) -> None:
@@ -304,35 +420,10 @@ def get_data_parallel_src_rank(with_context_parallel: bool = False) -> int:
     return state.ranks(_data_parallel(with_context_parallel, partial_data_parallel=False))[0]
 
 
-def get_context_parallel_group(check_initialized: bool = True) -> ProcessGroup | None:
-    """Context-parallel group of this rank."""
-    return state.group("_CONTEXT_PARALLEL_GROUP", check_initialized)
-
-
 def get_context_parallel_global_ranks(check_initialized: bool = True) -> list[int] | None:
     """Global ranks of the context-parallel group."""
     state.group("_CONTEXT_PARALLEL_GROUP", check_initialized)
     return STATE.ranks.get("_CONTEXT_PARALLEL_GROUP")
-
-
-def get_hierarchical_context_parallel_groups(check_initialized: bool = True) -> list[ProcessGroup] | None:
-    """Groups of this rank inside its context-parallel group, one per level, neighbours first."""
-    if check_initialized and STATE.hierarchical is None:
-        raise UsageError(
-            "hierarchical context parallel groups are not initialized: pass "
-            "hierarchical_context_parallel_sizes to initialize_model_parallel()"
-        )
-    return STATE.hierarchical
-
-
-def get_context_parallel_world_size() -> int:
-    """Context-parallel size; 0 without torch.distributed."""
-    return state.size_or_zero("_CONTEXT_PARALLEL_GROUP")
-
-
-def get_context_parallel_rank() -> int:
-    """Context-parallel rank; 0 without torch.distributed."""
-    return state.rank_or_zero("_CONTEXT_PARALLEL_GROUP")
 
 
 def _tensor_and_data(with_context_parallel: bool) -> str:
@@ -372,17 +463,9 @@ def get_amax_reduction_group(
     return state.group(name)
 
 
-# ---- The expert grid's axes
-
-
 def get_expert_model_parallel_group(check_initialized: bool = True) -> ProcessGroup | None:
     """Expert-parallel group of this rank."""
     return state.group("_EXPERT_MODEL_PARALLEL_GROUP", check_initialized)
-
-
-def get_expert_model_parallel_world_size() -> int:
-    """Expert-parallel size; 0 without torch.distributed."""
-    return state.size_or_zero("_EXPERT_MODEL_PARALLEL_GROUP", "ep_size")
 
 
 def set_expert_model_parallel_world_size(world_size: int | None) -> None:
@@ -390,40 +473,14 @@ def set_expert_model_parallel_world_size(world_size: int | None) -> None:
     STATE.by_hand["ep_size"] = world_size
 
 
-def get_expert_model_parallel_rank() -> int:
-    """Expert-parallel rank; 0 without torch.distributed."""
-    return state.rank_or_zero("_EXPERT_MODEL_PARALLEL_GROUP", "ep_rank")
-
-
 def set_expert_model_parallel_rank(rank: int | None) -> None:
     """Override the expert-parallel rank."""
     STATE.by_hand["ep_rank"] = rank
 
 
-def get_expert_tensor_parallel_group(check_initialized: bool = True) -> ProcessGroup | None:
-    """Tensor-parallel group inside experts."""
-    return state.group("_EXPERT_TENSOR_PARALLEL_GROUP", check_initialized)
-
-
-def _tensor_by_hand(key: str) -> str:
-    """Before initialisation, what was set for the dense tensor axis holds inside experts too."""
-    has_own = STATE.by_hand.get(f"expert_{key}") is not None
-    return f"expert_{key}" if has_own or "_EXPERT_TENSOR_PARALLEL_GROUP" in STATE.groups else key
-
-
-def get_expert_tensor_parallel_world_size() -> int:
-    """Tensor-parallel size inside experts; before initialisation the size set for the tensor axis."""
-    return state.size("_EXPERT_TENSOR_PARALLEL_GROUP", _tensor_by_hand("tp_size"))
-
-
 def set_expert_tensor_parallel_world_size(world_size: int | None) -> None:
     """Override the tensor-parallel size inside experts."""
     STATE.by_hand["expert_tp_size"] = world_size
-
-
-def get_expert_tensor_parallel_rank() -> int:
-    """Tensor-parallel rank inside experts; before initialisation the rank set for the tensor axis."""
-    return state.rank("_EXPERT_TENSOR_PARALLEL_GROUP", _tensor_by_hand("tp_rank"))
 
 
 def set_expert_tensor_parallel_rank(rank: int | None) -> None:
@@ -446,16 +503,6 @@ def get_expert_tensor_and_model_parallel_rank() -> int:
     return state.rank_or_zero("_EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP")
 
 
-def get_expert_tensor_model_pipeline_parallel_group() -> ProcessGroup:
-    """Expert tensor x expert x pipeline group, over which the norm of expert gradients is taken."""
-    return state.group("_EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP")
-
-
-def get_expert_data_parallel_group() -> ProcessGroup:
-    """Group over which gradients of expert weights are reduced."""
-    return state.group("_EXPERT_DATA_PARALLEL_GROUP")
-
-
 def get_data_modulo_expert_parallel_group() -> ProcessGroup:
     """Old name of ``get_expert_data_parallel_group``."""
     warnings.warn(
@@ -466,27 +513,14 @@ def get_data_modulo_expert_parallel_group() -> ProcessGroup:
     return get_expert_data_parallel_group()
 
 
-def get_expert_data_parallel_group_gloo() -> ProcessGroup:
-    """Twin of the expert data-parallel group for tensors in host memory."""
-    return state.group("_EXPERT_DATA_PARALLEL_GROUP_GLOO")
-
-
 def get_expert_data_parallel_world_size() -> int:
     """Size of the expert data-parallel group; 0 without torch.distributed."""
     return state.size_or_zero("_EXPERT_DATA_PARALLEL_GROUP")
 
 
-def get_expert_data_parallel_rank() -> int:
-    """Rank in the expert data-parallel group; 0 without torch.distributed."""
-    return state.rank_or_zero("_EXPERT_DATA_PARALLEL_GROUP")
-
-
 def get_moe_layer_wise_logging_tracker() -> dict:
     """Mutable table of auxiliary losses by name."""
     return STATE.moe_log
-
-
-# ---- All axes together
 
 
 def get_all_ranks() -> str:
@@ -499,34 +533,3 @@ def get_all_ranks() -> str:
         get_expert_model_parallel_rank(),
     )
     return "_".join(map(str, ranks))
-
-
-_RANK_LISTS = {
-    "_PIPELINE_GLOBAL_RANKS": "_PIPELINE_MODEL_PARALLEL_GROUP",
-    "_DATA_PARALLEL_GLOBAL_RANKS": "_DATA_PARALLEL_GROUP",
-    "_TENSOR_MODEL_PARALLEL_GLOBAL_RANKS": "_TENSOR_MODEL_PARALLEL_GROUP",
-    "_MODEL_PARALLEL_GLOBAL_RANKS": "_MODEL_PARALLEL_GROUP",
-    "_CONTEXT_PARALLEL_GLOBAL_RANKS": "_CONTEXT_PARALLEL_GROUP",
-    "_EMBEDDING_GLOBAL_RANKS": "_EMBEDDING_GROUP",
-    "_POSITION_EMBEDDING_GLOBAL_RANKS": "_POSITION_EMBEDDING_GROUP",
-}
-
-
-def _variable(table: str, name: str) -> property:
-    """A module variable that stands for an entry of ``state``; None where there is none."""
-
-    def write(module: ModuleType, value: Any) -> None:
-        getattr(STATE, table)[name] = value
-
-    return property(lambda module: getattr(STATE, table).get(name), write)
-
-
-class _ModuleOfGroups(ModuleType):
-    """Shows the groups and rank lists as module variables, which user code reads and tests swap."""
-
-
-for _name in GROUP_NAMES:
-    setattr(_ModuleOfGroups, _name, _variable("groups", _name))
-for _name, _group in _RANK_LISTS.items():
-    setattr(_ModuleOfGroups, _name, _variable("ranks", _group))
-sys.modules[__name__].__class__ = _ModuleOfGroups

@@ -271,6 +271,32 @@ def _log_communicators(factory: GroupFactory, buffers_mb: dict[str, int]) -> Non
         logger.info(describe([world, *factory.labelled], buffers_mb))
 
 
+def is_initialized() -> bool:
+    """True when the data-parallel group exists."""
+    return STATE.groups.get("_DATA_PARALLEL_GROUP") is not None
+
+
+def model_parallel_is_initialized() -> bool:
+    """True when the tensor, pipeline and data-parallel groups exist."""
+    needed = ("_TENSOR_MODEL_PARALLEL_GROUP", "_PIPELINE_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP")
+    return all(STATE.groups.get(name) is not None for name in needed)
+
+
+def destroy_model_parallel() -> None:
+    """Forget every group and every value set by hand, so that initialisation can run again."""
+    STATE.clear()
+
+
+def get_global_memory_buffer() -> GlobalMemoryBuffer:
+    """Scratch buffers shared by the layers of this process."""
+    if STATE.memory_buffer is None:
+        raise UsageError("global memory buffer is not initialized: call initialize_model_parallel()")
+    return STATE.memory_buffer
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
 def create_hierarchical_parallel_groups(
     rank: int,
     ranks: list[int],
@@ -295,33 +321,10 @@ def create_hierarchical_parallel_groups(
     return [factory.make(members, "hcp") for members in levels_of(ranks, hierarchical_group_sizes, rank)]
 
 
-def is_initialized() -> bool:
-    """True when the data-parallel group exists."""
-    return STATE.groups.get("_DATA_PARALLEL_GROUP") is not None
-
-
 def is_unitialized() -> bool:
     """Old opposite of ``is_initialized``, spelled as ever."""
     warnings.warn("is_unitialized() is now: not is_initialized()", DeprecationWarning, stacklevel=2)
     return not is_initialized()
-
-
-def model_parallel_is_initialized() -> bool:
-    """True when the tensor, pipeline and data-parallel groups exist."""
-    needed = ("_TENSOR_MODEL_PARALLEL_GROUP", "_PIPELINE_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP")
-    return all(STATE.groups.get(name) is not None for name in needed)
-
-
-def destroy_model_parallel() -> None:
-    """Forget every group and every value set by hand, so that initialisation can run again."""
-    STATE.clear()
-
-
-def get_global_memory_buffer() -> GlobalMemoryBuffer:
-    """Scratch buffers shared by the layers of this process."""
-    if STATE.memory_buffer is None:
-        raise UsageError("global memory buffer is not initialized: call initialize_model_parallel()")
-    return STATE.memory_buffer
 
 
 def _set_global_memory_buffer() -> None:

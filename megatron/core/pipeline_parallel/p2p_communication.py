@@ -27,6 +27,53 @@ from megatron.core.timers import timed
 Shape = Sequence[int]
 
 
+def _messages(output: bool, input_grad: bool, recv_prev: bool, recv_next: bool) -> list[Message]:
+    """The transfers wanted, in the order in which both ends start them."""
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    size = parallel_state.get_pipeline_model_parallel_world_size()
+    following, preceding = (rank + 1) % size, (rank - 1) % size
+    wanted = [
+        (output, Message(True, False, 0, 0, following)),
+        (input_grad, Message(True, True, 0, 0, preceding)),
+        (recv_prev, Message(False, False, 0, 0, preceding)),
+        (recv_next, Message(False, True, 0, 0, following)),
+    ]
+    # With two stages both neighbours are one rank: activations go first, at both ends.
+    return sorted(
+        (message for is_wanted, message in wanted if is_wanted),
+        key=lambda message: (*place_in_exchange(message, rank, size), message.gradient),
+    )
+
+
+def _exchange(
+    output: Tensor | None,
+    input_grad: Tensor | None,
+    recv_prev: bool,
+    recv_next: bool,
+    shape: Shape | None,
+    config: ModelParallelConfig,
+) -> tuple[dict[bool, Tensor], Pending]:
+    """Starts up to four transfers; what is received is keyed by whether it is a gradient."""
+    messages = _messages(output is not None, input_grad is not None, recv_prev, recv_next)
+    sent = {m: as_sent(input_grad if m.gradient else output, config) for m in messages if m.send}
+    places = [(m.peer, m.send) for m in messages]
+    announced = (
+        iter(announce_shapes(list(sent.values()), places, config)) if config.variable_seq_lengths else None
+    )
+    received = {
+        m.gradient: receive_buffer(shape if announced is None else next(announced), config)
+        for m in messages
+        if not m.send
+    }
+    transfers = [
+        Transfer(sent[m] if m.send else received[m.gradient].detach(), m.peer, m.send) for m in messages
+    ]
+    return received, start(transfers, config)
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
 def recv_forward(tensor_shape: Shape, config: ModelParallelConfig) -> Tensor | None:
     """Activations from the previous stage, None on the first."""
     if parallel_state.is_pipeline_first_stage():
@@ -233,47 +280,3 @@ def _p2p_ops(
         order = ["recv_prev", "send_next", "recv_next", "send_prev"]
     calls = {name: wanted[name] for name in order if wanted[name][1] is not None}
     return {name: kind(tensor, peer, group=group) for name, (kind, tensor, peer) in calls.items()}
-
-
-def _messages(output: bool, input_grad: bool, recv_prev: bool, recv_next: bool) -> list[Message]:
-    """The transfers wanted, in the order in which both ends start them."""
-    rank = parallel_state.get_pipeline_model_parallel_rank()
-    size = parallel_state.get_pipeline_model_parallel_world_size()
-    following, preceding = (rank + 1) % size, (rank - 1) % size
-    wanted = [
-        (output, Message(True, False, 0, 0, following)),
-        (input_grad, Message(True, True, 0, 0, preceding)),
-        (recv_prev, Message(False, False, 0, 0, preceding)),
-        (recv_next, Message(False, True, 0, 0, following)),
-    ]
-    # With two stages both neighbours are one rank: activations go first, at both ends.
-    return sorted(
-        (message for is_wanted, message in wanted if is_wanted),
-        key=lambda message: (*place_in_exchange(message, rank, size), message.gradient),
-    )
-
-
-def _exchange(
-    output: Tensor | None,
-    input_grad: Tensor | None,
-    recv_prev: bool,
-    recv_next: bool,
-    shape: Shape | None,
-    config: ModelParallelConfig,
-) -> tuple[dict[bool, Tensor], Pending]:
-    """Starts up to four transfers; what is received is keyed by whether it is a gradient."""
-    messages = _messages(output is not None, input_grad is not None, recv_prev, recv_next)
-    sent = {m: as_sent(input_grad if m.gradient else output, config) for m in messages if m.send}
-    places = [(m.peer, m.send) for m in messages]
-    announced = (
-        iter(announce_shapes(list(sent.values()), places, config)) if config.variable_seq_lengths else None
-    )
-    received = {
-        m.gradient: receive_buffer(shape if announced is None else next(announced), config)
-        for m in messages
-        if not m.send
-    }
-    transfers = [
-        Transfer(sent[m] if m.send else received[m.gradient].detach(), m.peer, m.send) for m in messages
-    ]
-    return received, start(transfers, config)

@@ -368,6 +368,19 @@ def _reduce(input_: Tensor) -> Tensor:
     return total
 
 
+def _gather_along_first_dim(
+    input_: Tensor,
+    group: ProcessGroup | None = None,
+    output_split_sizes: list[int] | None = None,
+    use_global_buffer: bool = False,
+) -> Tensor:
+    """[s/ranks, ...] -> [s, ...]; arguments as of :func:`gather_from_sequence_parallel_region`."""
+    return _gather_first(input_, tensor_group(group), output_split_sizes, use_global_buffer)
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
 def _split_along_last_dim(input_: Tensor) -> Tensor:
     """[..., h] -> [..., h/TP], this rank's."""
     return _own_last(input_, tensor_group())
@@ -386,16 +399,6 @@ def _gather_along_last_dim(input_: Tensor) -> Tensor:
 def _reduce_scatter_along_last_dim(input_: Tensor) -> Tensor:
     """[..., h] -> [..., h/TP], summed over the ranks."""
     return _reduce_scatter_last(input_, tensor_group())
-
-
-def _gather_along_first_dim(
-    input_: Tensor,
-    group: ProcessGroup | None = None,
-    output_split_sizes: list[int] | None = None,
-    use_global_buffer: bool = False,
-) -> Tensor:
-    """[s/ranks, ...] -> [s, ...]; arguments as of :func:`gather_from_sequence_parallel_region`."""
-    return _gather_first(input_, tensor_group(group), output_split_sizes, use_global_buffer)
 
 
 def _reduce_scatter_along_first_dim(

@@ -27,21 +27,6 @@ _EXPERT_PARALLEL_OFFSET = 1024
 _SEEDS_PER_EXPERT_RANK = 100
 
 
-def _get_cuda_rng_state(
-    device: int | str | torch.device = "cuda", clone: bool = False, graph_safe: bool = False
-) -> Tensor:
-    """State of the device's default generator, always a copy.
-
-    A process has one device, so ``device`` is only what callers say; so are the other two.
-    """
-    return accelerator.get_rng_state()
-
-
-def _set_cuda_rng_state(new_state: Tensor, device: int = -1, graph_safe: bool = False) -> None:
-    """Puts back what :func:`_get_cuda_rng_state` returned."""
-    accelerator.set_rng_state(new_state)
-
-
 def get_expert_parallel_rng_tracker_name() -> str:
     """Name of the stream for expert weights."""
     return _EXPERT_PARALLEL_RNG_TRACKER_NAME
@@ -229,3 +214,21 @@ def model_parallel_cuda_manual_seed(
     expert_seed = seed + _EXPERT_PARALLEL_OFFSET + _SEEDS_PER_EXPERT_RANK * ep_rank + expert_tp_rank
     tracker.add(_EXPERT_PARALLEL_RNG_TRACKER_NAME, expert_seed)
     tracker.weight_streams = WeightStreams(seed if weight_seed is None else weight_seed, stage)
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def _get_cuda_rng_state(
+    device: int | str | torch.device = "cuda", clone: bool = False, graph_safe: bool = False
+) -> Tensor:
+    """State of the device's default generator, always a copy.
+
+    A process has one device, so ``device`` is only what callers say; so are the other two.
+    """
+    return accelerator.get_rng_state()
+
+
+def _set_cuda_rng_state(new_state: Tensor, device: int = -1, graph_safe: bool = False) -> None:
+    """Puts back what :func:`_get_cuda_rng_state` returned."""
+    accelerator.set_rng_state(new_state)

@@ -36,16 +36,6 @@ class SelfAttentionSubmodules:
     k_layernorm: Spec = None
 
 
-@dataclass
-class CrossAttentionSubmodules:
-    """Slots of cross attention."""
-
-    linear_q: Spec = None
-    linear_kv: Spec = None
-    core_attention: Spec = None
-    linear_proj: Spec = None
-
-
 def refuse_inference_state(
     inference_context: Any, inference_params: Any = None, sequence_len_offset: Any = None
 ) -> None:
@@ -294,6 +284,30 @@ class SelfAttention(Attention):
                         )
 
 
+def _named_parameters(module: torch.nn.Module | None) -> list[tuple[str, Tensor]]:
+    return [] if module is None else list(module.named_parameters())
+
+
+def _equals_first(tensor: Tensor, group: ProcessGroup) -> bool:
+    """True if this rank's ``tensor`` has the bits of the group's first."""
+    first = tensor.clone()
+    torch.distributed.broadcast(first, torch.distributed.get_global_rank(group, 0), group=group)
+    return torch.equal(first, tensor)
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+@dataclass
+class CrossAttentionSubmodules:
+    """Slots of cross attention."""
+
+    linear_q: Spec = None
+    linear_kv: Spec = None
+    core_attention: Spec = None
+    linear_proj: Spec = None
+
+
 class CrossAttention(Attention):
     """Attention of one sequence, the queries, to another, the keys and values.
 
@@ -344,14 +358,3 @@ class CrossAttention(Attention):
         query, _ = self.linear_q(hidden_states)
         # [sq, b, n*d] -> [sq, b, n, d]
         return query.unflatten(-1, (n, d)), key, value
-
-
-def _named_parameters(module: torch.nn.Module | None) -> list[tuple[str, Tensor]]:
-    return [] if module is None else list(module.named_parameters())
-
-
-def _equals_first(tensor: Tensor, group: ProcessGroup) -> bool:
-    """True if this rank's ``tensor`` has the bits of the group's first."""
-    first = tensor.clone()
-    torch.distributed.broadcast(first, torch.distributed.get_global_rank(group, 0), group=group)
-    return torch.equal(first, tensor)

@@ -14,18 +14,6 @@ from megatron.core.fusions.fused_softmax import MASKED_SCORE
 __getattr__ = unbuilt.names_of(__name__)
 
 
-def get_linear_layer(
-    rows: int, columns: int, init_method: Callable[[Tensor], object], perform_initialization: bool = True
-) -> torch.nn.Linear:
-    """``nn.Linear(rows, columns)`` with a drawn weight and a zero bias."""
-    layer = torch.nn.Linear(rows, columns)
-    if perform_initialization:
-        init_method(layer.weight)
-    with torch.no_grad():
-        layer.bias.zero_()
-    return layer
-
-
 def attention_mask_func(attention_scores: Tensor, attention_mask: Tensor) -> Tensor:
     """Fills masked scores with -10000, in place."""
     return attention_scores.masked_fill_(attention_mask, MASKED_SCORE)
@@ -39,6 +27,21 @@ def gelu_impl(x: Tensor) -> Tensor:
 def openai_gelu(x: Tensor) -> Tensor:
     """Tanh form of GELU."""
     return gelu_impl(x)
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def get_linear_layer(
+    rows: int, columns: int, init_method: Callable[[Tensor], object], perform_initialization: bool = True
+) -> torch.nn.Linear:
+    """``nn.Linear(rows, columns)`` with a drawn weight and a zero bias."""
+    layer = torch.nn.Linear(rows, columns)
+    if perform_initialization:
+        init_method(layer.weight)
+    with torch.no_grad():
+        layer.bias.zero_()
+    return layer
 
 
 def erf_gelu(x: Tensor) -> Tensor:

@@ -66,15 +66,6 @@ def log_single_rank(logger: logging.Logger, *args: Any, rank: int = 0, **kwargs:
         logger.log(*args, **kwargs)
 
 
-def log_on_each_pipeline_stage(logger: logging.Logger, *args: Any, **kwargs: Any) -> None:
-    """``logger.log`` on one rank per pipeline stage: that with data- and tensor-parallel rank 0."""
-    if not dist.is_initialized() or (
-        parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-        and parallel_state.get_tensor_model_parallel_rank() == 0
-    ):
-        logger.log(*args, **kwargs)
-
-
 def get_attr_wrapped_model(
     model: torch.nn.Module, attr: str, allow_none: bool = True, return_model_obj: bool = False
 ) -> Any:
@@ -152,14 +143,29 @@ def _installed_version(*distributions: str) -> Version:
     return Version(_ABSENT)
 
 
-def get_torch_version() -> Version:
-    """Version of torch."""
-    return Version(torch.__version__)
-
-
 def get_te_version() -> Version:
     """Version of TransformerEngine; 0.0.0 when it is not installed."""
     return _installed_version("transformer-engine", "transformer_engine")
+
+
+T = TypeVar("T")
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def log_on_each_pipeline_stage(logger: logging.Logger, *args: Any, **kwargs: Any) -> None:
+    """``logger.log`` on one rank per pipeline stage: that with data- and tensor-parallel rank 0."""
+    if not dist.is_initialized() or (
+        parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+    ):
+        logger.log(*args, **kwargs)
+
+
+def get_torch_version() -> Version:
+    """Version of torch."""
+    return Version(torch.__version__)
 
 
 def get_fa_version() -> Version:
@@ -184,9 +190,6 @@ def is_te_min_version(version: str, check_equality: bool = True) -> bool:
 def is_fa_min_version(version: str, check_equality: bool = True) -> bool:
     """The same for flash-attn; False where it is absent."""
     return _at_least(get_fa_version(), version, check_equality)
-
-
-T = TypeVar("T")
 
 
 class ExperimentalNotEnabledError(MegatronError):

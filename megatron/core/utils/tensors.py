@@ -108,6 +108,19 @@ def assert_viewless_tensor(tensor: Any, extra_msg: str | None = None) -> Any:
     return tensor
 
 
+def prepare_input_tensors_for_wgrad_compute(
+    grad_output: Tensor, all_gathered_input: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both operands of a weight gradient, contiguous and 2-D.  [s, b, h] -> [s*b, h]"""
+    return (
+        grad_output.contiguous().view(-1, grad_output.shape[-1]),
+        all_gathered_input.contiguous().view(-1, all_gathered_input.shape[-1]),
+    )
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
 def safely_set_viewless_tensor_data(tensor: Tensor, new_data_tensor: Tensor) -> None:
     """Replaces ``tensor.data``, after checking that ``tensor`` is no view."""
     assert_viewless_tensor(tensor, "its data cannot be replaced")
@@ -153,13 +166,3 @@ def get_full_tensor_if_necessary(tensor: Tensor) -> Tensor:
     per_rank = -(-tensor.shape[0] // mesh.size())
     holders = -(-tensor.shape[0] // per_rank)
     return tensor.full_tensor() if holders < mesh.size() else tensor
-
-
-def prepare_input_tensors_for_wgrad_compute(
-    grad_output: Tensor, all_gathered_input: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Both operands of a weight gradient, contiguous and 2-D.  [s, b, h] -> [s*b, h]"""
-    return (
-        grad_output.contiguous().view(-1, grad_output.shape[-1]),
-        all_gathered_input.contiguous().view(-1, all_gathered_input.shape[-1]),
-    )

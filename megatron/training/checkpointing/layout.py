@@ -103,11 +103,6 @@ def get_distributed_optimizer_checkpoint_name(model_checkpoint_name: str) -> str
     return os.path.join(os.path.dirname(model_checkpoint_name), DISTRIBUTED_OPTIMIZER_FILE)
 
 
-def ensure_directory_exists(filename: str, check_parent: bool = True) -> None:
-    """Create the directory ``filename``, or the one that is to hold it."""
-    os.makedirs(os.path.dirname(filename) if check_parent else filename, exist_ok=True)
-
-
 def find_checkpoint_rank_0(checkpoints_path: str, iteration: int, release: bool = False) -> str | None:
     """File of rank 0 under any parallel layout, or the directory of a distributed checkpoint, or None."""
     for pipeline_parallel, expert_parallel in ((False, False), (False, True), (True, False), (True, True)):
@@ -135,23 +130,6 @@ def disk_format(directory: str) -> str | None:
     if any(entry.startswith("mp_rank_0") for entry in entries):
         return "torch"
     return "torch_dcp" if ".metadata" in entries else None
-
-
-def _get_checkpoint_format(checkpoint_name: str) -> str:
-    """Format of an iteration's directory, or of a rank's file in one.
-
-    Raises:
-        CheckpointError: there is no checkpoint there.
-    """
-    directory = checkpoint_name
-    if os.path.isfile(checkpoint_name):
-        directory = os.path.dirname(os.path.dirname(checkpoint_name))
-    found = disk_format(directory)
-    if found is None:
-        raise CheckpointError(
-            f"{checkpoint_name} is no checkpoint: it holds no {MODEL_FILE} and no metadata.json"
-        )
-    return found
 
 
 def saved_iterations(checkpoints_path: str) -> list[int]:
@@ -212,21 +190,6 @@ def write_tracker(checkpoints_path: str, iteration: int) -> None:
     durable.replace_file(get_checkpoint_tracker_filename(checkpoints_path), str(iteration).encode())
 
 
-def read_metadata(tracker_filename: str) -> tuple[int, bool]:
-    """Iteration and release flag from a tracker file; the highest iteration where ranks disagree.
-
-    Returns:
-        ``(iteration, release)``; the iteration of a release is 0.
-
-    Raises:
-        CheckpointError: the file holds neither a positive integer nor ``release``, or is missing everywhere.
-    """
-    agreed = read_together(tracker_filename)
-    if agreed is None:
-        raise CheckpointError(f"cannot read {tracker_filename}: it does not exist")
-    return agreed
-
-
 def read_together(tracker_filename: str) -> tuple[int, bool] | None:
     """Read the tracker as :func:`read_metadata` does; None where no rank finds the file. Takes all ranks.
 
@@ -261,3 +224,43 @@ def read_tracker(tracker_filename: str) -> tuple[int, bool]:
             f"{text[:40]!r}. " + advice_on_other_iterations(os.path.dirname(tracker_filename))
         )
     return (0 if release else int(text)), release
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def ensure_directory_exists(filename: str, check_parent: bool = True) -> None:
+    """Create the directory ``filename``, or the one that is to hold it."""
+    os.makedirs(os.path.dirname(filename) if check_parent else filename, exist_ok=True)
+
+
+def _get_checkpoint_format(checkpoint_name: str) -> str:
+    """Format of an iteration's directory, or of a rank's file in one.
+
+    Raises:
+        CheckpointError: there is no checkpoint there.
+    """
+    directory = checkpoint_name
+    if os.path.isfile(checkpoint_name):
+        directory = os.path.dirname(os.path.dirname(checkpoint_name))
+    found = disk_format(directory)
+    if found is None:
+        raise CheckpointError(
+            f"{checkpoint_name} is no checkpoint: it holds no {MODEL_FILE} and no metadata.json"
+        )
+    return found
+
+
+def read_metadata(tracker_filename: str) -> tuple[int, bool]:
+    """Iteration and release flag from a tracker file; the highest iteration where ranks disagree.
+
+    Returns:
+        ``(iteration, release)``; the iteration of a release is 0.
+
+    Raises:
+        CheckpointError: the file holds neither a positive integer nor ``release``, or is missing everywhere.
+    """
+    agreed = read_together(tracker_filename)
+    if agreed is None:
+        raise CheckpointError(f"cannot read {tracker_filename}: it does not exist")
+    return agreed

@@ -72,32 +72,6 @@ def _write_aside(content: Any, name: str, final: str, staging: str) -> None:
     durable.write_file(target, lambda file: torch.save(host_content, file))
 
 
-def cleanup_old_non_persistent_checkpoint(
-    save_dir: str, leave_ckpt_num: int = 1, do_async: bool = False
-) -> None:
-    """Deletes all iterations in ``save_dir`` but the newest; on rank 0, other ranks do nothing.
-
-    Args:
-        leave_ckpt_num: how many are left.
-        do_async: delete while the caller goes on.
-    """
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-        return
-    iterations = layout.saved_iterations(save_dir)
-    old = [
-        layout.iteration_directory(save_dir, each) for each in iterations[: len(iterations) - leave_ckpt_num]
-    ]
-
-    def delete() -> None:
-        for directory in old:
-            shutil.rmtree(directory, ignore_errors=True)
-
-    if do_async:
-        threading.Thread(target=delete).start()
-    else:
-        delete()
-
-
 @dataclass(frozen=True)
 class Role:
     """A rank's part in a save.
@@ -128,3 +102,32 @@ def role_in_save(save_dir: str, name: str) -> Role:
     wanted: list[tuple[int, str]] = [own] * world_size()
     torch.distributed.all_gather_object(wanted, own)
     return Role(writes=wanted.index(own) == rank, publishes=rank == owner)
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def cleanup_old_non_persistent_checkpoint(
+    save_dir: str, leave_ckpt_num: int = 1, do_async: bool = False
+) -> None:
+    """Deletes all iterations in ``save_dir`` but the newest; on rank 0, other ranks do nothing.
+
+    Args:
+        leave_ckpt_num: how many are left.
+        do_async: delete while the caller goes on.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    iterations = layout.saved_iterations(save_dir)
+    old = [
+        layout.iteration_directory(save_dir, each) for each in iterations[: len(iterations) - leave_ckpt_num]
+    ]
+
+    def delete() -> None:
+        for directory in old:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    if do_async:
+        threading.Thread(target=delete).start()
+    else:
+        delete()

@@ -122,20 +122,6 @@ def _host_tensor(tensor: torch.Tensor, seen: dict[tuple, torch.Tensor]) -> torch
     return seen[identity]
 
 
-def preprocess_common_state_dict(common_state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The part of a state that is the same on all ranks, for a comparison between them.
-
-    Arguments become a dict without rank numbers; the input is not changed.
-    """
-    common = dict(common_state_dict)
-    if "args" in common:
-        own = ("rank", "local_rank")
-        args = common["args"]
-        fields = args if isinstance(args, dict) else vars(args)
-        common["args"] = {name: value for name, value in fields.items() if name not in own}
-    return common
-
-
 _PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 # Conversion of instances of subclasses, which may define another conversion than the built-in base.
 _BASES: tuple[tuple[type, Callable[[Any], Any]], ...] = (
@@ -293,3 +279,20 @@ def _entry_of_this_rank(state_dict: dict[str, Any], data_parallel_random_init: b
         "the checkpoint holds no random states (it was saved with --no-save-rng); add --no-load-rng to load "
         "the rest of it"
     )
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def preprocess_common_state_dict(common_state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The part of a state that is the same on all ranks, for a comparison between them.
+
+    Arguments become a dict without rank numbers; the input is not changed.
+    """
+    common = dict(common_state_dict)
+    if "args" in common:
+        own = ("rank", "local_rank")
+        args = common["args"]
+        fields = args if isinstance(args, dict) else vars(args)
+        common["args"] = {name: value for name, value in fields.items() if name not in own}
+    return common

@@ -16,15 +16,6 @@ def append_start_line(args: Namespace) -> None:
         append_to_progress_log("Starting job")
 
 
-def compute_throughputs_and_append_to_progress_log(
-    iteration: int, num_floating_point_operations_so_far: float
-) -> None:
-    """:func:`append_checkpoint_line` of the run's own arguments; nothing without ``--save``."""
-    args = get_args()
-    if args.save is not None:
-        append_checkpoint_line(args, iteration, num_floating_point_operations_so_far)
-
-
 def append_checkpoint_line(args: Namespace, iteration: int, flops_so_far: float) -> None:
     """Note a saved checkpoint with the throughput of this job, and of all jobs so far on as many devices."""
     now = datetime.now()
@@ -51,12 +42,6 @@ def _throughput(operations: float, seconds: float, devices: int) -> str:
     return f"{rounded(operations / (max(seconds, 1e-6) * 1e12 * devices), 1)} TFLOP/s/GPU"
 
 
-def get_start_time_from_progress_log() -> tuple[datetime | None, float]:
-    """:func:`_start_of_series` of the run's own arguments."""
-    args = get_args()
-    return _start_of_series(args.save, args.world_size)
-
-
 def _start_of_series(save_dir: str, world_size: int) -> tuple[datetime | None, float]:
     """When the series of jobs on ``world_size`` devices that goes on now began, and the operations before it.
 
@@ -80,3 +65,21 @@ def _start_of_series(save_dir: str, world_size: int) -> tuple[datetime | None, f
             elif event == "Starting job" and started is None:
                 started, operations_at_start = datetime.strptime(stamp, _TIME_FORMAT), operations
     return started, operations_at_start if started else 0.0
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def compute_throughputs_and_append_to_progress_log(
+    iteration: int, num_floating_point_operations_so_far: float
+) -> None:
+    """:func:`append_checkpoint_line` of the run's own arguments; nothing without ``--save``."""
+    args = get_args()
+    if args.save is not None:
+        append_checkpoint_line(args, iteration, num_floating_point_operations_so_far)
+
+
+def get_start_time_from_progress_log() -> tuple[datetime | None, float]:
+    """:func:`_start_of_series` of the run's own arguments."""
+    args = get_args()
+    return _start_of_series(args.save, args.world_size)

@@ -31,24 +31,6 @@ Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
-def validate_case_matches_checkpoint(do_lower_case: bool, init_checkpoint: str | None) -> None:
-    """Warn if the name of a published BERT checkpoint means the other case than ``do_lower_case``."""
-    match = re.search(
-        r"(?:^|/)(multi_)?(cased|uncased|multilingual|chinese)_L-\d+_H-\d+_A-\d+(?:/|$)",
-        init_checkpoint or "",
-    )
-    if match is None:
-        return
-    lower = match.group(2) != "cased"
-    if lower != do_lower_case:
-        logger.warning(
-            "the checkpoint %s was trained on %s text, but do_lower_case is %s",
-            init_checkpoint,
-            "lower-case" if lower else "cased",
-            do_lower_case,
-        )
-
-
 def convert_to_unicode(text: str | bytes) -> str:
     """Text as str; bytes are read as UTF-8, and what is not UTF-8 in them is dropped."""
     if isinstance(text, bytes):
@@ -56,11 +38,6 @@ def convert_to_unicode(text: str | bytes) -> str:
     if not isinstance(text, str):
         raise ValueError(f"str or bytes expected, not {type(text).__name__}")
     return text
-
-
-def printable_text(text: str | bytes) -> str:
-    """Text as str, for printing."""
-    return convert_to_unicode(text)
 
 
 def load_vocab(vocab_file: str) -> OrderedDict[str, int]:
@@ -83,19 +60,9 @@ def convert_by_vocab(vocab: Mapping[Key, Value], items: Iterable[Key]) -> list[V
         raise DataError(f"{error.args[0]!r} is not in the vocabulary of {len(vocab)} tokens") from None
 
 
-def convert_tokens_to_ids(vocab: Mapping[str, int], tokens: Iterable[str]) -> list[int]:
-    """Ids of tokens."""
-    return convert_by_vocab(vocab, tokens)
-
-
 def convert_ids_to_tokens(inv_vocab: Mapping[int, str], ids: Iterable[int]) -> list[str]:
     """Tokens of ids."""
     return convert_by_vocab(inv_vocab, map(int, ids))
-
-
-def whitespace_tokenize(text: str) -> list[str]:
-    """The words between blanks of any kind."""
-    return text.split()
 
 
 def _splitter(do_lower_case: bool) -> tuple[Any, Any]:
@@ -112,50 +79,6 @@ def _word_pieces(vocab: Mapping[str, int], unk_token: str, max_input_chars_per_w
     return library.models.WordPiece(
         vocab=dict(vocab), unk_token=unk_token, max_input_chars_per_word=max_input_chars_per_word
     )
-
-
-class BasicTokenizer:
-    """Text to words: drops control characters, puts CJK characters on their own, splits at punctuation.
-
-    Args:
-        do_lower_case: also lower-case and remove accents.
-    """
-
-    def __init__(self, do_lower_case: bool = True) -> None:
-        self.do_lower_case = do_lower_case
-        self._normalizer, self._pre_tokenizer = _splitter(do_lower_case)
-
-    def tokenize(self, text: str | bytes) -> list[str]:
-        """The words of ``text``. Raises DataError for a lone surrogate."""
-        text = convert_to_unicode(text)
-        refuse_lone_surrogates([text])
-        text = self._normalizer.normalize_str(text.lower() if self.do_lower_case else text)
-        return [word for word, _ in self._pre_tokenizer.pre_tokenize_str(text)]
-
-
-class WordpieceTokenizer:
-    """Words to pieces: the longest that fits, from left to right; pieces inside a word begin with ``##``.
-
-    Attributes:
-        vocab: token to id.
-    """
-
-    def __init__(
-        self,
-        vocab: Mapping[str, int],
-        unk_token: str = "[UNK]",
-        max_input_chars_per_word: int = LONGEST_WORD,
-    ) -> None:
-        self.vocab = vocab
-        self.unk_token = unk_token
-        # The library insists on an id for the unknown token, which need not be in ``vocab``.
-        known = {unk_token: len(vocab), **vocab}
-        self._model = _word_pieces(known, unk_token, max_input_chars_per_word)
-
-    def tokenize(self, text: str | bytes) -> list[str]:
-        """The pieces of all words of ``text``, which are separated by blanks."""
-        words = whitespace_tokenize(convert_to_unicode(text))
-        return [piece.value for word in words for piece in self._model.tokenize(word)]
 
 
 class FullTokenizer:
@@ -353,3 +276,83 @@ class _BertWordPieceTokenizer(BatchTokenizer):
     @property
     def additional_special_tokens_ids(self) -> list[int]:
         return [self.vocab[token] for token in self._additional_special_tokens]
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def validate_case_matches_checkpoint(do_lower_case: bool, init_checkpoint: str | None) -> None:
+    """Warn if the name of a published BERT checkpoint means the other case than ``do_lower_case``."""
+    match = re.search(
+        r"(?:^|/)(multi_)?(cased|uncased|multilingual|chinese)_L-\d+_H-\d+_A-\d+(?:/|$)",
+        init_checkpoint or "",
+    )
+    if match is None:
+        return
+    lower = match.group(2) != "cased"
+    if lower != do_lower_case:
+        logger.warning(
+            "the checkpoint %s was trained on %s text, but do_lower_case is %s",
+            init_checkpoint,
+            "lower-case" if lower else "cased",
+            do_lower_case,
+        )
+
+
+def printable_text(text: str | bytes) -> str:
+    """Text as str, for printing."""
+    return convert_to_unicode(text)
+
+
+def convert_tokens_to_ids(vocab: Mapping[str, int], tokens: Iterable[str]) -> list[int]:
+    """Ids of tokens."""
+    return convert_by_vocab(vocab, tokens)
+
+
+def whitespace_tokenize(text: str) -> list[str]:
+    """The words between blanks of any kind."""
+    return text.split()
+
+
+class BasicTokenizer:
+    """Text to words: drops control characters, puts CJK characters on their own, splits at punctuation.
+
+    Args:
+        do_lower_case: also lower-case and remove accents.
+    """
+
+    def __init__(self, do_lower_case: bool = True) -> None:
+        self.do_lower_case = do_lower_case
+        self._normalizer, self._pre_tokenizer = _splitter(do_lower_case)
+
+    def tokenize(self, text: str | bytes) -> list[str]:
+        """The words of ``text``. Raises DataError for a lone surrogate."""
+        text = convert_to_unicode(text)
+        refuse_lone_surrogates([text])
+        text = self._normalizer.normalize_str(text.lower() if self.do_lower_case else text)
+        return [word for word, _ in self._pre_tokenizer.pre_tokenize_str(text)]
+
+
+class WordpieceTokenizer:
+    """Words to pieces: the longest that fits, from left to right; pieces inside a word begin with ``##``.
+
+    Attributes:
+        vocab: token to id.
+    """
+
+    def __init__(
+        self,
+        vocab: Mapping[str, int],
+        unk_token: str = "[UNK]",
+        max_input_chars_per_word: int = LONGEST_WORD,
+    ) -> None:
+        self.vocab = vocab
+        self.unk_token = unk_token
+        # The library insists on an id for the unknown token, which need not be in ``vocab``.
+        known = {unk_token: len(vocab), **vocab}
+        self._model = _word_pieces(known, unk_token, max_input_chars_per_word)
+
+    def tokenize(self, text: str | bytes) -> list[str]:
+        """The pieces of all words of ``text``, which are separated by blanks."""
+        words = whitespace_tokenize(convert_to_unicode(text))
+        return [piece.value for word in words for piece in self._model.tokenize(word)]

@@ -40,16 +40,6 @@ MERGES_NAMES = ("merges.txt", "gpt2-merges.txt")
 SPECIAL_TOKENS_NAME = "special_tokens.txt"
 
 
-def bytes_to_unicode() -> dict[int, str]:
-    """The printable character that stands for each of the 256 bytes in GPT-2's files."""
-    return dict(byte_to_character())
-
-
-def get_pairs(word: Sequence[str]) -> set[tuple[str, str]]:
-    """The pairs of adjacent symbols in ``word``."""
-    return set(pairwise(word))
-
-
 class GPT2Tokenizer:
     """Byte-level BPE from GPT-2's two files.
 
@@ -345,3 +335,16 @@ class _GPT2BPETokenizer(BatchTokenizer):
     @property
     def eod(self) -> int:
         return self.eod_id
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def bytes_to_unicode() -> dict[int, str]:
+    """The printable character that stands for each of the 256 bytes in GPT-2's files."""
+    return dict(byte_to_character())
+
+
+def get_pairs(word: Sequence[str]) -> set[tuple[str, str]]:
+    """The pairs of adjacent symbols in ``word``."""
+    return set(pairwise(word))

@@ -80,6 +80,17 @@ class _NullTokenizer(BatchTokenizer):
         return None
 
 
+def _is_integer(word: str) -> bool:
+    try:
+        int(word)
+    except ValueError:
+        return False
+    return True
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
 class _NullMultimodalTokenizer(BatchTokenizer):
     """Name of the multimodal variant, for scripts that import it; there are no multimodal models here."""
 
@@ -93,11 +104,3 @@ class _NullMultimodalTokenizer(BatchTokenizer):
         )
 
     tokenize = vocab = inv_vocab = vocab_size = property()
-
-
-def _is_integer(word: str) -> bool:
-    try:
-        int(word)
-    except ValueError:
-        return False
-    return True

@@ -102,6 +102,41 @@ def get_mlp_module_spec(
     )
 
 
+def _layer(attention: SelfAttentionSubmodules, mlp: ModuleSpec, norms: dict) -> ModuleSpec:
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=ModuleSpec(
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+            **norms,
+        ),
+    )
+
+
+def _head_norms(norm: type, qk_layernorm: bool | None, qk_l2_norm: bool | None) -> dict[str, type]:
+    chosen = L2Norm if qk_l2_norm else norm if qk_layernorm else None
+    return {} if chosen is None else {"q_layernorm": chosen, "k_layernorm": chosen}
+
+
+def _check(multi_latent_attention: bool | None, fp8: str | None) -> None:
+    _warn_about_fp8(fp8)
+    if multi_latent_attention:
+        raise NotBuiltYetError("multi-head latent attention", "multi_latent_attention", "Leave it out.")
+
+
+def _warn_about_fp8(fp8: str | None) -> None:
+    # Launch scripts pass an unrelated flag's False in this position.
+    if fp8:
+        warnings.warn(f"the fp8 argument of layer specs ({fp8!r}) has no effect", DeprecationWarning)
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
 def _get_mlp_module_spec(
     use_te: bool | None = True,
     num_experts: int | None = None,
@@ -146,35 +181,3 @@ def get_gpt_mtp_block_spec(
         raise NotBuiltYetError(
             "multi-token prediction", f"mtp_num_layers {config.mtp_num_layers}", "Leave it out."
         )
-
-
-def _layer(attention: SelfAttentionSubmodules, mlp: ModuleSpec, norms: dict) -> ModuleSpec:
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            self_attention=ModuleSpec(
-                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
-            **norms,
-        ),
-    )
-
-
-def _head_norms(norm: type, qk_layernorm: bool | None, qk_l2_norm: bool | None) -> dict[str, type]:
-    chosen = L2Norm if qk_l2_norm else norm if qk_layernorm else None
-    return {} if chosen is None else {"q_layernorm": chosen, "k_layernorm": chosen}
-
-
-def _check(multi_latent_attention: bool | None, fp8: str | None) -> None:
-    _warn_about_fp8(fp8)
-    if multi_latent_attention:
-        raise NotBuiltYetError("multi-head latent attention", "multi_latent_attention", "Leave it out.")
-
-
-def _warn_about_fp8(fp8: str | None) -> None:
-    # Launch scripts pass an unrelated flag's False in this position.
-    if fp8:
-        warnings.warn(f"the fp8 argument of layer specs ({fp8!r}) has no effect", DeprecationWarning)

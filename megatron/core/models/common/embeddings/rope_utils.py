@@ -61,18 +61,6 @@ def apply_rotary_pos_emb_with_cos_sin(
     return _rotate_first_channels(t, *tables, rotary_interleaved)
 
 
-def _rotate_half(x: Tensor, rotary_interleaved: bool) -> Tensor:
-    """Every channel's partner, negated where it comes second: what the sine of the angle multiplies.
-
-    x: [..., d]; partners are the two halves, or neighbours if interleaved.
-    """
-    if rotary_interleaved:
-        first, second = x[..., 0::2], x[..., 1::2]
-        return torch.stack((-second, first), dim=-1).flatten(-2)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
-
-
 def _apply_rotary_pos_emb_bshd(
     t: Tensor,
     freqs: Tensor,
@@ -140,6 +128,21 @@ def _packed_positions(cu_seqlens: Tensor, rows: int, longest: int) -> Tensor:
         piece = chunk_length(length, size)
         parts += [torch.arange(piece) + number * piece for number in chunks_of_rank(rank, size)]
     return torch.cat(parts)
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def _rotate_half(x: Tensor, rotary_interleaved: bool) -> Tensor:
+    """Every channel's partner, negated where it comes second: what the sine of the angle multiplies.
+
+    x: [..., d]; partners are the two halves, or neighbours if interleaved.
+    """
+    if rotary_interleaved:
+        first, second = x[..., 0::2], x[..., 1::2]
+        return torch.stack((-second, first), dim=-1).flatten(-2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
 
 
 def get_pos_emb_on_this_cp_rank(pos_emb: Tensor, seq_dim: int) -> Tensor:
