@@ -233,16 +233,16 @@ def get_blend_and_blend_per_split(args: Namespace) -> tuple[Any, Any]:
 
 @contextmanager
 def naming_source_of_data(args: Namespace) -> Iterator[None]:
-    """Context in which errors about data sets name the flags that name them, instead of ``--data-path``."""
-    flags = ("--data-args-path", "--per-split-data-args-path")
+    """Context in which errors about a data set, or a blend of them, name the flags that it was given by."""
+    flags = ("--data-path", "--data-args-path", "--per-split-data-args-path")
     flags += ("--train-data-path", "--valid-data-path", "--test-data-path")
     given = [flag for flag in flags if getattr(args, flag[2:].replace("-", "_")) is not None]
     try:
         yield
     except DataError as error:
-        if given:
-            text = re.sub(r"(?<![\w-])--data-path", " or ".join(given), str(error))
-            error.args = (text, *error.args[1:])
+        text = str(error)
+        if given and re.search(r"\b(no data set|blend)\b", text) and not any(flag in text for flag in given):
+            error.args = (f"{text} ({' or '.join(given)})", *error.args[1:])
         raise
 
 

@@ -307,11 +307,12 @@ def run_mix(mix: Mix, directory: str) -> Outcome:
 def _ending(main: Any) -> tuple[int, str]:
     """Exit status and message, as ``entry.run_main`` gives them."""
     from megatron.core.errors import MegatronError
+    from megatron.training.arguments.spellings import with_flags
 
     try:
         main()
     except MegatronError as error:
-        return getattr(error, "exit_status", 1), f"error: {error}"
+        return getattr(error, "exit_status", 1), f"error: {with_flags(str(error))}"
     except SystemExit as end:
         return end.code or 0, ""
     return 0, ""

@@ -70,9 +70,10 @@ def _uneven_counts(config: TransformerConfig, pp: int, vpp: int) -> list[int]:
     parts = open_stages * vpp
     if rest < parts or (rest % parts if parts else rest):
         fit = f"needs a positive multiple of {parts}" if parts else "must be 0: there are no other stages"
+        asked = " and ".join(f"{field} {count}" for field, count in given.values() if count is not None)
         raise ConfigError(
-            f"{config.num_layers} layers with {given[0][1]} on the first and {given[pp - 1][1]} on the last "
-            f"of {pp} stages leave {rest} for {open_stages} others x {vpp} virtual stages, which {fit}"
+            f"{config.num_layers} layers on {pp} stages, with {asked}, leave {rest} for {open_stages} others "
+            f"x {vpp} virtual stages, which {fit}"
         )
     filled = [rest // open_stages if count is None else count for count in per_stage]
     return [count // vpp for _ in range(vpp) for count in filled]

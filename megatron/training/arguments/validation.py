@@ -12,6 +12,7 @@ from megatron.training.arguments.flag import Withdrawn
 from megatron.training.arguments.flags import ALL_FLAGS
 from megatron.training.arguments.problem import ArgumentsError, Problem
 from megatron.training.arguments.rules import RULES
+from megatron.training.arguments.spellings import with_flags
 
 
 @dataclass
@@ -145,5 +146,5 @@ def _config_problems(args: Namespace) -> list[Problem]:
     try:
         get_layer_counts(core_transformer_config_from_args(args))
     except ConfigError as error:
-        return [Problem("model", None, line) for line in str(error).splitlines()]
+        return [Problem("model", None, with_flags(line)) for line in str(error).splitlines()]
     return []

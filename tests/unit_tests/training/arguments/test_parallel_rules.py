@@ -120,6 +120,7 @@ VIRTUAL = f"{PIPE} --num-virtual-stages-per-pipeline-rank 2"
         ),
         ("--decoder-last-pipeline-num-layers 2", "--decoder-last", "several pipeline stages"),
         (f"{PIPE} --decoder-first-pipeline-num-layers 8", "model", "leave 0"),
+        (f"{PIPE} --decoder-first-pipeline-num-layers 16", "model", ": --decoder-first-pipeline-num-layers)"),
         (
             f"{PIPE} --account-for-loss-in-pipeline-split",
             "--num-layers 8",
