@@ -5,6 +5,7 @@ and Gimelshein, 2018; Liu et al., 2023, "Ring Attention"). Parts merge exactly, 
 gradient of one block needs only its operands and the merged result: nothing of size sq x sk is kept.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -166,7 +167,14 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 def _has_flash(query: Tensor, value: Tensor, dropout_p: float) -> bool:
     """torch's CPU kernel also returns log-sum-exps; it knows no dropout and one width of heads only."""
     on_cpu = not accelerator.draws_in_parallel(query.device)
-    return on_cpu and dropout_p == 0.0 and query.shape[-1] == value.shape[-1]
+    return on_cpu and dropout_p == 0.0 and query.shape[-1] == value.shape[-1] and _flash_takes_any_strides()
+
+
+@functools.cache
+def _flash_takes_any_strides() -> bool:
+    """Not before torch 2.9, whose kernels also lay out log-sum-exps otherwise, and gave wrong gradients."""
+    q = torch.zeros(1, 2, 3, 4, device="cpu")
+    return _flash(q, q, q)[1].is_contiguous()
 
 
 def _heads_first(t: Tensor) -> Tensor:
