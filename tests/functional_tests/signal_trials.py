@@ -385,8 +385,10 @@ def _check_iteration(trial: Trial, said: str, stands: int | None, output: str) -
     saved = re.findall(r"saving checkpoint at iteration +(\d+)", output)
     assert len(saved) == len(set(saved)), output
     if trial.is_recorded:
-        # A rank that computes may hear of it when the others have asked already.
-        assert stands in (trial.iteration + 1, min(trial.iteration + 2, STEPS)), (said, stands)
+        # A rank that computes may hear of it when the others have asked already; that a launcher is gone is
+        # found by a thread, which a busy machine may let wait for several of these short steps.
+        last = STEPS if signal.SIGKILL in trial.signals else trial.iteration + 2
+        assert trial.iteration < stands <= min(last, STEPS), (said, stands)
         return
     claimed = re.search(r"(?:checkpoint of|after) iteration (\d+)", said)
     complete = int(claimed.group(1)) if claimed else None
