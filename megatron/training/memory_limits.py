@@ -11,6 +11,7 @@ from copy import copy
 from megatron.core import accelerator
 from megatron.core.errors import ConfigError
 from megatron.training.global_vars import get_unread_flags
+from megatron.training.model_family import batch_shape, model_family, model_shape
 
 GIB = 2**30
 # Bytes per sample of a built index: its position in the shuffled order, and the start of its tokens.
@@ -67,13 +68,11 @@ def _device_bytes(args: Namespace) -> float:
 
 def _parameters(args: Namespace) -> float:
     """Weights of linear layers and embeddings of the first pipeline stage, on one tensor-parallel rank."""
-    heads, width, hidden = args.num_attention_heads, args.kv_channels, args.hidden_size
-    groups = args.num_query_groups if args.group_query_attention else heads
-    gate = 3 if args.swiglu or args.is_x_model else 2
-    layer = hidden * (2 * width * (heads + groups) + gate * args.ffn_hidden_size)
-    split = args.num_layers // args.pipeline_model_parallel_size * layer + hidden * args.padded_vocab_size
+    estimate = model_family(args).memory(model_shape(args), batch_shape(args, args.micro_batch_size))
+    layers = args.num_layers // args.pipeline_model_parallel_size
+    split = layers * estimate.layer_weights + estimate.table_parameters
     table = args.max_position_embeddings if args.position_embedding_type == "learned_absolute" else 0
-    return split / args.tensor_model_parallel_size + hidden * table
+    return split / args.tensor_model_parallel_size + args.hidden_size * table
 
 
 def _bytes_per_parameter(args: Namespace) -> float:

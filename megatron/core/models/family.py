@@ -79,6 +79,8 @@ class BatchTensor:
 class MemoryEstimate:
     """Parameters, and bytes of activations that one micro-batch keeps until backward; all ranks together."""
 
+    layer_weights: float
+    """Weights of the linear layers in one layer without experts."""
     block_parameters: float
     """All layers and the final norm."""
     table_parameters: float

@@ -74,7 +74,14 @@ def operations(shape: ModelShape, batch: BatchShape) -> float:
 
 
 def memory(shape: ModelShape, batch: BatchShape) -> MemoryEstimate:
-    return MemoryEstimate(7e9, 2e9, 0.0, 0.0, 0.0)
+    return MemoryEstimate(
+        layer_weights=0.0,
+        block_parameters=7e9,
+        table_parameters=2e9,
+        layer_activations=0.0,
+        input_activations=0.0,
+        output_activations=0.0,
+    )
 
 
 def parameters(model: torch.nn.Module) -> int:

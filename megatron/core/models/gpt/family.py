@@ -77,11 +77,15 @@ def memory(shape: ModelShape, batch: BatchShape) -> MemoryEstimate:
     Transformer Models", section 5, for an MLP of width f instead of 4h.
     """
     tokens, h = batch.sequences * batch.sequence_length, shape.hidden_size
-    dense_layers = shape.num_layers - shape.num_moe_layers
-    block = dense_layers * _layer_parameters(shape, moe=False) + 2 * h  # final norm
+    weights = _layer_weights(shape, moe=False)
+    block = (shape.num_layers - shape.num_moe_layers) * weights
     if shape.num_moe_layers:
-        block += shape.num_moe_layers * _layer_parameters(shape, moe=True)
+        block += shape.num_moe_layers * _layer_weights(shape, moe=True)
+    block += (
+        shape.num_layers * 4 * h + 2 * h
+    )  # two norms with scale and shift in each layer, and the final one
     return MemoryEstimate(
+        layer_weights=weights,
         block_parameters=block,
         table_parameters=h * shape.vocab_size,
         layer_activations=tokens * h * (18 + 4 * shape.ffn_hidden_size / h),
@@ -92,8 +96,8 @@ def memory(shape: ModelShape, batch: BatchShape) -> MemoryEstimate:
     )
 
 
-def _layer_parameters(shape: ModelShape, moe: bool) -> float:
-    """Parameters of one layer: 2h²r(1 + g/a) attention, 2hf·m MLP, 4h norms.
+def _layer_weights(shape: ModelShape, moe: bool) -> float:
+    """Weights of the linear layers in one layer: 2h²r(1 + g/a) attention, 2hf·m MLP.
 
     r = kv_channels·a/h, g/a = share of key-value heads, m = 3/2 for gated MLPs.
     """
@@ -107,7 +111,7 @@ def _layer_parameters(shape: ModelShape, moe: bool) -> float:
         expert_width = shape.moe_ffn_hidden_size or shape.ffn_hidden_size
         shared_width = shape.moe_shared_expert_intermediate_size or 0
         width = (shape.num_moe_experts or 0) * expert_width + shared_width
-    return attention + 2 * h * gate * width + 4 * h
+    return attention + 2 * h * gate * width
 
 
 def parameters(model: Any) -> int | None:
