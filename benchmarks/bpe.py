@@ -113,7 +113,7 @@ def _fastokens(tokenizer_json: str) -> Encode:
 
 
 def _gigatoken(tokenizer_json: str) -> Encode:
-    import gigatoken
+    import gigatoken  # pyright: ignore[reportMissingImports]
 
     tokenizer = gigatoken.Tokenizer.from_json(tokenizer_json)
 
@@ -127,7 +127,7 @@ def _gigatoken(tokenizer_json: str) -> Encode:
 
 
 def _tokie(tokenizer_json: str) -> Encode:
-    import tokie
+    import tokie  # pyright: ignore[reportMissingImports]
 
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "tokenizer.json")
@@ -141,7 +141,7 @@ def _tokie(tokenizer_json: str) -> Encode:
 
 
 def _basetenkenizer(tokenizer_json: str) -> Encode:
-    import basetenkenizer
+    import basetenkenizer  # pyright: ignore[reportMissingImports]
 
     tokenizer = basetenkenizer.Tokenizer.from_json_str(tokenizer_json)
 
@@ -154,14 +154,14 @@ def _basetenkenizer(tokenizer_json: str) -> Encode:
 
 
 def _kitoken(tokenizer_json: str) -> Encode:
-    import kitoken
+    import kitoken  # pyright: ignore[reportMissingImports]
 
     tokenizer = kitoken.Kitoken.from_tokenizers(tokenizer_json.encode())
     return lambda texts: _flat_lists(tokenizer.encode_all(list(texts)))
 
 
 def _iree_tokenizer(tokenizer_json: str) -> Encode:
-    from iree.tokenizer import Tokenizer
+    from iree.tokenizer import Tokenizer  # pyright: ignore[reportMissingImports]
 
     tokenizer = Tokenizer.from_str(tokenizer_json)
 

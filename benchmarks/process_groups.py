@@ -75,7 +75,7 @@ def fits(world: int, layout: dict[str, int]) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--largest", type=int, default=16384, help="largest world, a power of 2")
     parser.add_argument("--repeats", type=int, default=3, help="the fastest of so many is printed")
     options = parser.parse_args()

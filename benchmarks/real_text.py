@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 LARGEST_DOCUMENT = 200_000  # characters; longer files are cut
 SMALLEST_DOCUMENT = 200
@@ -94,7 +95,7 @@ def _translations(rng: random.Random) -> Iterator[str]:
     for path in _files(["/usr/share/locale", "/usr/share/vim"], (".mo",), rng):
         try:
             with path.open("rb") as stream:
-                catalogue = gettext.GNUTranslations(stream)._catalog
+                catalogue = cast(Any, gettext.GNUTranslations(stream))._catalog
         except (OSError, UnicodeDecodeError, ValueError):
             continue
         yield "\n".join(text for text in catalogue.values() if isinstance(text, str))

@@ -52,6 +52,7 @@ def first_iteration_seconds() -> tuple[float, float]:
             text=True,
         )
         first, output = None, []
+        assert process.stdout is not None
         for line in process.stdout:
             output.append(line)
             if first is None and "before the start of training step" in line:

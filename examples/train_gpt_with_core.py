@@ -72,6 +72,7 @@ def build_data(num_samples: int) -> DataLoader:
     train, _, _ = BlendedMegatronDatasetBuilder(
         MockGPTDataset, [num_samples, None, None], lambda: True, config
     ).build()
+    assert train is not None, "every rank asks for data"
     return DataLoader(train, batch_size=MICRO_BATCH_SIZE)
 
 
@@ -108,7 +109,7 @@ def main(steps: int) -> None:
         )
         _, grad_norm, _ = optimizer.step()
         total, count = (sum(report["loss"][i] for report in reports) for i in (0, 1))
-        print(f"step {step}: loss {(total / count).item():.4f}, gradient norm {grad_norm:.4f}", flush=True)
+        print(f"step {step}: loss {float(total / count):.4f}, gradient norm {grad_norm:.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def _why_inactive(replacement: Replacement) -> str:
     problem = versions.torch_npu_problem()
     if problem is not None:
         return problem.partition(":")[0]
-    if not torch.npu.is_available():
+    if not torch.npu.is_available():  # pyright: ignore[reportAttributeAccessIssue]
         return "torch_npu finds no device"
     return replacement.why_not_here() or "not activated"
 
@@ -94,7 +94,7 @@ def device_line() -> str:
     problem = versions.torch_npu_problem()
     if problem is not None:
         return f"no NPU in use: {problem}"
-    if not torch.npu.is_available():
+    if not torch.npu.is_available():  # pyright: ignore[reportAttributeAccessIssue]
         return f"no NPU in use: torch_npu {versions.torch_npu_version()} finds no device"
     mode = "saturation" if chip.saturates() else "INF/NAN"
     found = {
@@ -103,7 +103,8 @@ def device_line() -> str:
         "CANN": versions.cann_version(),
         "driver": versions.driver_version(),
     }
+    npu = torch.npu  # pyright: ignore[reportAttributeAccessIssue]
     return (
-        f"{torch.npu.get_device_name(0)} x {torch.npu.device_count()}, SoC {chip.soc_number()}, {mode} mode; "
+        f"{npu.get_device_name(0)} x {npu.device_count()}, SoC {chip.soc_number()}, {mode} mode; "
         + ", ".join(f"{name} {version or 'unknown'}" for name, version in found.items())
     )

@@ -41,7 +41,7 @@ FROM_910B = Chips("910B, 910_93, 950", lambda soc: _FIRST_910B <= soc < _FIRST_3
 @functools.cache
 def soc_number() -> int:
     """Number of the SoC of the current device."""
-    import torch_npu
+    import torch_npu  # pyright: ignore[reportMissingImports]
 
     return int(torch_npu.npu.get_soc_version())
 
@@ -62,7 +62,7 @@ def saturates() -> bool:
 
     The only mode of a 910A; later chips have it when asked for by environment variables.
     """
-    import torch_npu
+    import torch_npu  # pyright: ignore[reportMissingImports]
 
     return not torch_npu.npu.utils.is_support_inf_nan()
 

@@ -38,7 +38,7 @@ def buffer_mb(labels: tuple[str, ...], buffers_mb: Mapping[str, int]) -> int:
 
 def options(labels: tuple[str, ...], buffers_mb: Mapping[str, int]) -> Any:
     """Options of torch_npu's HCCL group with its size; arguments as :func:`buffer_mb`."""
-    from torch_npu._C._distributed_c10d import ProcessGroupHCCL
+    from torch_npu._C._distributed_c10d import ProcessGroupHCCL  # pyright: ignore[reportMissingImports]
 
     made = ProcessGroupHCCL.Options()
     made.hccl_config = {"hccl_buffer_size": buffer_mb(labels, buffers_mb)}

@@ -9,7 +9,7 @@ def make_profiler(directory: str, steps: int) -> Any:
     Level 1 names kernels and collectives and says how busy the parts of a core were; the levels above and
     below it differ by what they cost. MindStudio Insight and msprof-analyze read the result.
     """
-    from torch_npu import profiler
+    from torch_npu import profiler  # pyright: ignore[reportMissingImports]
 
     return profiler.profile(
         activities=[profiler.ProfilerActivity.CPU, profiler.ProfilerActivity.NPU],

@@ -79,7 +79,7 @@ def torch_npu_problem() -> str | None:
     problem = software_problem()
     if problem is None:
         try:
-            import torch_npu  # noqa: F401
+            import torch_npu  # noqa: F401  # pyright: ignore[reportMissingImports]
         except (ImportError, OSError, RuntimeError) as error:
             return _without_cann(error)
     return problem
@@ -128,7 +128,8 @@ def why_no_npu() -> str | None:
         return problem
     import torch
 
-    return None if torch.npu.is_available() else f"torch_npu {torch_npu_version()} finds no device"
+    available = torch.npu.is_available()  # pyright: ignore[reportAttributeAccessIssue]
+    return None if available else f"torch_npu {torch_npu_version()} finds no device"
 
 
 def require_torch_npu() -> None:
@@ -141,10 +142,11 @@ def require_torch_npu() -> None:
         logger.warning(complaint)
 
 
-def cann_mismatch(torch_npu: str, cann: str | None) -> str | None:
+def cann_mismatch(torch_npu: str | None, cann: str | None) -> str | None:
     """A sentence if ``cann`` is older than what this torch_npu was built for; None also if unknown."""
-    wanted = cann_built_for(torch_npu)
-    if cann is None or wanted is None or _parsed(cann) is None or _parsed(cann) >= Version(wanted):
+    wanted = None if torch_npu is None else cann_built_for(torch_npu)
+    found = None if cann is None else _parsed(cann)
+    if wanted is None or found is None or found >= Version(wanted):
         return None
     return (
         f"torch_npu {torch_npu} was built for CANN {wanted}, CANN {cann} is installed: operators that it "

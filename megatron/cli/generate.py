@@ -69,6 +69,7 @@ def arguments() -> argparse.Namespace:
     args.save = args.data_path = args.tensorboard_dir = None
     args.use_checkpoint_args = False  # done here, because more is taken than that flag takes
     args, stored = load_args_from_checkpoint(args)
+    assert stored is not None, "a missing checkpoint has ended the run"
     for name in FILLED:
         if getattr(args, name, None) is None:
             setattr(args, name, getattr(stored, name, None))

@@ -84,9 +84,9 @@ def loss_func(loss_mask: torch.Tensor, output_tensor: torch.Tensor):
     loss, num_tokens = totals[0], totals[1].detach().to(torch.int64)
 
     machine = get_rerun_state_machine()
-    if args.check_for_nan_in_loss_and_grad or args.check_for_spiky_loss:
-        # On the host, so that several questions wait for the device once.
-        value = loss.detach().cpu()
+    checked = args.check_for_nan_in_loss_and_grad or args.check_for_spiky_loss
+    # On the host, so that several questions wait for the device once.
+    value = loss.detach().cpu() if checked else None
     if args.check_for_nan_in_loss_and_grad:
         machine.validate_result(
             value, rejection_func=torch.isnan, message="found NaN in local forward loss calculation"
@@ -169,7 +169,7 @@ def train_valid_test_datasets_provider(train_val_test_num_samples):
 
 def main() -> None:
     """Train with the command line's arguments."""
-    train_valid_test_datasets_provider.is_distributed = True
+    train_valid_test_datasets_provider.is_distributed = True  # pyright: ignore[reportFunctionMemberAccess]
     pretrain(
         train_valid_test_datasets_provider,
         model_provider,

@@ -44,7 +44,8 @@ def device_type() -> str:
 @functools.cache
 def _detect_device_type(requested: str) -> str:
     # In this order: torch 2.6 raises an error where it is asked for a device that is not there.
-    present = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else CPU
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    present = CPU if found is None else found.type
     if present == CPU != requested and device_backends.PROBLEMS:
         problems = "; ".join(device_backends.PROBLEMS.values())
         raise ConfigError(f"{problems}. MEGATRON_DEVICE={CPU} goes on without it")

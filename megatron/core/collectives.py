@@ -37,7 +37,7 @@ def group_rank(group: ProcessGroup | None) -> int:
 
 
 def all_reduce(
-    tensor: Tensor, group: ProcessGroup | None, op: ReduceOp = ReduceOp.SUM, async_op: bool = False
+    tensor: Tensor, group: ProcessGroup | None, op: ReduceOp.RedOpType = ReduceOp.SUM, async_op: bool = False
 ) -> Work | None:
     """Reduces the contiguous ``tensor`` over the ranks, in place; returns what to wait for, if anything."""
     if group_size(group) == 1:
@@ -59,7 +59,7 @@ def reduce_scatter(
     output: Tensor,
     input_: Tensor,
     group: ProcessGroup | None,
-    op: ReduceOp = ReduceOp.SUM,
+    op: ReduceOp.RedOpType = ReduceOp.SUM,
     async_op: bool = False,
 ) -> Work | None:
     """Reduces ``input_`` [n * ranks, ...] over the ranks; rank r gets part r of it in ``output`` [n, ...].

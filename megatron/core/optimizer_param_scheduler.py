@@ -149,10 +149,12 @@ class OptimizerParamScheduler:
     def _decay_coefficient(self) -> float:
         """c of the module's formula."""
         if self.lr_decay_style == "WSD":
-            into_tail = self.num_steps - (self.lr_decay_steps - self.wsd_decay_steps)
+            style, tail = self.lr_wsd_decay_style, self.wsd_decay_steps
+            assert style is not None and tail is not None, "checked with the decay style"
+            into_tail = self.num_steps - (self.lr_decay_steps - tail)
             if into_tail <= 0:
                 return 1.0
-            return _DECAY_SHAPES[self.lr_wsd_decay_style](into_tail / self.wsd_decay_steps)
+            return _DECAY_SHAPES[style](into_tail / tail)
         reached = (self.num_steps - self.lr_warmup_steps) / (self.lr_decay_steps - self.lr_warmup_steps)
         return _DECAY_SHAPES[self.lr_decay_style](reached)
 

@@ -49,8 +49,8 @@ class _Point:
 
     def refresh(self) -> None:
         """Routes calls to the replacement, or to the default when there is none or it is switched off."""
-        use_default = self.replacement is None or _is_disabled(self.path)
-        self._install(self.default if use_default else self.replacement)
+        replacement = None if _is_disabled(self.path) else self.replacement
+        self._install(self.default if replacement is None else replacement)
 
 
 @dataclass(frozen=True)

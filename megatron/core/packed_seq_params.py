@@ -29,10 +29,12 @@ class PackedSeqParams:
 
     def longest(self) -> int:
         """Positions of the longest sequence, counted where it was not told."""
-        return max(
-            int((ends[1:] - ends[:-1]).max()) if told is None else int(told)
-            for told, ends in (
-                (self.max_seqlen_q, self.cu_seqlens_q),
-                (self.max_seqlen_kv, self.cu_seqlens_kv),
-            )
-        )
+        queries = _longest(self.max_seqlen_q, self.cu_seqlens_q)
+        return max(queries, _longest(self.max_seqlen_kv, self.cu_seqlens_kv))
+
+
+def _longest(told: Tensor | None, ends: Tensor | None) -> int:
+    if told is not None:
+        return int(told)
+    assert ends is not None, "packed sequences come with their ends"
+    return int((ends[1:] - ends[:-1]).max())

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -92,7 +92,9 @@ class GroupFactory:
         self._timeout, self._backend = timeout, backend or device_backend()
         self._settings, self._options = nccl_settings or {}, options
         self._buffers_mb = buffers_mb or {}
-        self._number = next(_FACTORIES.setdefault(dist.group.WORLD, count()))
+        world = dist.group.WORLD
+        assert world is not None, "torch.distributed has been initialized"
+        self._number = next(_FACTORIES.setdefault(world, count()))
         self._labels: dict[_Key, list[str]] = {}
         self._made: dict[_Key, ProcessGroup] = {}
 
@@ -170,7 +172,7 @@ def create_group(
     group_desc: str | None = None,
 ) -> ProcessGroup:
     """``torch.distributed.new_group``, with ``group_desc`` as the name that debug output shows."""
-    return dist.new_group(
+    group = dist.new_group(
         ranks,
         timeout=timeout,
         backend=backend,
@@ -178,6 +180,7 @@ def create_group(
         use_local_synchronization=use_local_synchronization,
         group_desc=group_desc,
     )
+    return cast(ProcessGroup, group)  # or the mark of torch's for a rank that is no member
 
 
 def load_nccl_settings(path: str) -> dict[str, dict[str, Any]]:
@@ -212,9 +215,10 @@ def get_nccl_options(pg_name: str, nccl_comm_cfgs: dict[str, dict[str, Any]]) ->
         raise ConfigError(f"this build of torch {torch.__version__} has no NCCL, so no options for {pg_name}")
     entry = nccl_comm_cfgs[pg_name]
     options = dist.ProcessGroupNCCL.Options()
-    options.config.cga_cluster_size = entry.get("cga_cluster_size", 4)
-    options.config.max_ctas = entry.get("max_ctas", 32)
-    options.config.min_ctas = entry.get("min_ctas", 1)
+    config: Any = options.config
+    config.cga_cluster_size = entry.get("cga_cluster_size", 4)
+    config.max_ctas = entry.get("max_ctas", 32)
+    config.min_ctas = entry.get("min_ctas", 1)
     if "net_name" in entry:
-        options.config.net_name = entry["net_name"]
+        config.net_name = entry["net_name"]
     return options

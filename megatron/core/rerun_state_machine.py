@@ -194,7 +194,7 @@ class RerunStateMachine:
     def validate_result(
         self,
         result: Any,
-        rejection_func: Callable[[Any], bool],
+        rejection_func: Callable[[Any], bool | torch.Tensor],
         message: str = "unexpected result",
         comparison_func: Callable[[Any, Any], float] | None = None,
         tolerance: float = 0.0,

@@ -73,8 +73,9 @@ def failing_together() -> Iterator[None]:
         raise error
     failed = sum(report is not None for report in reports)
     where = f"rank {rank} on {host}" + (f" and {failed - 1} more" if failed > 1 else "")
-    known = isinstance(kind, type) and issubclass(kind, MegatronError)
-    raise (_remade(kind, text, where) if known else MegatronError(f"[{where}] {kind.__name__}: {text}"))
+    if issubclass(kind, MegatronError):
+        raise _remade(kind, text, where)
+    raise MegatronError(f"[{where}] {kind.__name__}: {text}")
 
 
 def _remade(kind: type[MegatronError], text: str, where: str) -> MegatronError:

@@ -197,7 +197,7 @@ def _set_wandb_writer(args: Namespace) -> None:
     if not args.wandb_exp_name:
         raise ConfigError("--wandb-project needs a run name: add --wandb-exp-name NAME")
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as exc:
         raise ConfigError(
             "--wandb-project is given but the wandb package is missing: pip install wandb, "

@@ -13,7 +13,7 @@ import functools
 import importlib.machinery
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from megatron.unbuilt.placeholders import make
 from megatron.unbuilt.table import FEATURES, Feature
@@ -40,7 +40,9 @@ def find_spec(fullname: str) -> importlib.machinery.ModuleSpec | None:
     """Spec of a module of the table, or of a package above one; None for any other name."""
     if fullname not in rows() and fullname not in _packages():
         return None
-    return importlib.machinery.ModuleSpec(fullname, _Loader, origin="not built yet", is_package=True)
+    return importlib.machinery.ModuleSpec(
+        fullname, cast(Any, _Loader), origin="not built yet", is_package=True
+    )
 
 
 def names_of(module: str) -> Callable[[str], Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 def names_by_module(text: str) -> dict[str, list[str]]:
     """Parse repeated "module: NAME NAME ..."."""
     found: dict[str, list[str]] = {}
+    module: list[str] = []
     for word in text.split():
         if word.endswith(":"):
             module = found.setdefault(word[:-1], [])

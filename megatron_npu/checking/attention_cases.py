@@ -51,8 +51,9 @@ def _whole(
     return make
 
 
-_FEW = dict(batch=1, heads=2, groups=2)
-_LONG = dict(sq=2112, **_FEW)  # beyond the compressed mask
+_FEW: dict[str, Any] = dict(batch=1, heads=2, groups=2)
+_LONG: dict[str, Any] = dict(sq=2112, **_FEW)  # beyond the compressed mask
+_LONG_ONE_GROUP: dict[str, Any] = _LONG | {"groups": 1}
 _WHOLE_CASES = {
     **{f"causal {layout}": _whole(layout) for layout in ("SBH", "BSH", "BNSD")},
     **{
@@ -75,7 +76,7 @@ _WHOLE_CASES = {
     "long causal": _whole(**_LONG),
     "long causal, fewer queries": _whole(sq=2080, sk=2112, **_FEW),
     "long window 64 back SBH": _whole(**_LONG, window=(64, 0)),
-    "long window 64 back BSH, one group": _whole("BSH", **_LONG | {"groups": 1}, window=(64, 0)),
+    "long window 64 back BSH, one group": _whole("BSH", **_LONG_ONE_GROUP, window=(64, 0)),
     "long window, fewer queries": _whole(sq=64, sk=2304, **_FEW, window=(64, 0)),
 }
 

@@ -58,6 +58,7 @@ _ROUTINGS = {
 def _map(draw: Draw, topk: int | None, capacity: int | None, tokens: int = 10, experts: int = 6) -> Tensor:
     """With a top-k, no token chooses expert 2."""
     if topk is None:
+        assert capacity is not None
         return _ranks(draw, experts, tokens).t() < capacity
     scores = draw.normal(tokens, experts)
     scores[:, 2] = -9.0
@@ -106,7 +107,7 @@ _ORDERS: dict[str, dict[str, Any]] = {
     "4 tokens an expert": dict(topk=None, capacity=4, with_probs=False),
     "4 tokens an expert, weights": dict(topk=None, capacity=4, with_probs=True),
 }
-_WIDE_WEIGHTS = dict(topk=3, capacity=None, with_probs=True, narrow=False)
+_WIDE_WEIGHTS: dict[str, Any] = dict(topk=3, capacity=None, with_probs=True, narrow=False)
 
 # --- products -----------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ Beside it stands a group of the same ranks with the same gloo for CPU tensors, t
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -64,7 +64,7 @@ def _by_gloo(name: str, operator: torch._ops.OpOverload) -> Callable[..., Any]:
 
 
 def _is_group(value: Any) -> bool:
-    return isinstance(value, torch.ScriptObject) and value._type().name() == "ProcessGroup"
+    return isinstance(value, torch.ScriptObject) and cast(Any, value._type()).name() == "ProcessGroup"
 
 
 def _beside(group: Any) -> Any:

@@ -7,7 +7,7 @@ from torch import library
 
 def load() -> None:
     """Called by torch at the end of its import, in every process that finds the directory ``autoload``."""
-    import torch_npu  # noqa: F401
+    import torch_npu  # noqa: F401  # pyright: ignore[reportMissingImports]
 
     from megatron_npu.virtual import collectives, derivatives, host_memory, operators, random_numbers
 
@@ -24,7 +24,7 @@ def load() -> None:
 
 def _leave_errors_to_python() -> None:
     """Takes back torch_npu's hook, which lets every process that fails print an error code of the device."""
-    from torch_npu.utils._error_code import _except_handler
+    from torch_npu.utils._error_code import _except_handler  # pyright: ignore[reportMissingImports]
 
     if sys.excepthook == _except_handler._excepthook:
         sys.excepthook = _except_handler._origin_excepthook

@@ -17,7 +17,7 @@ def host(t: Tensor) -> Tensor:
     """A CPU tensor over the memory of ``t``, an NPU's, with its shape and strides; keeps ``t`` alive."""
     if t.numel() == 0:
         return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype)
-    memory = _ANY_SIZE.from_address(t.data_ptr())
+    memory: Any = _ANY_SIZE.from_address(t.data_ptr())
     memory.owner = t
     length = 1 + sum((n - 1) * step for n, step in zip(t.size(), t.stride(), strict=True))
     return torch.frombuffer(memory, dtype=t.dtype, count=length).as_strided(t.size(), t.stride())

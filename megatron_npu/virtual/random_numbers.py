@@ -46,7 +46,7 @@ def install(library: torch.library.Library) -> None:
 
 def _default(device: torch.device | None) -> torch.Generator:
     index = device.index if device is not None else None
-    return torch.npu.default_generators[torch.npu.current_device() if index is None else index]
+    return torch.npu.default_generators[torch.npu.current_device() if index is None else index]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _draw(generator: torch.Generator) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from megatron_npu.virtual.kernels.optimizer import OverflowFlag
 @functools.cache
 def saturates() -> bool:
     """Whether the device of this process does, as torch_npu decides it from the chip and the environment."""
-    return not torch.npu.utils.is_support_inf_nan()
+    return not torch.npu.utils.is_support_inf_nan()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def saturated(compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -34,7 +34,8 @@ def saturated(compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         for value in [*_floats(result), *operands]:  # operands too: a call may write into them
             if not _is_finite(value):
                 OverflowFlag.raised = True
-                value.nan_to_num_(nan=0.0)
+                if isinstance(value, Tensor):
+                    value.nan_to_num_(nan=0.0)
     return result
 
 

@@ -89,8 +89,9 @@ class ContextParallelAttention:
         """
         _check_operands(query, key, attention_mask, self.size)
         seed = _draw_seed() if dropout_p > 0.0 else 0
+        group = parallel_state.get_context_parallel_group()
+        assert group is not None, "an error otherwise"
         if self.kind == A2A:
-            group = parallel_state.get_context_parallel_group()
             q, k, v = to_heads(query, key, value, group)
             mask = None if attention_mask is None else gather_mask(attention_mask, group)
             with _stream_of(seed, dropout_p):
@@ -99,7 +100,6 @@ class ContextParallelAttention:
         split = SplitAttention(band, attention_mask, softmax_scale, dropout_p, seed)
         if self.kind == A2A_P2P:
             return _hierarchical(query, key, value, split)
-        group = parallel_state.get_context_parallel_group()
         attend = ring_attention if self.kind == P2P else gather_attention
         return attend(query, key, value, split, group).flatten(2)
 
@@ -115,7 +115,9 @@ def _hierarchical(query: Tensor, key: Tensor, value: Tensor, split: SplitAttenti
 
 def _two_levels() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """Groups of consecutive ranks, and of one rank of each of those."""
-    inner, outer = parallel_state.get_hierarchical_context_parallel_groups()
+    groups = parallel_state.get_hierarchical_context_parallel_groups()
+    assert groups is not None, "an error otherwise"
+    inner, outer = groups
     return inner, outer
 
 

@@ -38,9 +38,8 @@ class _GatherAttention(torch.autograd.Function):
         saved = SavedAttention(q, out, lse, grad_out)
         key, value = _gather(k, v, ctx.group)
         wide = torch.promote_types(q.dtype, torch.float32)
-        grads = tuple(torch.zeros_like(t, dtype=wide) for t in (q, key, value))
-        saved.add_gradients(ctx.tasks, key, value, ctx.spec, grads)
-        grad_q, grad_key, grad_value = grads
+        grad_q, grad_key, grad_value = (torch.zeros_like(t, dtype=wide) for t in (q, key, value))
+        saved.add_gradients(ctx.tasks, key, value, ctx.spec, (grad_q, grad_key, grad_value))
         grad_k, grad_v = _reduce_scatter(grad_key.to(k.dtype), grad_value.to(v.dtype), k, v, ctx.group)
         return grad_q.to(q.dtype), grad_k, grad_v, None, None
 

@@ -124,16 +124,18 @@ class _RingAttention(torch.autograd.Function):
         wide = torch.promote_types(q.dtype, torch.float32)
         grad_q = torch.zeros_like(q, dtype=wide)
         journey = _Journey(ring)
-        home = None
+        home: Tensor | None = None
         for visit in _visits(ring, packed.pack(k, v), ctx.hops):
             own = torch.zeros(visit.flat.shape, dtype=wide, device=q.device)
             tasks = _tasks(ring, visit.owner, q.shape[0], spec)
             grads = (grad_q, *packed.unpack(own))
-            saved.add_gradients(tasks, *packed.unpack(visit.flat), spec, grads)
+            key, value = packed.unpack(visit.flat)
+            saved.add_gradients(tasks, key, value, spec, grads)
             if visit.hop == 0:
                 home = own
             else:
                 journey.add(visit, own)
+        assert home is not None, "the first visit is that of the own keys"
         grad_k, grad_v = packed.unpack(journey.arrive(home))
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
 

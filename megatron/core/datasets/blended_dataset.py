@@ -68,11 +68,12 @@ class BlendedDataset(torch.utils.data.Dataset):
         return {"dataset_id": member, **self.datasets[member][self.dataset_sample_index[idx]]}
 
     def _load_or_build_index(self) -> tuple[np.ndarray, np.ndarray]:
-        samples = sum(self.weights) if self.size is None else self.size
+        samples = int(sum(self.weights)) if self.size is None else self.size
         cache = self._cache()
         arrays = cache and cache.load(lambda *found: _find_fault(samples, len(self.datasets), *found))
         if arrays:
-            return tuple(arrays)
+            members, places = arrays
+            return members, places
         log_single_rank(logger, logging.INFO, f"Build and save the {type(self).__name__} indices")
         self.built_anew_on_cache_miss = True
         arrays = np.empty(samples, dtype=np.int16), np.empty(samples, dtype=np.int64)

@@ -2,9 +2,9 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Union
+from typing import Any, Union, cast
 
 import numpy as np
 import torch
@@ -81,10 +81,11 @@ class BlendedMegatronDatasetBuilder:
         election = elect_builders(self.config.storage_domain, self.is_built_on_rank())
         self.config.builds_index = election.builds
         check_equal_copies(self.config.data_prefixes(), election)
+        datasets: list[TopLevelDataset | None]
         if self.config.blend is not None:
-            datasets = self._build_blend(self.config.blend, self.config.split_matrix, self.sizes)
+            datasets = self._build_blend(self.config.blend, self._matrix(), self.sizes)
         elif self.config.mock:
-            datasets = self._build_one(None, self.config.split_matrix, self.sizes, synchronize_ranks=True)
+            datasets = [*self._build_one(None, self._matrix(), self.sizes, synchronize_ranks=True)]
         else:
             datasets = [self._build_own_split(split) for split in Split]
         for dataset in datasets:
@@ -92,9 +93,16 @@ class BlendedMegatronDatasetBuilder:
                 dataset.check_member_sizes()
         return datasets
 
+    def _matrix(self) -> _SplitMatrix:
+        matrix = self.config.split_matrix
+        assert matrix is not None, "set with the split, which one blend and mock data have"
+        return matrix
+
     def _build_own_split(self, split: Split) -> TopLevelDataset | None:
         """One split from the data sets named for it alone, which are used whole."""
-        blend = self.config.blend_per_split[split.value]
+        blends = self.config.blend_per_split
+        assert blends is not None, "there is neither one blend nor mock data"
+        blend = blends[split.value]
         if blend is None:
             return None
         matrix: _SplitMatrix = [_WHOLE if other is split else None for other in Split]
@@ -107,7 +115,7 @@ class BlendedMegatronDatasetBuilder:
     def _build_blend(self, blend: Blend, matrix: _SplitMatrix, sizes: _Sizes) -> list[TopLevelDataset | None]:
         prefixes, weights = blend
         if weights is None and len(prefixes) == 1:
-            return self._build_one(prefixes[0], matrix, sizes, synchronize_ranks=True)
+            return [*self._build_one(prefixes[0], matrix, sizes, synchronize_ranks=True)]
         if weights is None:
             members = self._build_members(prefixes, matrix, [[None] * len(Split)] * len(prefixes))
             return [self._blend_by_length(_column(members, split), matrix, split, sizes) for split in Split]
@@ -121,7 +129,7 @@ class BlendedMegatronDatasetBuilder:
                 raise ConfigError(f"weights are given, so the number of {split.name} samples is needed too.")
         planned = [[math.ceil((size or 0) * weight) for size in sizes] for weight in weights]
         margin = 1 + _MEMBER_MARGIN_PERCENT / 100
-        built = [[math.ceil(size * margin) for size in row] for row in planned]
+        built: list[_Sizes] = [[math.ceil(size * margin) for size in row] for row in planned]
         members = self._build_members(prefixes, matrix, built)
         blends: list[TopLevelDataset | None] = []
         for split in Split:
@@ -144,7 +152,7 @@ class BlendedMegatronDatasetBuilder:
     def _blend(
         self,
         datasets: list[MidLevelDataset | None],
-        weights: list[int | float],
+        weights: Sequence[int | float],
         size: int | None,
         interval: tuple[float, float] | None,
     ) -> TopLevelDataset | None:
@@ -154,9 +162,10 @@ class BlendedMegatronDatasetBuilder:
         present = [(data, weight) for data, weight in zip(datasets, weights, strict=True) if data is not None]
         cls: Any = BlendedDataset if present else _nothing
         members, shares = [data for data, _ in present], [weight for _, weight in present]
-        return self.build_generic_dataset(
+        dataset = self.build_generic_dataset(
             cls, self.is_built_on_rank, True, members, shares, size, self.config
         )
+        return cast("BlendedDataset | None", dataset)
 
     def _build_members(
         self, prefixes: list[str], matrix: _SplitMatrix, sizes: list[_Sizes]
@@ -220,7 +229,7 @@ class BlendedMegatronDatasetBuilder:
                     split,
                     self.config,
                 )
-            datasets.append(dataset)
+            datasets.append(cast("MidLevelDataset | None", dataset))
         return datasets
 
     def _elements_of(

@@ -89,11 +89,10 @@ class BlendedMegatronDatasetConfig:
                 f"split {self.split} is given together with blend_per_split, whose data is used whole. "
                 "Drop the split, or give one blend."
             )
-        if len(self.blend_per_split) != len(Split):
-            raise ConfigError(
-                f"blend_per_split needs {len(Split)} entries, it has {len(self.blend_per_split)}."
-            )
-        for blend in self.blend_per_split:
+        blends = self.blend_per_split or []
+        if len(blends) != len(Split):
+            raise ConfigError(f"blend_per_split needs {len(Split)} entries, it has {len(blends)}.")
+        for blend in blends:
             if blend is not None:
                 _check_blend(blend)
 

@@ -208,7 +208,7 @@ def _replay(
         gap[old[differ], differ] -= 1.0
         row[lanes] = new
         if step % 32 == 31:
-            apart = gap.any(axis=0)
+            apart = np.asarray(gap.any(axis=0))
             if not apart.any():
                 return
             if not apart.all():

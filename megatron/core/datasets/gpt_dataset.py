@@ -78,6 +78,7 @@ class GPTDataset(MegatronDataset):
     """
 
     config: GPTDatasetConfig
+    dataset: IndexedDataset
 
     def __init__(
         self,
@@ -89,6 +90,7 @@ class GPTDataset(MegatronDataset):
         config: GPTDatasetConfig,
     ) -> None:
         super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config)
+        assert config.tokenizer is not None, "the config checks it"
         self._extra = int(config.add_extra_token_to_sequence)
         try:
             self._pad_token_id = config.tokenizer.pad
@@ -221,7 +223,8 @@ class GPTDataset(MegatronDataset):
             f"{self.index_split.name} split: {plan.samples} samples of {length} tokens in {plan.epochs} "
             f"epoch(s), index {'built' if self.built_anew_on_cache_miss else 'found in the cache'}",
         )
-        return tuple(arrays)
+        documents, samples, shuffle = arrays
+        return documents, samples, shuffle
 
     def _check_enough_tokens(self, tokens: int, drop_last_partial: bool) -> None:
         """One pass must hold a whole sample to train on; smaller evaluation splits are repeated."""
@@ -307,6 +310,7 @@ class MockGPTDataset(GPTDataset):
     @staticmethod
     def build_low_level_dataset(dataset_path: str | None, config: GPTDatasetConfig) -> MockGPTLowLevelDataset:
         """The made-up sequences; ``dataset_path`` is ignored."""
+        assert config.tokenizer is not None, "the config checks it"
         return MockGPTLowLevelDataset(config.tokenizer)
 
 

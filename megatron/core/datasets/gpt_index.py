@@ -49,7 +49,7 @@ def plan_epochs(
     separate = None
     if num_samples:
         epochs = max(1, -(-(num_samples * sequence_length + extra) // tokens_per_epoch))
-    if epochs > 1:
+    if num_samples and epochs > 1:
         before_last = ((epochs - 1) * tokens_per_epoch - extra) // sequence_length
         per_epoch = (tokens_per_epoch - extra) // sequence_length
         if num_samples - before_last < int(_SEPARATE_LAST_EPOCH_BELOW * per_epoch):

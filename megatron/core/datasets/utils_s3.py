@@ -36,7 +36,7 @@ def make_s3_client(path: str) -> S3Client:
         DataError: boto3 is not installed.
     """
     try:
-        import boto3
+        import boto3  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise DataError(
             f"{path} is on S3 and reading it needs boto3, which is not installed. "
@@ -60,7 +60,7 @@ def parse_s3_path(path: str) -> tuple[str, str]:
 
 def object_exists(client: S3Client, path: str) -> bool:
     """Ask S3 for the object's head; False when there is no such object."""
-    from botocore.exceptions import ClientError
+    from botocore.exceptions import ClientError  # pyright: ignore[reportMissingImports]
 
     bucket, key = parse_s3_path(path)
     try:

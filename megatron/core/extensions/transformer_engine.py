@@ -27,6 +27,7 @@ from megatron.core.tensor_parallel.random import (
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils.tensors import mark
 
 __getattr__ = unbuilt.names_of(__name__)
 
@@ -264,9 +265,9 @@ class TELinear(LinearBase):
         self.bias = new_bias(config, output_size, is_column, self.place) if bias else None
         # Whole parameters that see a part of the sequence: their gradients are summed over the ranks.
         if self.bias is not None and not is_column:
-            self.bias.sequence_parallel = self.sequence_parallel
+            mark(self.bias, sequence_parallel=self.sequence_parallel)
         if parallel_mode is None:
-            self.weight.sequence_parallel = self.sequence_parallel
+            mark(self.weight, sequence_parallel=self.sequence_parallel)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[..., in] -> [..., out], of which one is split with "column" or "row"; and the bias or None."""

@@ -245,7 +245,8 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_tokens = _sum_of_rows(grad.contiguous(), *ctx.saved_tensors, ctx.topk, ctx.capacity)
+        where, routing_map = ctx.saved_tensors
+        grad_tokens = _sum_of_rows(grad.contiguous(), where, routing_map, ctx.topk, ctx.capacity)
         return grad_tokens, None, None, None, None
 
 
@@ -260,7 +261,8 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_rows = grad.index_select(0, _token_of_each_row(*ctx.saved_tensors, ctx.topk))
+        (where,) = ctx.saved_tensors
+        grad_rows = grad.index_select(0, _token_of_each_row(where, ctx.topk))
         return grad_rows, None, None, None, None
 
 

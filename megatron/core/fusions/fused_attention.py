@@ -115,7 +115,8 @@ def visible_keys(
         window = None
     if attention_mask is None and window is None and (not causal or sq == sk):
         return None
-    return ~masked_keys(sq, sk, causal, window, attention_mask, device)
+    masked = masked_keys(sq, sk, causal, window, attention_mask, device)
+    return None if masked is None else ~masked
 
 
 def masked_keys(

@@ -43,7 +43,7 @@ class GeLUFunction(torch.autograd.Function):
         ctx.save_for_backward(input, bias)
         rows, out = _rows(input), torch.empty_like(input)
         out_rows, wide_bias = out.view(rows.shape), _widen(bias)
-        for block in row_blocks(*rows.shape, input.device):
+        for block in row_blocks(rows.shape[0], rows.shape[1], input.device):
             x = rows[block] + wide_bias
             gate = (x * x).mul_(_CUBIC).add_(_LINEAR).mul_(x).sigmoid_()
             torch.mul(x, gate, out=out_rows[block])
@@ -55,7 +55,7 @@ class GeLUFunction(torch.autograd.Function):
         rows, grad_rows, wide_bias = _rows(input), _rows(grad_output), _widen(bias)
         grad = torch.empty_like(rows)
         grad_bias = torch.zeros_like(wide_bias)
-        for block in row_blocks(*rows.shape, input.device):
+        for block in row_blocks(rows.shape[0], rows.shape[1], input.device):
             x = rows[block] + wide_bias
             square = x * x
             gate = torch.mul(square, _CUBIC).add_(_LINEAR).mul_(x).sigmoid_()

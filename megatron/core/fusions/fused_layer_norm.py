@@ -10,6 +10,7 @@ from megatron.core import accelerator
 from megatron.core.accelerator import row_blocks
 from megatron.core.errors import ConfigError
 from megatron.core.overrides import overridable
+from megatron.core.utils.tensors import mark
 
 
 @overridable
@@ -53,7 +54,7 @@ class _RmsNorm(torch.autograd.Function):
         scale = torch.rsqrt(norm.square() / width + ctx.eps)
         grad_x = torch.empty_like(x_2d)
         grad_weight = torch.zeros(width, dtype=scale.dtype, device=x.device)
-        for block in row_blocks(*x_2d.shape, x.device):
+        for block in row_blocks(x_2d.shape[0], width, x.device):
             normed = x_2d[block] * scale[block]
             product = grad_2d[block] * normed
             grad_weight += product.sum(dim=0)
@@ -106,7 +107,7 @@ class _Norm(nn.Module):
         device = accelerator.build_device(self.config)
         parameter = nn.Parameter(torch.empty(self.hidden_size, dtype=self.config.params_dtype, device=device))
         # Its gradient must be summed over the tensor-parallel ranks when each saw a part of the sequence.
-        parameter.sequence_parallel = self.sequence_parallel
+        mark(parameter, sequence_parallel=self.sequence_parallel)
         return parameter
 
     def reset_parameters(self) -> None:

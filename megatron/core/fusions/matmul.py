@@ -188,7 +188,7 @@ def _is_aligned(t: Tensor) -> bool:
 
 @overridable
 def all_gather_matmul(
-    x: Tensor, matrix: Tensor, group: ProcessGroup, keep: bool
+    x: Tensor, matrix: Tensor, group: ProcessGroup | None, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Joins the ranks' rows in the order of the ranks and multiplies them; without derivative.
 
@@ -201,7 +201,7 @@ def all_gather_matmul(
 
 
 @overridable
-def matmul_reduce_scatter(x: Tensor, matrix: Tensor, group: ProcessGroup) -> Tensor:
+def matmul_reduce_scatter(x: Tensor, matrix: Tensor, group: ProcessGroup | None) -> Tensor:
     """Sums ``x matrix`` over the ranks; rank r gets part r of the rows; without derivative.
 
     x: [m, k], with m a multiple of the number of ranks; matrix: [k, n], contiguous or a transposed view; both

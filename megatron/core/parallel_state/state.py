@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import overload
 
 import torch
 import torch.distributed as dist
@@ -58,6 +59,14 @@ class State:
 STATE = State()
 
 
+@overload
+def group(name: str) -> ProcessGroup: ...
+
+
+@overload
+def group(name: str, check_initialized: bool) -> ProcessGroup | None: ...
+
+
 def group(name: str, check_initialized: bool = True) -> ProcessGroup | None:
     """The group called ``name``; None where there is none and ``check_initialized`` is off."""
     if check_initialized and STATE.groups.get(name) is None:
@@ -72,25 +81,27 @@ def ranks(name: str) -> list[int]:
     return STATE.ranks[name]
 
 
+def _told(by_hand: str | None) -> int | None:
+    return None if by_hand is None else STATE.by_hand.get(by_hand)
+
+
 def size(name: str, by_hand: str | None = None) -> int:
     """Number of ranks in a group, unless set by hand."""
-    if STATE.by_hand.get(by_hand) is not None:
-        return STATE.by_hand[by_hand]
-    return dist.get_world_size(group(name))
+    told = _told(by_hand)
+    return dist.get_world_size(group(name)) if told is None else told
 
 
 def rank(name: str, by_hand: str | None = None) -> int:
     """Place of this rank in a group, unless set by hand."""
-    if STATE.by_hand.get(by_hand) is not None:
-        return STATE.by_hand[by_hand]
-    return dist.get_rank(group(name))
+    told = _told(by_hand)
+    return dist.get_rank(group(name)) if told is None else told
 
 
 def size_or_zero(name: str, by_hand: str | None = None) -> int:
     """As ``size``; 0 without torch.distributed."""
-    return size(name, by_hand) if STATE.by_hand.get(by_hand) is not None or dist.is_initialized() else 0
+    return size(name, by_hand) if _told(by_hand) is not None or dist.is_initialized() else 0
 
 
 def rank_or_zero(name: str, by_hand: str | None = None) -> int:
     """As ``rank``; 0 without torch.distributed."""
-    return rank(name, by_hand) if STATE.by_hand.get(by_hand) is not None or dist.is_initialized() else 0
+    return rank(name, by_hand) if _told(by_hand) is not None or dist.is_initialized() else 0

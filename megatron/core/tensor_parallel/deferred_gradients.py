@@ -22,6 +22,7 @@ from megatron.core.errors import TrainingError, UsageError
 from megatron.core.fusions.matmul import accumulate_weight_gradient, weight_gradient
 from megatron.core.tensor_parallel.mappings import _gather_along_first_dim
 from megatron.core.utils import prepare_input_tensors_for_wgrad_compute
+from megatron.core.utils.tensors import mark
 
 Compute = Callable[[], None]
 
@@ -109,9 +110,10 @@ def drain_embedding_wgrad_compute(
             x, grad_output = embedding_activation_buffer.pop(0), grad_output_buffer.pop(0)
             whole = _gather_along_first_dim(x) if config.sequence_parallel else x
             operands = prepare_input_tensors_for_wgrad_compute(grad_output, whole)
-            if getattr(weight, "main_grad", None) is not None:
-                accumulate_weight_gradient(weight.main_grad, *operands)
-                weight.grad_added_to_main_grad = True
+            main_grad = getattr(weight, "main_grad", None)
+            if main_grad is not None:
+                accumulate_weight_gradient(main_grad, *operands)
+                mark(weight, grad_added_to_main_grad=True)
             else:
                 grad = weight_gradient(*operands)
                 weight.grad = grad if weight.grad is None else weight.grad + grad

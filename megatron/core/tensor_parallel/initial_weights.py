@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.rng_tracker import (
     get_expert_parallel_rng_tracker_name,
 )
 from megatron.core.tensor_parallel.weight_streams import seeded
+from megatron.core.utils.tensors import mark
 
 InitMethod = Callable[[Tensor], Any]
 # name -> value of a parameter that is not split
@@ -35,9 +36,7 @@ def set_tensor_model_parallel_attributes(tensor: Tensor, is_parallel: bool, dim:
     for name in _DEFAULTS:
         if hasattr(tensor, name):
             raise UsageError(f"parameter has {name} = {getattr(tensor, name)} already")
-    tensor.tensor_model_parallel = is_parallel
-    tensor.partition_dim = dim
-    tensor.partition_stride = stride
+    mark(tensor, tensor_model_parallel=is_parallel, partition_dim=dim, partition_stride=stride)
 
 
 def set_defaults_if_not_set_tensor_model_parallel_attributes(tensor: Tensor) -> None:
@@ -82,6 +81,7 @@ class Place:
             wanted, flag = config.tensor_model_parallel_size, "tensor_model_parallel_size"
             get_size = parallel_state.get_tensor_model_parallel_world_size
             get_rank = parallel_state.get_tensor_model_parallel_rank
+        assert wanted is not None, "the config fills it in"
         size = _or_none(get_size)
         if (size or 1) != wanted and wanted > 1:
             found = "no process groups exist" if size is None else f"the group has {size} ranks"
@@ -162,7 +162,7 @@ def new_weight(
             size = 1 if split_dim is None else place.size
             with torch.no_grad():
                 weight.copy_(own_slice(whole, split_dim or 0, stride, place.rank, size))
-    weight.allreduce = not (place.is_expert and config.expert_model_parallel_size > 1)
+    mark(weight, allreduce=not (place.is_expert and config.expert_model_parallel_size > 1))
     return weight, master
 
 
@@ -198,7 +198,7 @@ def new_bias(
     if is_split:
         set_tensor_model_parallel_attributes(bias, is_parallel=True, dim=0, stride=stride)
     # False means: reduced over expert-data-parallel ranks only.
-    bias.allreduce = not (place.is_expert and config.expert_model_parallel_size > 1)
+    mark(bias, allreduce=not (place.is_expert and config.expert_model_parallel_size > 1))
     return bias
 
 

@@ -45,6 +45,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.tensor_parallel.overlap import overlap_of
 from megatron.core.tensor_parallel.utils import VocabUtility
+from megatron.core.utils.tensors import mark
 from megatron.unbuilt.placeholders import WithoutShardedState
 
 __all__ = [
@@ -92,6 +93,8 @@ class LinearBase(_StatelessExtra):
         sequence_parallel: activations outside hold this rank's part of the sequence.
         overlap: how matmuls overlap with the layer's traffic; None if they do not.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self, config: ModelParallelConfig, sizes: tuple[int, int], skip_bias_add: bool, is_expert: bool
@@ -240,10 +243,12 @@ class ColumnParallelLinear(LinearBase):
         if weight.shape != expected:
             raise UsageError(f"weight is {tuple(weight.shape)}, expected {expected}")
         buffers: dict[str, Any] = {}
+        inputs = self.embedding_activation_buffer
         if self.config.defer_embedding_wgrad_compute and self.grad_output_buffer is not None:
+            assert inputs is not None, "the two buffers are given together"
             limit = self.config.wgrad_deferral_limit
-            if not limit or len(self.embedding_activation_buffer) < limit:
-                self.embedding_activation_buffer.append(input_)
+            if not limit or len(inputs) < limit:
+                inputs.append(input_)
             buffers = {"grad_output_buffer": self.grad_output_buffer, "wgrad_deferral_limit": limit}
         reduces = self.communicates and (self.sequence_parallel or not self.disable_grad_reduce)
         out = self._linear(input_, weight, None if self.skip_bias_add else self.bias, reduces, **buffers)
@@ -300,7 +305,7 @@ class RowParallelLinear(LinearBase):
         self.bias = new_bias(config, output_size, False, self.place) if bias else None
         if self.bias is not None:
             # Added to a part of the sequence on every rank, its gradient must be summed over them.
-            self.bias.sequence_parallel = self.sequence_parallel
+            mark(self.bias, sequence_parallel=self.sequence_parallel)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[..., in/TP] (or [..., in]) -> [..., out], and the bias or None.

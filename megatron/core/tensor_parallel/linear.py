@@ -31,13 +31,17 @@ def _has_main_grad(weight: Tensor) -> bool:
     return getattr(weight, "main_grad", None) is not None
 
 
+def _add_to_main_grad(weight: Any, grad_output: Tensor, x: Tensor) -> None:
+    accumulate_weight_gradient(weight.main_grad, grad_output, x)
+    weight.grad_added_to_main_grad = True
+
+
 def _weight_gradient(weight: Tensor, grad_output: Tensor, x: Tensor, into_main_grad: bool) -> Tensor:
     """The gradient to hand to autograd: the real one, or a stand-in once ``main_grad`` holds it."""
     grad_output, x = as_rows(grad_output), as_rows(x)
     if not into_main_grad:
         return weight_gradient(grad_output, x)
-    accumulate_weight_gradient(weight.main_grad, grad_output, x)
-    weight.grad_added_to_main_grad = True
+    _add_to_main_grad(weight, grad_output, x)
     # The parameter's hooks (gradient reduction) fire only if some gradient arrives. A weight used twice adds
     # this one to the other use's, which then goes to main_grad: it must be zero. Otherwise nobody reads it.
     make = torch.zeros if getattr(weight, "zero_out_wgrad", False) else torch.empty
@@ -78,8 +82,7 @@ def _defer_weight_gradient(weight: Tensor, grad_output: Tensor, get_x: Callable[
     def compute() -> None:
         whole = get_x()
         if _has_main_grad(weight):
-            accumulate_weight_gradient(weight.main_grad, as_rows(grad_output), as_rows(whole))
-            weight.grad_added_to_main_grad = True
+            _add_to_main_grad(weight, as_rows(grad_output), as_rows(whole))
         else:
             grad = weight_gradient(as_rows(grad_output), as_rows(whole))
             weight.grad = grad if weight.grad is None else weight.grad + grad

@@ -109,11 +109,12 @@ class ChunkedMatmuls:
         length = divide(x.shape[0], parts)
         # [s, ..., k] -> [TP, s/TP, ..., k]
         cut = x.unflatten(0, (parts, length))
+        result: Tensor | None = None
         sending: PendingResult | None = None
         for first, last in self._pieces(length):
             # [TP, c, ..., k] -> [TP * c, ..., k]
             partial = linear_forward(cut[:, first:last].flatten(0, 1), matrix.t())
-            if sending is None:
+            if result is None or sending is None:
                 result = partial.new_empty(length, *partial.shape[1:])
                 sending = PendingResult(result)
             piece = result[first:last]

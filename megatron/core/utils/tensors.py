@@ -13,6 +13,12 @@ from megatron.core.errors import UsageError
 InitMethod = Callable[[Tensor], Tensor]
 
 
+def mark(tensor: Tensor, **facts: Any) -> None:
+    """Sets attributes on a parameter that DDP, the optimizer or checkpoints read with ``getattr``."""
+    for name, value in facts.items():
+        setattr(tensor, name, value)
+
+
 class _Normal:
     """Fills with N(0, std).  A class, not a closure, so that configs can be pickled and compared."""
 

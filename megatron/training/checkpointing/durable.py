@@ -9,7 +9,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from megatron.core.errors import CheckpointError
 from megatron.training.processes import stop_signals
@@ -62,7 +62,7 @@ def write_file(path: str, write: Callable[[BinaryIO], Any]) -> None:
         with open(path, "wb") as raw:
             file = _ErrorKeepingFile(raw)
             try:
-                write(file)
+                write(cast(BinaryIO, file))  # in all that is asked of it here
             except Exception:
                 # torch's zip writer turns the system's error, or a stop, into a RuntimeError of its own.
                 stop_signals.raise_again()

@@ -164,6 +164,7 @@ def _load_model_and_optimizer(
             "load the rest of it"
         )
     version = get_checkpoint_version()
+    assert version is not None, "set as the file was read"
     if optimizer is not None and version < 2.0:
         raise CheckpointError(
             f"{name} is of version {version}, whose optimizer state has attention rows in another order; "

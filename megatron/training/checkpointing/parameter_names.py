@@ -114,7 +114,7 @@ def fix_query_key_value_ordering(
                 param.data.copy_(reorder_rows(param.data, parts, head_dim, checkpoint_version))
 
 
-def _head_dim(chunk: torch.nn.Module) -> int:
+def _head_dim(chunk: Any) -> int:
     return chunk.config.kv_channels
 
 

@@ -13,7 +13,7 @@ from megatron.core.errors import CheckpointError
 
 
 def _public(name: str) -> Any:
-    return getattr(sys.modules[__package__], name)
+    return getattr(sys.modules[__name__.rpartition(".")[0]], name)
 
 
 def get_args() -> argparse.Namespace:

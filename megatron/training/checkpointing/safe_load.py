@@ -112,7 +112,7 @@ def _numpy_names() -> list[tuple[Any, str]]:
     return names
 
 
-def _allow_list() -> list[tuple[Any, str]]:
+def _allow_list() -> list[Callable | tuple[Callable, str]]:
     readers = [(_EnumReader(path), path) for path in ENUMS]
     return [(argparse.Namespace, "argparse.Namespace"), *readers, *_numpy_names()]
 

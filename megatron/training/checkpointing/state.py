@@ -27,7 +27,7 @@ from megatron.training.utils import print_rank_0
 
 def generate_state_dict(
     args: argparse.Namespace,
-    model: list[torch.nn.Module],
+    model: list[Any],
     optimizer: Any,
     opt_param_scheduler: Any,
     rng_state: list[dict[str, Any]] | None,
@@ -124,7 +124,7 @@ def _host_tensor(tensor: torch.Tensor, seen: dict[tuple, torch.Tensor]) -> torch
 
 _PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 # Conversion of instances of subclasses, which may define another conversion than the built-in base.
-_BASES: tuple[tuple[type, Callable[[Any], Any]], ...] = (
+_BASES: tuple[tuple[type | tuple[type, ...], Callable[[Any], Any]], ...] = (
     (int, int.__int__),
     (float, float.__float__),
     (complex, lambda value: complex(value.real, value.imag)),

@@ -50,12 +50,13 @@ def _current_stage() -> Stages:
     return stage or Stages.MIDDLE
 
 
-def next_sample(data_iterator: Iterator) -> dict[str, Any]:
+def next_sample(data_iterator: Iterator | None) -> dict[str, Any]:
     """The next microbatch as the data set returns it.
 
     Raises:
         DataError: there is none.
     """
+    assert data_iterator is not None, "a rank that reads is given samples"
     try:
         return next(data_iterator)
     except StopIteration:

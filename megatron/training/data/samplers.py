@@ -1,9 +1,9 @@
 """Samplers: which samples each data-parallel rank reads, and in which order."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -48,10 +48,11 @@ def build_pretraining_data_loader(dataset: Dataset | None, consumed_samples: int
         if isinstance(dataset, DataLoader):
             dataset.worker_init_fn = partial(follow_only_the_rank, further=dataset.worker_init_fn)
         return dataset
-    if len(dataset) == 0:  # only possible where no sample was asked for
+    size = len(cast(Sized, dataset))
+    if size == 0:  # only possible where no sample was asked for
         return None
     share = {
-        "total_samples": len(dataset),
+        "total_samples": size,
         "consumed_samples": consumed_samples,
         "micro_batch_size": args.micro_batch_size,
         "data_parallel_rank": parallel_state.get_data_parallel_rank(),
@@ -199,7 +200,7 @@ class RandomSeedDataset(Dataset):
         self.dataset = dataset
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(cast(Sized, self.dataset))
 
     def set_epoch(self, epoch: int) -> None:
         """Use other numbers in the next pass."""

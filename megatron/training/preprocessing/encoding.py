@@ -3,7 +3,7 @@
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -42,7 +42,7 @@ class TokenizerFacts:
     """Properties of the workers' tokenizer that the coordinator needs."""
 
     vocab_size: int | None
-    dtype: type[np.number]
+    dtype: type[np.integer]
 
 
 class Encoder:
@@ -84,7 +84,7 @@ class Encoder:
     def _sentences(self, values: list[str | list[str]]) -> tuple[list[str], np.ndarray | None]:
         """All texts to tokenize, and how many of them belong to each document (None: one each)."""
         if self._split is None and all(type(value) is str for value in values):
-            return values, None
+            return cast(list[str], values), None
         split = self._split or (lambda text: [text])
         documents = [split(value) if isinstance(value, str) else value for value in values]
         counts = np.fromiter((len(sentences) for sentences in documents), np.int64, len(documents))

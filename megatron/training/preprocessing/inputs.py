@@ -7,7 +7,7 @@ import stat
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from megatron.core.errors import ConfigError, DataError
 
@@ -114,7 +114,7 @@ def _plain(file: BinaryIO, path: str) -> Iterator[tuple[bytes, int]]:
 def _gzip(file: BinaryIO, path: str) -> Iterator[tuple[bytes, int]]:
     position = _Position(file)
     try:
-        with gzip.GzipFile(fileobj=position) as stream:
+        with gzip.GzipFile(fileobj=cast(BinaryIO, position)) as stream:
             while chunk := stream.read(CHUNK_BYTES):
                 yield chunk, position.bytes_read
     except EOFError as error:

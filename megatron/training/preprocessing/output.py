@@ -8,7 +8,7 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -126,7 +126,7 @@ def write_errors_explained(directory: Path, progress: Callable[[], str]) -> Iter
         ) from error
 
 
-def _rename_all(moves: list[tuple[_Path, _Path]]) -> None:
+def _rename_all(moves: Sequence[tuple[_Path, _Path]]) -> None:
     """Rename one after the other; when one fails, undo those before it."""
     done: list[tuple[_Path, _Path]] = []
     try:

@@ -85,7 +85,7 @@ class WorkerFunction(Protocol):
 
     facts: Any
 
-    def __call__(self, task: Any) -> Any: ...
+    def __call__(self, task: Any, /) -> Any: ...
 
 
 class WorkerError(MegatronError):
@@ -232,7 +232,7 @@ class _Worker:
 
     def __init__(
         self,
-        context: multiprocessing.context.BaseContext,
+        context: Any,
         number: int,
         build: Callable[[], WorkerFunction],
         slots: SharedSlots,

@@ -94,9 +94,9 @@ def open_source(index: int, file: InputFile, keys: list[str], block_bytes: int) 
     unit = UNITS[file.kind]
     if file.kind == "parquet":
         return Source(file, unit, parquet_blocks(index, file, keys, block_bytes))
-    chunks = None if _is_plain(file) else _without_mark(chunks_of(file))
+    chunks = _without_mark(chunks_of(file))  # which opens the file only when the first is asked for
     if file.kind == "json":
-        lines_follow, chunks = is_json_lines(chunks or _without_mark(chunks_of(file)))
+        lines_follow, chunks = is_json_lines(chunks)
         if not lines_follow:
             return Source(file, "element", _line_blocks(index, element_lines(chunks, file.path), block_bytes))
     if _is_plain(file):

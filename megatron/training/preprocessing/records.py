@@ -18,7 +18,7 @@ try:
     from orjson import loads as _fast_loads
 except ImportError:  # the fast parser is a matter of speed only
 
-    def _fast_loads(line: bytes | memoryview) -> Any:
+    def _fast_loads(obj: bytes | bytearray | memoryview | str, /) -> Any:
         raise ValueError("no fast parser")
 
 

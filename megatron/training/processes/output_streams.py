@@ -9,6 +9,7 @@ import io
 import os
 import select
 import sys
+from typing import cast
 
 
 class _TolerantFile(io.FileIO):
@@ -81,6 +82,6 @@ def _writes_to(stream: object, descriptor: int) -> bool:
 
 
 def _stream(descriptor: int, label: str, encoding: str, line_buffering: bool) -> io.TextIOWrapper:
-    buffer = io.BufferedWriter(_TolerantFile(descriptor, label))
+    buffer = io.BufferedWriter(cast(io.RawIOBase, _TolerantFile(descriptor, label)))
     # A path that the locale cannot write is no reason to end a run either.
     return io.TextIOWrapper(buffer, encoding, errors="backslashreplace", line_buffering=line_buffering)

@@ -382,7 +382,9 @@ class StopSignals:
         self._over = True
         self._ending.acquire(blocking=False)  # the main thread reports nothing from here on
         self._leaving = True
-        signal.pthread_kill(threading.main_thread().ident, number)
+        main_thread = threading.main_thread().ident
+        assert main_thread is not None, "it has been started"
+        signal.pthread_kill(main_thread, number)
         event = "a second SIGINT" if number == signal.SIGINT else describe_signal(number)
         line = f"stopped at once by {event}, whatever was being done; {self._description()}"
         if self._watcher is None:

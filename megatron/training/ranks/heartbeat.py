@@ -146,7 +146,7 @@ class HeartbeatTable:
         world_size: number of ranks.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int):
+    def __init__(self, store: Store | WatchedStore, rank: int, world_size: int):
         self._store, self._rank = store, rank
         self._own = Heartbeat(uuid.uuid4().hex[:12], 0, Process.own(), world_size)
         self._written = ""

@@ -4,7 +4,7 @@ import hashlib
 import json
 from argparse import Namespace
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from megatron.training.ranks import report
 from megatron.training.ranks.failure import print_line
@@ -59,7 +59,7 @@ class Rendezvous:
         if not session.attempt:
             session.renew(joined=_NO_RANK_0)
             return ""
-        difference = self._comparison.with_rank_0(session.shared(), session.rank)
+        difference = self._comparison.with_rank_0(cast(Shared, session.shared()), session.rank)
         if difference:
             return f"{report.describe_rank(session.rank, session.own)}: {difference}"
         if difference is None:

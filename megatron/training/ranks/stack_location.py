@@ -119,7 +119,7 @@ def frames_location(frames: _Frames, iteration: int | None, detail: bool) -> Sta
 def _without_watching(frames: _Frames) -> tuple[_Frames, bool]:
     """Frames outside the package of this module, and whether the run is being ended."""
     for number, (frame, _) in enumerate(frames):
-        if _module(frame).startswith(__package__ + "."):
+        if _module(frame).startswith(__name__.rpartition(".")[0] + "."):
             return frames[:number], frame.f_code.co_name == "stop"
     return frames, False
 

@@ -132,17 +132,22 @@ class StoreThread:
     def new_store(self) -> Store:
         """A second connection, for process groups, with keys of this attempt alone; reads may block in it."""
         store = connect(self._address, self._over, lambda _: None)
-        return PrefixStore(f"attempt_{self._session.attempt}", store)
+        assert store is not None, "this run is not over"
+        return PrefixStore(f"attempt_{self._joined_session().attempt}", store)
 
     def missing_ranks(self) -> str:
         """Names the ranks that have not joined the rendezvous."""
         if threading.current_thread() is not self._thread:
             return f"other ranks: {self._address.silence()}"
-        return missing_ranks(self._session)
+        return missing_ranks(self._joined_session())
 
     def explain(self, error: str) -> str:
         """What the heartbeats of all ranks show; for calls in this thread only."""
-        return report.explanation(self._session, error)
+        return report.explanation(self._joined_session(), error)
+
+    def _joined_session(self) -> Session:
+        assert self._session is not None, "asked for once there is a connection"
+        return self._session
 
     # Body of the thread.
 
@@ -242,8 +247,9 @@ class StoreThread:
         if heartbeat is not None and 0 in self.local_ranks and self.local_ranks[0].nonce == heartbeat.nonce:
             self.local_ranks[0] = heartbeat
         self._note_silence(0, heartbeat, session.interval_s)
-        lives = heartbeat is not None and before is not None and heartbeat.nonce == before.nonce
-        if not lives or heartbeat.number == before.number or session.attempt == heartbeat.nonce:
+        if heartbeat is None or before is None or heartbeat.nonce != before.nonce:
+            return
+        if heartbeat.number == before.number or session.attempt == heartbeat.nonce:
             return
         if session.all_joined:
             text = f"{describe_rank(0, heartbeat)} has been started again during the run"

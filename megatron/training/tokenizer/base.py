@@ -24,7 +24,7 @@ class BatchTokenizer(MegatronTokenizer, ABC):
     notice: str | None = None
     """One line for the user about how the tokenizer was built, printed once by ``build_tokenizer``."""
 
-    def tokenize_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
+    def tokenize_batch(self, texts: Sequence[str]) -> Sequence[Sequence[int] | np.ndarray]:
         """One sequence of ids for each text."""
         return [self.tokenize(text) for text in texts]
 
@@ -43,7 +43,7 @@ class BatchTokenizer(MegatronTokenizer, ABC):
         return flatten(self.tokenize_batch(texts))
 
 
-def flatten(batch: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def flatten(batch: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Ids end to end (int32) and the length of each sequence (int64)."""
     lengths = np.fromiter((len(ids) for ids in batch), dtype=np.int64, count=len(batch))
     flat = np.empty(int(lengths.sum()), dtype=np.int32)

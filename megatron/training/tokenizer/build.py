@@ -11,10 +11,10 @@ from megatron.core.errors import ConfigError, NotBuiltYetError
 from megatron.training.tokenizer.base import lone_sentence_piece_model, required
 
 if TYPE_CHECKING:
-    from megatron.core.datasets.megatron_tokenizer import MegatronTokenizer
+    from megatron.training.tokenizer.base import BatchTokenizer
 
 
-def build_tokenizer(args: Namespace, **kwargs: Any) -> MegatronTokenizer:
+def build_tokenizer(args: Namespace, **kwargs: Any) -> BatchTokenizer:
     """The tokenizer that ``args.tokenizer_type`` names; sets ``args.padded_vocab_size`` if it is missing.
 
     Args:
@@ -48,9 +48,9 @@ def build_tokenizer(args: Namespace, **kwargs: Any) -> MegatronTokenizer:
     return tokenizer
 
 
-def _notices(tokenizer: MegatronTokenizer, args: Namespace) -> list[str]:
+def _notices(tokenizer: BatchTokenizer, args: Namespace) -> list[str]:
     """Lines to print about the tokenizer just built."""
-    lines = [tokenizer.notice] if getattr(tokenizer, "notice", None) else []
+    lines = [tokenizer.notice] if tokenizer.notice else []
     if _extra_ids(args) and args.tokenizer_type not in TAKES_SENTINELS:
         lines.append(f"--vocab-extra-ids {_extra_ids(args)} has no effect on {args.tokenizer_type}")
     return lines
@@ -76,7 +76,7 @@ def _vocab_size_with_padding(orig_vocab_size: int, args: Namespace, logging_enab
     return padded
 
 
-def _size_to_pad(tokenizer: MegatronTokenizer, args: Namespace) -> int:
+def _size_to_pad(tokenizer: BatchTokenizer, args: Namespace) -> int:
     """The tokenizer's size, or ``--vocab-size`` where the tokenizer type does not use it for itself."""
     asked = getattr(args, "vocab_size", None)
     if asked is None or args.tokenizer_type in SIZED_BY_FLAG:
@@ -89,7 +89,7 @@ def _size_to_pad(tokenizer: MegatronTokenizer, args: Namespace) -> int:
     return asked
 
 
-def num_token_ids(tokenizer: MegatronTokenizer, args: Namespace) -> int:
+def num_token_ids(tokenizer: BatchTokenizer, args: Namespace) -> int:
     """Number of ids that may stand for something: the tokenizer's, and those that ``--vocab-size`` adds.
 
     Ids from here up to ``args.padded_vocab_size`` only pad the embedding table.
@@ -104,7 +104,7 @@ def num_token_ids(tokenizer: MegatronTokenizer, args: Namespace) -> int:
 # Each builder imports its module itself, so that no tokenizer loads the libraries of another.
 
 
-def _gpt2_bpe(args: Namespace) -> MegatronTokenizer:
+def _gpt2_bpe(args: Namespace) -> BatchTokenizer:
     from megatron.training.tokenizer.gpt2_tokenization import _GPT2BPETokenizer
 
     name = args.tokenizer_type
@@ -113,7 +113,7 @@ def _gpt2_bpe(args: Namespace) -> MegatronTokenizer:
     )
 
 
-def _bert_word_piece(args: Namespace) -> MegatronTokenizer:
+def _bert_word_piece(args: Namespace) -> BatchTokenizer:
     from megatron.training.tokenizer.bert_tokenization import _BertWordPieceTokenizer
 
     return _BertWordPieceTokenizer(
@@ -123,14 +123,14 @@ def _bert_word_piece(args: Namespace) -> MegatronTokenizer:
     )
 
 
-def _sentence_piece(args: Namespace) -> MegatronTokenizer:
+def _sentence_piece(args: Namespace) -> BatchTokenizer:
     from megatron.training.tokenizer.sentence_piece import _SentencePieceTokenizer
 
     model = required(args.tokenizer_model, "--tokenizer-model", args.tokenizer_type)
     return _SentencePieceTokenizer(model, vocab_extra_ids=_extra_ids(args))
 
 
-def _gpt_sentence_piece(args: Namespace) -> MegatronTokenizer:
+def _gpt_sentence_piece(args: Namespace) -> BatchTokenizer:
     from megatron.training.tokenizer.sentence_piece import _GPTSentencePieceTokenizer
 
     return _GPTSentencePieceTokenizer(
@@ -138,13 +138,13 @@ def _gpt_sentence_piece(args: Namespace) -> MegatronTokenizer:
     )
 
 
-def _llama2(args: Namespace) -> MegatronTokenizer:
+def _llama2(args: Namespace) -> BatchTokenizer:
     from megatron.training.tokenizer.sentence_piece import _Llama2Tokenizer
 
     return _Llama2Tokenizer(required(args.tokenizer_model, "--tokenizer-model", args.tokenizer_type))
 
 
-def _hugging_face(args: Namespace, **kwargs: Any) -> MegatronTokenizer:
+def _hugging_face(args: Namespace, **kwargs: Any) -> BatchTokenizer:
     """A SentencePiece model that comes alone is read by sentencepiece; anything else by transformers."""
     given = getattr(args, "tokenizer_name_or_path", None) or getattr(args, "tokenizer_model", None)
     flag = "--tokenizer-name-or-path" if args.tokenizer_type == "PretrainedFromHF" else "--tokenizer-model"
@@ -163,7 +163,7 @@ def _hugging_face(args: Namespace, **kwargs: Any) -> MegatronTokenizer:
     return _HuggingFaceTokenizer(source, **kwargs)
 
 
-def _tik(args: Namespace) -> MegatronTokenizer:
+def _tik(args: Namespace) -> BatchTokenizer:
     from megatron.training.tokenizer.tik import PATTERNS, CustomTikTokenizer
 
     model = required(args.tokenizer_model, "--tokenizer-model", args.tokenizer_type)
@@ -179,13 +179,13 @@ def _tik(args: Namespace) -> MegatronTokenizer:
     )
 
 
-def _null(args: Namespace) -> MegatronTokenizer:
+def _null(args: Namespace) -> BatchTokenizer:
     from megatron.training.tokenizer.null import _NullTokenizer
 
     return _NullTokenizer(required(args.vocab_size, "--vocab-size", args.tokenizer_type, "N"))
 
 
-def _multimodal(args: Namespace) -> MegatronTokenizer:
+def _multimodal(args: Namespace) -> BatchTokenizer:
     raise NotBuiltYetError(
         "multimodal training", f"--tokenizer-type {args.tokenizer_type}", "Use a text tokenizer."
     )
@@ -195,7 +195,7 @@ def _extra_ids(args: Namespace) -> int:
     return getattr(args, "vocab_extra_ids", None) or 0
 
 
-BUILDERS: dict[str, Callable[..., MegatronTokenizer]] = {
+BUILDERS: dict[str, Callable[..., BatchTokenizer]] = {
     "BertWordPieceLowerCase": _bert_word_piece,
     "BertWordPieceCase": _bert_word_piece,
     "GPT2BPETokenizer": _gpt2_bpe,

@@ -1,7 +1,7 @@
 """Tokenizers without a vocabulary file: their texts are decimal ids."""
 
 from collections.abc import Iterable, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron.core.errors import DataError, NotBuiltYetError, NotOfferedError
 from megatron.training.tokenizer.base import BatchTokenizer
@@ -103,4 +103,7 @@ class _NullMultimodalTokenizer(BatchTokenizer):
             "Use --tokenizer-type NullTokenizer for text given as ids.",
         )
 
-    tokenize = vocab = inv_vocab = vocab_size = property()
+    tokenize: Any = property()
+    vocab: Any = property()
+    inv_vocab: Any = property()
+    vocab_size: Any = property()

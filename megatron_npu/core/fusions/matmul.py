@@ -5,6 +5,7 @@ parallelism come here, and their group is the tensor-parallel one.
 """
 
 import os
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -141,7 +142,7 @@ def _on_one_machine(group: ProcessGroup) -> bool:
 
 def _communicator(group: ProcessGroup) -> str:
     """Name of the group's communicator, which is made now if there is none yet."""
-    return group._get_backend(torch.device("npu")).get_hccl_comm_name(dist.get_rank())
+    return cast(Any, group._get_backend(torch.device("npu"))).get_hccl_comm_name(dist.get_rank())
 
 
 @replaces(

@@ -10,6 +10,7 @@ from megatron_npu.virtual.kernels import kernel
 
 OPEN = 2147483647
 COPIES = 8
+_Window = tuple[int, Tensor | None, int, int]
 
 
 class Shape(NamedTuple):
@@ -150,7 +151,8 @@ def dense_backward(
     dscores = probabilities * (slope - (grad * out).sum(-1, keepdim=True)) * shape.scale
     dq = torch.einsum("bnij,bnjd->bnid", dscores, k)
     dk = torch.einsum("bnij,bnid->bnjd", dscores, q)
-    return dq, *(t.reshape(b, groups, repeat, *t.shape[2:]).sum(2) for t in (dk, dv))
+    dk, dv = (t.reshape(b, groups, repeat, *t.shape[2:]).sum(2) for t in (dk, dv))
+    return dq, dk, dv
 
 
 class Draw:
@@ -208,6 +210,7 @@ def forward(
     window = (sparse_mode, atten_mask, pre_tockens, next_tockens)
     basis = (input_layout, head_num, scale, keep_prob, inner_precise == 2, drawn)
     if input_layout == "TND":
+        assert actual_seq_qlen is not None and actual_seq_kvlen is not None
         out, largest, total = _packed_forward(
             query, key, value, actual_seq_qlen, actual_seq_kvlen, window, basis
         )
@@ -219,7 +222,7 @@ def forward(
     return result, _statistics(largest), _statistics(total), query.new_empty(0), *drawn, 0
 
 
-def _shape(q: Tensor, k: Tensor, window: tuple, basis: tuple, generator_step: int = 0) -> Shape:
+def _shape(q: Tensor, k: Tensor, window: _Window, basis: tuple, generator_step: int = 0) -> Shape:
     layout, heads, scale, keep_prob, zero_blind_rows, (seed, offset) = basis
     hidden = hidden_scores(*window, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
     return Shape(layout, heads, scale, keep_prob, hidden, zero_blind_rows, (seed, offset + generator_step))
@@ -256,7 +259,8 @@ def _packed_forward(
         out[rows] = o[0].transpose(0, 1).to(out.dtype)
         places = slice(rows.start * heads, rows.stop * heads)
         largest[places], total[places] = m.flatten().float(), z.flatten().float()
-    return out, *(t.view(tokens, heads, 1).repeat(1, 1, COPIES) for t in (largest, total))
+    largest, total = (t.view(tokens, heads, 1).repeat(1, 1, COPIES) for t in (largest, total))
+    return out, largest, total
 
 
 @kernel("npu_fusion_attention_grad")
@@ -306,12 +310,17 @@ def backward(
     k, v = (to_bnsd(t, input_layout, groups) for t in (key, value))
     shape = _shape(q, k, window, basis)
     grads = dense_backward((q, k, v), out, grad, softmax_max[..., :1], softmax_sum[..., :1], shape)
-    return *(from_bnsd(t, input_layout).to(query.dtype) for t in grads), *nothing
+    dq, dk, dv = (from_bnsd(t, input_layout).to(query.dtype) for t in grads)
+    return dq, dk, dv, *nothing
 
 
 def _packed_backward(
-    operands: tuple[Tensor, ...], statistics: tuple[Tensor, Tensor], ends: tuple, window: tuple, basis: tuple
-) -> list[Tensor]:
+    operands: tuple[Tensor, ...],
+    statistics: tuple[Tensor, Tensor],
+    ends: tuple,
+    window: _Window,
+    basis: tuple,
+) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value, out, grad = operands
     heads = query.shape[1]
     results = [torch.zeros_like(t) for t in (query, key, value)]
@@ -326,7 +335,8 @@ def _packed_backward(
         )
         for result, part, span in zip(results, parts, (rows, keys, keys), strict=True):
             result[span] = part[0].transpose(0, 1).to(result.dtype)
-    return results
+    grad_q, grad_k, grad_v = results
+    return grad_q, grad_k, grad_v
 
 
 def _with_lengths(function: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

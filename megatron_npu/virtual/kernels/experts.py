@@ -125,7 +125,7 @@ def permute_with_routing_map_grad(
     grad_map = None if grad_probs is None else grad_probs.new_zeros(tokens_num, experts_num)
     for place, (token, expert) in enumerate(pairs):
         grad_tokens[token] += grad_rows[place].float()
-        if grad_map is not None:
+        if grad_map is not None and grad_probs is not None:
             grad_map[token, expert] = grad_probs[place]
     return grad_tokens.to(grad_rows.dtype), grad_map
 
@@ -158,9 +158,8 @@ def unpermute_for_the_derivative(
             continue  # documented as: no row
         row = permuted_tokens[place].float()
         out[owner] += row if weights is None else row * weights[place].float()
-    held = None if weights is None else weights
-    numbers = (torch.tensor(side, dtype=torch.int32) for side in (places, owners))
-    return out.to(permuted_tokens.dtype), *numbers, held
+    where, whose = (torch.tensor(side, dtype=torch.int32) for side in (places, owners))
+    return out.to(permuted_tokens.dtype), where, whose, weights
 
 
 def _places_and_owners(sorted_indices: Tensor, tokens: int, padded: bool) -> tuple[list[int], list[int]]:
@@ -178,6 +177,7 @@ def _weights_of_rows(
 ) -> Tensor | None:
     if probs is None:
         return None
+    assert routing_map is not None
     if padded:
         pairs = _padded_pairs(routing_map, len(sorted_indices) // routing_map.shape[1])
     else:
@@ -207,9 +207,11 @@ def unpermute_with_routing_map_grad(
         arriving = grad[owner].float()
         grad_rows[place] = arriving if weights is None else arriving * weights[place].float()
         if weights is not None:
+            assert permuted_tokens is not None
             grad_weights[place] = (arriving * permuted_tokens[place].float()).sum()
     if weights is None:
         return grad_rows.to(grad.dtype), None
+    assert routing_map is not None and probs is not None
     capacity = len(out_index) // routing_map.shape[1]
     pairs = _padded_pairs(routing_map, capacity) if drop_and_pad else _pairs(routing_map)
     grad_probs = torch.zeros(routing_map.shape, dtype=probs.dtype)
@@ -249,6 +251,7 @@ def grouped_matmul(
 ) -> list[Tensor]:
     assert all(value in (None, 0) for value in others.values()), "only plain products"
     assert len(x) == len(weight) == 1 and split_item in (2, 3) and group_list_type == 0
+    assert group_list is not None
     rows, matrix = x[0], weight[0]
     if group_type == 0:
         _check_product(rows, matrix)

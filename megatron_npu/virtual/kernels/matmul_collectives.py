@@ -4,6 +4,8 @@ Products are added up in fp32 and rounded before they are summed over the ranks.
 communicator by the name that a backend for NPU tensors tells. Here that is gloo's, which is taught to.
 """
 
+from typing import Any, cast
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,7 +26,7 @@ def register(backend: dist.ProcessGroupGloo, group: dist.ProcessGroup) -> None:
         group: the same ranks, for CPU tensors.
     """
     _KNOWN[f"communicator {len(_KNOWN)}"] = backend, group
-    dist.ProcessGroupGloo.get_hccl_comm_name = _name_of
+    cast(Any, dist.ProcessGroupGloo).get_hccl_comm_name = _name_of
 
 
 def group_of(name: str) -> dist.ProcessGroup:

@@ -24,7 +24,7 @@ class _MMapBinReader(_BinReader):
         with open(bin_path, "rb") as file:
             empty = file.seek(0, 2) == 0
         # An empty file cannot be mapped; a data set without tokens is legal.
-        self._buffer = memoryview(b"" if empty else np.memmap(bin_path, mode="r", dtype=np.uint8))
+        self._buffer = memoryview(b"") if empty else np.memmap(bin_path, mode="r", dtype=np.uint8).data
 
     def read(self, dtype: type[np.number], count: int, offset: int) -> np.ndarray:
         return np.frombuffer(self._buffer, dtype=dtype, count=count, offset=offset)
@@ -40,7 +40,7 @@ class _FileBinReader(_BinReader):
         sequence = np.empty(count, dtype=dtype)
         with open(self._bin_path, "rb", buffering=0) as file:
             file.seek(offset)
-            view = memoryview(sequence).cast("B") if count else memoryview(b"")
+            view = sequence.data.cast("B") if count else memoryview(b"")
             filled = 0
             while filled < len(view):
                 got = file.readinto(view[filled:])

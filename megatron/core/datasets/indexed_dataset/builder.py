@@ -155,6 +155,7 @@ class IndexedDatasetBuilder:
         self.sequence_lengths.frombytes(index.sequence_lengths.tobytes())
         self.document_indices.frombytes((index.document_indices[1:] + first).tobytes())
         if self.sequence_modes is not None:
+            assert index.sequence_modes is not None, "it is as multimodal as this one"
             self.sequence_modes.frombytes(index.sequence_modes.tobytes())
 
     def finalize(self, idx_path: str) -> None:

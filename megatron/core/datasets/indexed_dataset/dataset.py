@@ -77,6 +77,7 @@ class IndexedDataset(torch.utils.data.Dataset):
 
     def _open_bin(self, bin_path: str) -> _BinReader:
         if is_s3_path(bin_path):
+            assert self.s3_config is not None, "needed for the index"
             return _S3BinReader(bin_path, self.s3_config.bin_chunk_nbytes)
         return _MMapBinReader(bin_path) if self.mmap else _FileBinReader(bin_path)
 

@@ -58,7 +58,7 @@ class DType(Enum):
         return np.dtype(key).itemsize
 
     @staticmethod
-    def optimal_dtype(cardinality: int | None) -> type[np.number]:
+    def optimal_dtype(cardinality: int | None) -> type[np.integer]:
         """uint16 for a known vocabulary of less than 65500 ids, else int32."""
         if cardinality is not None and cardinality < _UINT16_VOCABULARY_LIMIT:
             return np.uint16
@@ -180,7 +180,7 @@ class _IndexReader:
 
     def _map_arrays(self, buffer: np.memmap, multimodal: bool) -> None:
         count, entries = self.sequence_count, self._document_entries
-        view = memoryview(buffer)
+        view = buffer.data
         at = _HEADER.size
         self.sequence_lengths = np.frombuffer(view, dtype="<i4", count=count, offset=at)
         at += 4 * count
