@@ -34,6 +34,7 @@ def run_main(main: Callable[[], object]) -> None:
         status = 0
     except stop_signals.StoppedBySignal as stop:
         traceback.clear_frames(stop.__traceback__)  # which hold data loaders, and they hold processes
+        assert signals is not None, "who else raises this"
         status = signals.finish()
         sys.exit(status)
     except SystemExit as end:

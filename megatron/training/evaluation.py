@@ -196,6 +196,7 @@ def evaluate_and_print_results(
     seconds = get_timers()("evaluate").elapsed()
     if cut_short:
         return True
+    assert losses is not None, "None where it was cut short"
     split = split or ("test" if prefix.endswith("test set") else "validation")
     if write_to_tensorboard:
         _write_points(args, split, losses, iteration)

@@ -3,11 +3,11 @@
 import os
 import time
 from argparse import Namespace
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from megatron.core.rerun_state_machine import DataIterators
 from megatron.training.agreement import any_rank
 from megatron.training.checkpointing import get_checkpoint_tracker_filename, save_checkpoint
 from megatron.training.global_vars import get_args, get_signal_handler, get_timers
@@ -34,7 +34,7 @@ def save_checkpoint_and_time(
     num_floating_point_operations_so_far: float,
     checkpointing_context: dict | None,
     non_persistent_ckpt: bool = False,
-    train_data_iterator: Iterator | None = None,
+    train_data_iterator: DataIterators = None,
 ) -> None:
     """Save, outside the interval that counts as training time, and print how long it took.
 
@@ -135,7 +135,7 @@ def checkpoint_and_decide_exit(
     iteration: int,
     num_floating_point_operations_so_far: float,
     checkpointing_context: dict,
-    train_data_iterator: Iterator | None,
+    train_data_iterator: DataIterators,
 ) -> bool:
     """Save if it is time to, and decide whether the run must stop now.
 

@@ -41,7 +41,7 @@ def get_model(
         One module per model chunk of this rank.
     """
     args = get_args()
-    chunks = _build_chunks(model_provider_func, model_type)
+    chunks: list[Any] = _build_chunks(model_provider_func, model_type)
     _print_parameter_count(chunks)
     for index, chunk in enumerate(chunks):
         chunk.to(accelerator.current_device())

@@ -61,13 +61,13 @@ def should_disable_forward_pre_hook(args: Namespace) -> bool:
     return bool(args.use_distributed_optimizer and args.overlap_param_gather)
 
 
-def enable_forward_pre_hook(model_chunks: list[torch.nn.Module]) -> None:
+def enable_forward_pre_hook(model_chunks: list[Any]) -> None:
     """Let the modules of all chunks wait for the gathering of their parameters in forward."""
     for chunk in model_chunks:
         chunk.enable_forward_pre_hook()
 
 
-def disable_forward_pre_hook(model_chunks: list[torch.nn.Module], param_sync: bool = True) -> None:
+def disable_forward_pre_hook(model_chunks: list[Any], param_sync: bool = True) -> None:
     """The opposite; with ``param_sync`` all parameters are gathered on return."""
     for chunk in model_chunks:
         chunk.disable_forward_pre_hook(param_sync=param_sync)

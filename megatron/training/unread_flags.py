@@ -89,7 +89,7 @@ class Reads:
             self._args.__class__ = self._plain_class
             self._args = None
 
-    def _watch(self, config_class: type) -> None:
+    def _watch(self, config_class: Any) -> None:
         def read(config: Any, name: str) -> Any:
             if not self._checking and sys._getframe(1).f_code.co_name not in _COPYING:
                 self.fields.add(name)

@@ -148,7 +148,7 @@ def _norm(tensors: list[torch.Tensor]) -> float:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).item() if tensors else 0.0
 
 
-def _reduce_over_model_parallel_group(value: float, operation: torch.distributed.ReduceOp) -> float:
+def _reduce_over_model_parallel_group(value: float, operation: torch.distributed.ReduceOp.RedOpType) -> float:
     group = parallel_state.get_model_parallel_group()
     if torch.distributed.get_world_size(group) == 1:
         return value

@@ -188,7 +188,7 @@ def _place(key: str, value: Any, pairs: Pairs, unknown: list[str], problems: lis
 def _activation(name: str | None) -> Pairs:
     if name is not None and name not in ACTIVATIONS:
         raise ValueError(f"is not one of {', '.join(ACTIVATIONS)}{suggestion(name, ACTIVATIONS)}")
-    switch = ACTIVATIONS.get(name)
+    switch = None if name is None else ACTIVATIONS.get(name)
     return {switch: True} if switch else {}
 
 

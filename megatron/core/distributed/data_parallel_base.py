@@ -45,11 +45,13 @@ class _BaseDataParallel(MegatronModule):
         self, prefix: str = "", keep_vars: bool = False, destination: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """State of the wrapped module."""
-        return self.module.state_dict(prefix=prefix, keep_vars=keep_vars, destination=destination)
+        module: Any = self.module
+        return module.state_dict(prefix=prefix, keep_vars=keep_vars, destination=destination)
 
     def state_dict_for_save_checkpoint(self, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
         """State of the wrapped module for a checkpoint."""
-        return self.module.state_dict_for_save_checkpoint(prefix=prefix, keep_vars=keep_vars)
+        module: Any = self.module
+        return module.state_dict_for_save_checkpoint(prefix=prefix, keep_vars=keep_vars)
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> Any:
         """Loads state into the wrapped module."""

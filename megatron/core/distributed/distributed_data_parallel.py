@@ -28,6 +28,7 @@ from megatron.core.distributed.param_and_grad_buffer import (
 )
 from megatron.core.errors import ConfigError, NotBuiltYetError
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils.tensors import mark
 
 # Field of the configuration -> feature that has no code yet.
 _NOT_BUILT = {
@@ -93,11 +94,8 @@ class DistributedDataParallel(_BaseDataParallel):
         hook = _add_and_announce if ddp_config.overlap_grad_reduce else _add_to_main_grad
         for param in self._params:
             # Told by layers that add a gradient after backward.
-            param.gradient_ready = (
-                functools.partial(self._group_of[param].register_grad_ready, param)
-                if ddp_config.overlap_grad_reduce
-                else None
-            )
+            ready = functools.partial(self._group_of[param].register_grad_ready, param)
+            mark(param, gradient_ready=ready if ddp_config.overlap_grad_reduce else None)
             param.register_post_accumulate_grad_hook(hook)
         self._reset_flags()
         self._gather_hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -118,7 +116,7 @@ class DistributedDataParallel(_BaseDataParallel):
         ]
         dense = [entry for entry in named if getattr(entry[2], "allreduce", True)]
         expert = [entry for entry in named if not getattr(entry[2], "allreduce", True)]
-        self.buffers = build_buffers(dense, self.ddp_config, groups.dense, bucket_size, dense_factor)
+        self.buffers: Any = build_buffers(dense, self.ddp_config, groups.dense, bucket_size, dense_factor)
         self.expert_parallel_buffers = build_buffers(
             expert, self.ddp_config, groups.expert, bucket_size, expert_factor
         )
@@ -191,7 +189,7 @@ class DistributedDataParallel(_BaseDataParallel):
 
     def _reset_flags(self) -> None:
         for param in self._params:
-            param.grad_added_to_main_grad = False
+            mark(param, grad_added_to_main_grad=False)
 
     # --- parameters -----------------------------------------------------------------------------------------
 
@@ -256,7 +254,7 @@ class DistributedDataParallel(_BaseDataParallel):
         """Gives all data-parallel ranks the parameters of the first one."""
         for buffer in self._all_buffers():
             group = buffer.data_parallel_group
-            if group_size(group) == 1:
+            if group is None or group_size(group) == 1:
                 continue
             source = dist.get_global_rank(group, 0)
             whole = (
@@ -290,7 +288,7 @@ def _wait_for_params(groups: list[_ParamAndGradBucketGroup], *unused: Any) -> No
             group.finish_param_sync()
 
 
-def _add_and_announce(param: torch.nn.Parameter) -> None:
+def _add_and_announce(param: Any) -> None:
     """The same hook for gradients that are reduced behind backward."""
     if param.grad is None:
         return  # put off: whoever computes it later announces it
@@ -299,7 +297,7 @@ def _add_and_announce(param: torch.nn.Parameter) -> None:
 
 
 @torch.no_grad()
-def _add_to_main_grad(param: torch.nn.Parameter) -> None:
+def _add_to_main_grad(param: Any) -> None:
     """Hook that runs when autograd has finished a parameter's gradient of one micro-batch."""
     if param.grad is None:
         return  # a weight gradient that was put off: the layer adds it to main_grad itself

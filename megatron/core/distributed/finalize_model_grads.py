@@ -1,5 +1,7 @@
 """The last word on gradients, between backward and the optimizer's step."""
 
+from typing import Any, cast
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -40,9 +42,10 @@ def finalize_model_grads(model: list[torch.nn.Module], num_tokens: Tensor | None
                 f"chunk {number}, a {type(chunk).__name__}, cannot reduce its gradients: wrap it in "
                 "DistributedDataParallel, or leave finalize_model_grads out of the config"
             )
+    wrapped: list[Any] = model
     config = get_model_config(model[0])
     with timed(config, "all-grads-sync"):
-        for chunk in model:
+        for chunk in wrapped:
             chunk.finish_grad_sync()
     if parallel_state.model_parallel_is_initialized():
         with timed(config, "conditional-embedder-grads-all-reduce"):
@@ -55,7 +58,7 @@ def finalize_model_grads(model: list[torch.nn.Module], num_tokens: Tensor | None
     if num_tokens is not None:
         # Without any token the gradients are zero, and stay so.
         mean = 1.0 / _sum_tokens(num_tokens).clamp(min=1).float()
-        for chunk in model:
+        for chunk in wrapped:
             chunk.scale_gradients(mean)
 
 
@@ -66,7 +69,7 @@ def _allreduce_layernorm_grads(model: list[torch.nn.Module], config: Transformer
     norms of single heads.
     """
     group = parallel_state.get_tensor_model_parallel_group()
-    if group.size() == 1:
+    if group is None or group.size() == 1:
         return
     grads = [
         getattr(param, _get_main_grad_attr(param))
@@ -145,7 +148,7 @@ def _allreduce_position_embedding_grads(model: list[torch.nn.Module], config: Tr
         dist.all_reduce(getattr(table.weight, _get_main_grad_attr(table.weight)), group=group)
 
 
-def _innermost(chunk: torch.nn.Module) -> torch.nn.Module:
+def _innermost(chunk: Any) -> Any:
     """The model inside all wrappers."""
     while hasattr(chunk, "module"):
         chunk = chunk.module
@@ -185,4 +188,4 @@ def _reshard_if_dtensor(tensor_to_shard: Tensor, reference_tensor: Tensor) -> Te
         return tensor_to_shard
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor_to_shard, mesh, reference_tensor.placements)
+    return distribute_tensor(tensor_to_shard, mesh, cast(Any, reference_tensor).placements)

@@ -23,6 +23,7 @@ from megatron.core.distributed.distributed_data_parallel_config import Distribut
 from megatron.core.errors import UsageError
 from megatron.core.fusions.multi_tensor import l2_norm
 from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils.tensors import mark
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class _ParamAndGradBuffer:
         self.buckets = [
             _ParamAndGradBucket(
                 [self.params[index] for index in place.members],
-                self.param_data[place.start : place.end] if sharded else None,
+                None if self.param_data is None else self.param_data[place.start : place.end],
                 self.grad_data[place.start : place.end],
                 place.start,
                 place.numel_unpadded,
@@ -142,7 +143,7 @@ class _ParamAndGradBuffer:
 
     def _hand_out_views(self) -> None:
         for param, (start, end, _) in self.param_index_map.items():
-            param.main_grad = self.grad_data[start:end].view(param.shape)
+            mark(param, main_grad=self.grad_data[start:end].view(param.shape))
             if self.param_data is not None:
                 own = self.param_data[start:end].view(param.shape)
                 own.copy_(param.data)
@@ -199,8 +200,8 @@ class _ParamAndGradBucketGroup:
         self.next_param_gather_bucket_group: _ParamAndGradBucketGroup | None = None
         self._arrived: set[torch.nn.Parameter] = set()
         # Collectives under way; None: not started.
-        self._reductions: list[dist.Work] | None = None
-        self._gathers: list[dist.Work] | None = None
+        self._reductions: list[dist.Work | None] | None = None
+        self._gathers: list[dist.Work | None] | None = None
         # Norms of this rank's gradients that nobody has looked at yet.
         self._norms: list[Tensor] = []
         self._params_changed = False
@@ -337,7 +338,7 @@ class _ParamAndGradBucketGroup:
                     fatal=False,
                 )
 
-    def _reduce(self, bucket: _ParamAndGradBucket) -> dist.Work:
+    def _reduce(self, bucket: _ParamAndGradBucket) -> dist.Work | None:
         """Sum or mean over the ranks: of the whole bucket, or of this rank's shard, in place."""
         op = dist.ReduceOp.AVG if self.ddp_config.average_in_collective else dist.ReduceOp.SUM
         if not self.ddp_config.use_distributed_optimizer:
@@ -388,7 +389,8 @@ class _ParamAndGradBucketGroup:
         self._gathers = None
         self._params_changed = False
 
-    def _gather(self, bucket: _ParamAndGradBucket) -> dist.Work:
+    def _gather(self, bucket: _ParamAndGradBucket) -> dist.Work | None:
+        assert bucket.param_data is not None, "gathered where parameters are sharded"
         shard = shard_buffer(bucket.param_data, self.collective_group_size)[self._rank]
         return collectives.all_gather(bucket.param_data, shard, self.collective_group, async_op=True)
 
@@ -403,9 +405,10 @@ def missing_gradients(names: list[str]) -> UsageError:
     )
 
 
-def _wait(works: Iterable[dist.Work] | None) -> None:
+def _wait(works: Iterable[dist.Work | None] | None) -> None:
     for work in works or ():
-        work.wait()
+        if work is not None:
+            work.wait()
 
 
 def partition_buckets(

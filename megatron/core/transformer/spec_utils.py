@@ -21,7 +21,7 @@ class ModuleSpec:
     submodules: Any = None
 
 
-def import_module(module_path: tuple[str, str]) -> Any:
+def import_module(module_path: tuple[str, ...]) -> Any:
     """The object named by ``("import.path", "Name")``.
 
     Raises:

@@ -110,7 +110,7 @@ def check_param_hashes_across_dp_replicas(model: list[torch.nn.Module], cross_ch
     digest = hashlib.sha1()
     for chunk in model:
         for param in chunk.parameters():
-            digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     own = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).to(accelerator.current_device())
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     gathered = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]

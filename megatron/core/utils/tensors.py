@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -171,4 +171,4 @@ def get_full_tensor_if_necessary(tensor: Tensor) -> Tensor:
         return tensor
     per_rank = -(-tensor.shape[0] // mesh.size())
     holders = -(-tensor.shape[0] // per_rank)
-    return tensor.full_tensor() if holders < mesh.size() else tensor
+    return cast(Any, tensor).full_tensor() if holders < mesh.size() else tensor

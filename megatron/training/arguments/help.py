@@ -99,7 +99,7 @@ def _sections(parser: argparse.ArgumentParser) -> list[_Section]:
     """Working flags by group, then those that have a notice, change nothing or are refused, by reason."""
     sections = [
         _Section(
-            group.title or "", tuple(a for a in group._group_actions if _flag(a) is None or _flag(a).is_plain)
+            group.title or "", tuple(a for a in group._group_actions if (f := _flag(a)) is None or f.is_plain)
         )
         for group in parser._action_groups
     ]

@@ -169,7 +169,7 @@ def _remedy(action: argparse.Action, flag: str) -> str:
     elif action.default not in (None, [], ""):
         example = action.default[0] if isinstance(action.default, list) else action.default
     else:
-        example = {int: 1, float: 0.1}.get(action.type, (action.metavar or action.dest).upper())
+        example = {int: 1, float: 0.1}.get(action.type, str(action.metavar or action.dest).upper())
     return f"for example {flag} {getattr(example, 'name', example)}"
 
 

@@ -43,7 +43,7 @@ def _pattern(text: str) -> Any:
         raise argparse.ArgumentTypeError(_FREQUENCY_HELP.format(text)) from None
 
 
-def _evaluate(node: ast.expr) -> int | list:
+def _evaluate(node: ast.expr) -> Any:
     if isinstance(node, ast.Constant) and type(node.value) is int:
         return node.value
     if isinstance(node, ast.List):

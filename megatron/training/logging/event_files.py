@@ -72,7 +72,7 @@ def _cut(directory: str, name: str, iteration: int) -> bool:
 def _events(path: str) -> Iterator[tuple[int, Any]]:
     """Offset and content of each event; an incomplete one at the end, of a killed run, is skipped."""
     from google.protobuf.message import DecodeError
-    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
     offset, size = 0, os.path.getsize(path)
     with open(path, "rb") as file:

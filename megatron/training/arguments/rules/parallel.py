@@ -82,7 +82,7 @@ def virtual_stages_fit(args: Namespace, given: Collection[str]) -> list[Problem]
     if layers_each is not None and stages is not None:
         return [Problem(_LAYERS_EACH, layers_each, f"excludes {_VIRTUAL} {stages}", "keep one of them")]
     problems = []
-    if asked < 1:
+    if asked is not None and asked < 1:
         problems.append(Problem(flag, asked, "must be at least 1", f"for example {flag} 1"))
     if args.pipeline_model_parallel_size < 2:
         remedy = f"leave it out, or use {_PP} 2 or more"
