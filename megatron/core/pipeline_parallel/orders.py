@@ -7,6 +7,8 @@ Megatron-LM", section 2.2 (1F1B and interleaving); Qi et al. 2023, "Zero Bubble 
 section 2 (ZB-H1).
 """
 
+from collections.abc import Callable
+
 from megatron.core.pipeline_parallel.actions import Compute, Work
 
 
@@ -88,3 +90,11 @@ def zero_bubble_h1(num_stages: int, rank: int, num_microbatches: int) -> list[Co
         if k >= rank:
             order.append(weight[k - rank])
     return order + weight[max(num_microbatches - rank, 0) :]
+
+
+# Schedules with one model chunk per rank: name -> order of (number of stages, rank, number of micro-batches).
+ONE_CHUNK_ORDERS: dict[str, Callable[[int, int, int], list[Compute]]] = {
+    "1f1b": one_forward_one_backward,
+    "zb-h1": zero_bubble_h1,
+}
+SCHEDULES = tuple(sorted([*ONE_CHUNK_ORDERS, "interleaved"]))

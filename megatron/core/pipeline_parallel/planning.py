@@ -17,9 +17,8 @@ from functools import lru_cache
 
 from megatron.core.errors import UsageError
 from megatron.core.pipeline_parallel.actions import Action, Compute, Exchange, Message, StartSync, Work
-from megatron.core.pipeline_parallel.orders import one_forward_one_backward, zero_bubble_h1
+from megatron.core.pipeline_parallel.orders import ONE_CHUNK_ORDERS, SCHEDULES, one_forward_one_backward
 
-SCHEDULES = ("1f1b", "interleaved", "zb-h1")
 # (done forward?, micro-batch, virtual stage): what other computations wait for.
 _Event = tuple[bool, int, int]
 # Nominal times, from which only the order of exchanges follows.
@@ -53,7 +52,7 @@ def make_schedules(
     """What every pipeline rank does in one step.
 
     Args:
-        name: ``1f1b``, ``interleaved`` or ``zb-h1``.
+        name: one of :data:`SCHEDULES`.
         num_stages: pipeline ranks ``p``; with one there is nothing to exchange.
         num_microbatches: ``m``.
         num_chunks: virtual stages per rank ``v``, 1 unless interleaved.
@@ -64,17 +63,11 @@ def make_schedules(
         UsageError: the schedule does not exist, or these numbers would leave ranks waiting for each other.
     """
     _check_request(name, num_stages, num_microbatches, num_chunks, group_size)
+    chunks = num_chunks if name == "interleaved" else None
     orders = [
-        zero_bubble_h1(num_stages, rank, num_microbatches)
-        if name == "zb-h1" and not forward_only
-        else one_forward_one_backward(
-            num_stages,
-            rank,
-            num_microbatches,
-            num_chunks if name == "interleaved" else None,
-            group_size,
-            forward_only,
-        )
+        one_forward_one_backward(num_stages, rank, num_microbatches, chunks, group_size, forward_only)
+        if forward_only or name == "interleaved"
+        else ONE_CHUNK_ORDERS[name](num_stages, rank, num_microbatches)
         for rank in range(num_stages)
     ]
     steps = _steps(orders, num_stages * num_chunks)

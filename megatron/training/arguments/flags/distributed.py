@@ -3,6 +3,7 @@
 import os
 from argparse import Namespace
 
+from megatron.core.pipeline_parallel.orders import SCHEDULES
 from megatron.training.arguments.derive import EXCHANGES
 from megatron.training.arguments.flag import (
     Group,
@@ -132,7 +133,7 @@ DISTRIBUTED = Group(
         ),
         value(
             "--pipeline-schedule",
-            choices=("1f1b", "interleaved", "zb-h1"),
+            choices=SCHEDULES,
             read="by the pipeline's schedule",
             help="order of forward and backward passes (default: interleaved with virtual stages, else "
             "1f1b); zb-h1 puts weight gradients into the bubble",
