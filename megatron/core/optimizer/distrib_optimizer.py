@@ -222,9 +222,9 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         All ranks of the group must call it.
 
         Returns:
-            ``{"buckets_coalesced": True, number of the buffer: {(parameter type, gradient type): {"param",
-            "exp_avg", "exp_avg_sq": [numel_unpadded] fp32 on the host, "numel_unpadded": int}}}``; None on
-            other ranks.
+            ``"buckets_coalesced"``: True, and for each number of a buffer a dictionary from (parameter type,
+            gradient type) to ``"param"``, ``"exp_avg"``, ``"exp_avg_sq"``, each [numel_unpadded] fp32 on the
+            host, and ``"numel_unpadded"``. None on other ranks.
         """
         self.init_state_fn(self.optimizer)
         return self._sharded_state().gather()

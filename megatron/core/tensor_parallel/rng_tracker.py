@@ -189,11 +189,11 @@ def model_parallel_cuda_manual_seed(
 ) -> None:
     """Seeds the device's default generator and the tracker's streams from one base seed.
 
-    =====================  ======================================================
-    default, data-parallel ``seed``: equal on tensor-parallel ranks
-    model-parallel         ``seed + 2718 + tp_rank``
-    expert-parallel        ``seed + 1024 + 100 * ep_rank + expert_tp_rank``
-    =====================  ======================================================
+    ======================  ====================================================
+    default, data-parallel  ``seed``: equal on tensor-parallel ranks
+    model-parallel          ``seed + 2718 + tp_rank``
+    expert-parallel         ``seed + 1024 + 100 * ep_rank + expert_tp_rank``
+    ======================  ====================================================
 
     Initial weights have streams of their own (``weight_streams``), made from ``weight_seed``: give the seed
     that all pipeline stages share; by default ``seed``.

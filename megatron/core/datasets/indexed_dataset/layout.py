@@ -1,15 +1,17 @@
-"""The ``.idx`` file: type codes, header, arrays. All integers are little-endian.
+"""The ``.idx`` file: type codes, header, arrays.
 
-offset  size  content
-0       9     ``MMIDIDX`` and two zero bytes
-9       8     uint64 version, 1
-17      1     uint8 type code
-18      8     uint64 S, number of sequences
-26      8     uint64 D, number of document entries (documents + 1)
-34      4 S   int32 tokens per sequence
-        8 S   int64 byte offset of each sequence in the .bin
-        8 D   int64 first sequence of each document; the last entry is S
-        S     int8 mode of each sequence, in multimodal files only
+All integers are little-endian::
+
+    offset  size  content
+    0       9     ``MMIDIDX`` and two zero bytes
+    9       8     uint64 version, 1
+    17      1     uint8 type code
+    18      8     uint64 S, number of sequences
+    26      8     uint64 D, number of document entries (documents + 1)
+    34      4 S   int32 tokens per sequence
+            8 S   int64 byte offset of each sequence in the .bin
+            8 D   int64 first sequence of each document; the last entry is S
+            S     int8 mode of each sequence, in multimodal files only
 """
 
 import os
