@@ -52,5 +52,12 @@ def write_api_pages(app=None) -> None:
             (api / f"{package}.rst").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def leave_out_docstrings_of_torch(app, what, name, obj, options, lines) -> None:
+    """The default of a field may be a function of torch, whose description is not that of the field."""
+    if str(getattr(obj, "__module__", "")).split(".")[0] == "torch":
+        lines.clear()
+
+
 def setup(app) -> None:
     app.connect("builder-inited", write_api_pages)
+    app.connect("autodoc-process-docstring", leave_out_docstrings_of_torch)
