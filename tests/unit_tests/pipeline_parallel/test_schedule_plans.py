@@ -1,5 +1,6 @@
 """Schedules as data: what they contain, that they cannot hang, and what they hold in memory."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from megatron.core.errors import ConfigError
 from megatron.core.pipeline_parallel.actions import Compute, Exchange, Message, StartSync, Work
 from megatron.core.pipeline_parallel.checker import ScheduleError, check_schedules, simulate
+from megatron.core.pipeline_parallel.orders import ONE_CHUNK_ORDERS, SCHEDULES
 from megatron.core.pipeline_parallel.planning import make_schedule, make_schedules, place_in_exchange
 
 
@@ -59,6 +61,12 @@ def test_transfers_of_two_stages_and_two_microbatches():
         (to(0, True, 0),),
         (to(0, True, 1),),
     ]
+
+
+@pytest.mark.parametrize("name", ONE_CHUNK_ORDERS)
+def test_no_rank_of_a_schedule_waits_for_ever(name):
+    for p, m in itertools.product((1, 2, 3, 4, 8), (1, 2, 3, 5, 17)):
+        check_schedules(make_schedules(name, p, m), m)
 
 
 PLAIN = [(name, p, m) for name in ("1f1b", "zb-h1") for p in (1, 2, 3, 4, 5, 8) for m in (1, 2, 3, 5, 8, 17)]
@@ -298,7 +306,7 @@ def test_batches_in_another_order_hang_as_kernels():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("gpipe", 2, 4), "not one of 1f1b, interleaved, zb-h1"),
+        (("gpipe", 2, 4), "not one of " + ", ".join(SCHEDULES)),
         (("1f1b", 2, 4, 2), "use interleaved"),
         (("zb-h1", 2, 4, 2), "use interleaved"),
         (("1f1b", 2, 0), "at least 1"),
