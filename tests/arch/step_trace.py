@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,10 @@ class _Recorder:
 
     def __init__(self, root: Path):
         self._prefix = f"{root}{os.sep}"
+        # A virtual environment may lie in the checkout.
+        self._libraries = tuple(
+            {f"{sysconfig.get_path(name)}{os.sep}" for name in ("purelib", "platlib", "stdlib")}
+        )
         self.paths: dict[str, list[Stop]] = {}
         self.files: dict[str, None] = {}
 
@@ -145,7 +150,7 @@ class _Recorder:
                 self.keep("backward", frame)
             elif name in ADAM_KERNELS:
                 self.keep("update", frame)
-        elif event == "call" and frame.f_code.co_filename.startswith(self._prefix):
+        elif event == "call" and self._is_ours(frame.f_code.co_filename):
             self.files[frame.f_code.co_filename.removeprefix(self._prefix)] = None
             name, file = frame.f_code.co_name, frame.f_code.co_filename
             if name == "forward" and file.endswith("gpt_model.py"):
@@ -157,6 +162,9 @@ class _Recorder:
             elif name == "finish_grad_sync" and file.endswith("distributed_data_parallel.py"):
                 self.keep("finalize", frame)
 
+    def _is_ours(self, file: str) -> bool:
+        return file.startswith(self._prefix) and not file.startswith(self._libraries)
+
     def keep(self, name: str, frame: FrameType | None, start: str = "train_step") -> None:
         """Keep the project's functions from ``start`` to ``frame``, unless the path is known."""
         if name in self.paths:
@@ -164,7 +172,7 @@ class _Recorder:
         stops = []
         while frame is not None:
             code = frame.f_code
-            is_ours = code.co_filename.startswith(self._prefix) and code.co_filename != __file__
+            is_ours = self._is_ours(code.co_filename) and code.co_filename != __file__
             # Comprehensions are functions to some versions of Python.
             if is_ours and not code.co_name.startswith("<"):
                 stops.append(_describe(frame, self._prefix))
