@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron.core import parallel_state
-from megatron.core.parallel_state.initialization import GROUP_AXES
+from megatron.core.parallel_state.groups import GROUP_AXES
 from megatron.core.rank_grid import make_grids
 
 LAYOUTS = {

@@ -42,7 +42,7 @@ def communicator_options(labels: Iterable[str], buffers_mb: Mapping[str, int]) -
     """Options of a group that the device's package chooses by what the group is for; None for defaults.
 
     Args:
-        labels: names of what shares the group, as in ``parallel_state.initialization.GROUP_AXES``; "world".
+        labels: names of what shares the group, as in ``parallel_state.groups.GROUP_AXES``; "world".
         buffers_mb: sizes of communication buffers that were asked for, by such names.
     """
     choose = accelerator.companion("communicator_options")

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from megatron.core.parallel_state.initialization import GROUP_LABELS
+from megatron.core.parallel_state.groups import GROUP_LABELS
 
 _MB = 1 << 20
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from megatron.core.errors import ConfigError
-from megatron.core.parallel_state.initialization import GROUP_LABELS
+from megatron.core.parallel_state.groups import GROUP_LABELS
 from megatron_npu import communicators
 from tests.npu.ground import ROOT
 

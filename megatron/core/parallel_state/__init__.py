@@ -4,8 +4,9 @@ Layout rules: ``megatron.core.rank_grid``. Groups with the same members share on
 rank takes part only in the creation of groups it belongs to, so that start-up cost follows the number of
 groups of a rank and not the size of the world.
 
-What is read from here stands here, one function each, over the table in ``state``; ``initialization`` fills
-it. Groups can be read and swapped as attributes too (``parallel_state._EMBEDDING_GROUP``).
+Each group, size and rank has a function here that reads the tables of ``state``; ``groups`` says which
+groups there are, and ``initialization`` creates them. Groups can be read and swapped as attributes too
+(``parallel_state._EMBEDDING_GROUP``).
 """
 
 import sys
@@ -18,12 +19,14 @@ from torch.distributed import ProcessGroup
 
 from megatron.core.errors import UsageError
 from megatron.core.parallel_state import state
-from megatron.core.parallel_state.initialization import (
+from megatron.core.parallel_state.groups import (
     GROUP_NAMES,
-    _set_global_memory_buffer,
-    create_hierarchical_parallel_groups,
     default_embedding_ranks,
     default_position_embedding_ranks,
+)
+from megatron.core.parallel_state.initialization import (
+    _set_global_memory_buffer,
+    create_hierarchical_parallel_groups,
     destroy_global_memory_buffer,
     destroy_model_parallel,
     get_global_memory_buffer,
@@ -282,8 +285,7 @@ def get_expert_data_parallel_rank() -> int:
     return state.rank_or_zero("_EXPERT_DATA_PARALLEL_GROUP")
 
 
-# ---- All axes together
-
+# ---- Groups and lists of ranks as variables of this module
 
 _RANK_LISTS = {
     "_PIPELINE_GLOBAL_RANKS": "_PIPELINE_MODEL_PARALLEL_GROUP",

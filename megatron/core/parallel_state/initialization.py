@@ -1,72 +1,30 @@
-"""Creating the groups of this rank, and forgetting them."""
+"""Creates the groups of this rank, as ``groups`` plans them, and forgets them."""
 
 import logging
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from typing import NamedTuple
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron.core import accelerator
 from megatron.core.errors import NotBuiltYetError, UsageError
+from megatron.core.parallel_state.groups import (
+    GLOO_TWINS,
+    PlannedGroup,
+    default_embedding_ranks,
+    default_position_embedding_ranks,
+    plan_groups,
+    ranks_of,
+)
 from megatron.core.parallel_state.state import STATE, GlobalMemoryBuffer
 from megatron.core.process_groups import GroupFactory, device_backend, load_nccl_settings
-from megatron.core.rank_grid import RankGenerator, levels_of, make_grids
+from megatron.core.rank_grid import levels_of, make_grids
 
 logger = logging.getLogger(__name__)
 
-# Group -> (grid it is cut from, axes that vary inside it, its name in the file of NCCL settings), in the
-# order of creation. The expert grid spans the same ranks as the dense one.
-GROUP_AXES = {
-    "_DATA_PARALLEL_GROUP": ("dense", "dp", "dp"),
-    "_DATA_PARALLEL_GROUP_WITH_CP": ("dense", "dp-cp", "dp_cp"),
-    "_CONTEXT_PARALLEL_GROUP": ("dense", "cp", "cp"),
-    "_MODEL_PARALLEL_GROUP": ("dense", "tp-pp", "mp"),
-    "_TENSOR_MODEL_PARALLEL_GROUP": ("dense", "tp", "tp"),
-    "_PIPELINE_MODEL_PARALLEL_GROUP": ("dense", "pp", "pp"),
-    "_TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP": ("dense", "tp-dp-cp", "tp_dp_cp"),
-    "_TENSOR_AND_DATA_PARALLEL_GROUP": ("dense", "tp-dp", "tp_dp"),
-    "_TENSOR_AND_CONTEXT_PARALLEL_GROUP": ("dense", "tp-cp", "tp_cp"),
-    "_EXPERT_MODEL_PARALLEL_GROUP": ("expert", "ep", "ep"),
-    "_EXPERT_TENSOR_PARALLEL_GROUP": ("expert", "tp", "ep_tp"),
-    "_EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP": ("expert", "tp-ep", "tp_ep_mp"),
-    "_EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP": ("expert", "tp-ep-pp", "tp_ep_pp"),
-    "_EXPERT_DATA_PARALLEL_GROUP": ("expert", "dp", "ep_dp"),
-}
-_INTRA, _INTER = (f"_{kind}_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP" for kind in ("INTRA", "INTER"))
-_GLOO_TWINS = (
-    "_DATA_PARALLEL_GROUP",
-    "_DATA_PARALLEL_GROUP_WITH_CP",
-    _INTRA,
-    "_EXPERT_DATA_PARALLEL_GROUP",
-)
-GROUP_NAMES = frozenset(
-    [*GROUP_AXES, _INTRA, _INTER, "_EMBEDDING_GROUP", "_POSITION_EMBEDDING_GROUP"]
-    + [f"{name}_GLOO" for name in _GLOO_TWINS]
-)
-# What a group is for, in settings and sizes by group.
-GROUP_LABELS = frozenset(
-    [label for _, _, label in GROUP_AXES.values()]
-    + ["intra_dp_cp", "inter_dp_cp", "hcp", "embd", "pos_embd", "world"]
-)
-# Labels of groups whose messages layers wait for, and whose ranks may be those that share gradients: a ring
-# of keys must not stand behind a bucket that has just been started.
-_IN_LAYERS = frozenset({"cp", "hcp", "ep"})
 _PIPELINE_BACKENDS = (None, "nccl", "hccl", "gloo")
-
-
-def default_embedding_ranks(pp_ranks: list[int], split_rank: int | None = None) -> list[int]:
-    """Stages of a pipeline that hold word embeddings: first, last and, if given, the split stage."""
-    split = [] if split_rank is None else [pp_ranks[split_rank]]
-    return list(dict.fromkeys([pp_ranks[0], *split, pp_ranks[-1]]))
-
-
-def default_position_embedding_ranks(pp_ranks: list[int], split_rank: int | None = None) -> list[int]:
-    """Stages of a pipeline that hold position embeddings: the first and, if given, the split stage."""
-    split = [] if split_rank is None else [pp_ranks[split_rank]]
-    return list(dict.fromkeys([pp_ranks[0], *split]))
 
 
 def initialize_model_parallel(
@@ -132,24 +90,21 @@ def initialize_model_parallel(
         expert_tensor_parallel_size or tensor_model_parallel_size,
         order,
     )
-    timeout = timedelta(minutes=distributed_timeout_minutes)
-    settings = _nccl_settings(nccl_communicator_config_path)
-    factory = GroupFactory(timeout, nccl_settings=settings, buffers_mb=communicator_buffers_mb)
-    planned = _grid_groups(grids)
-    planned += _partial_groups(planned, num_distributed_optimizer_instances)
     split = pipeline_model_parallel_split_rank
-    planned += _embedding_groups(
-        planned,
+    planned = plan_groups(
+        grids,
+        dist.get_rank(),
+        num_distributed_optimizer_instances,
         get_embedding_ranks or (lambda ranks: default_embedding_ranks(ranks, split)),
         get_position_embedding_ranks or (lambda ranks: default_position_embedding_ranks(ranks, split)),
     )
-    _make(factory, planned, hierarchical_context_parallel_sizes)
+    timeout = timedelta(minutes=distributed_timeout_minutes)
+    settings = _nccl_settings(nccl_communicator_config_path)
+    factory = GroupFactory(timeout, nccl_settings=settings, buffers_mb=communicator_buffers_mb)
+    _create_groups(factory, planned, hierarchical_context_parallel_sizes)
     _log_communicators(factory, communicator_buffers_mb or {})
     if create_gloo_process_groups:
-        twins = GroupFactory(timeout, backend="gloo")
-        for name in _GLOO_TWINS:
-            ranks = STATE.ranks[name]
-            STATE.groups[f"{name}_GLOO"], STATE.ranks[f"{name}_GLOO"] = twins.make(ranks), ranks
+        _create_gloo_twins(timeout)
     STATE.by_hand["split_rank"] = split
     if virtual_pipeline_model_parallel_size is not None:
         STATE.by_hand.update(vpp_size=virtual_pipeline_model_parallel_size, vpp_rank=0)
@@ -190,24 +145,11 @@ def _nccl_settings(path: str | None) -> dict | None:
     return load_nccl_settings(path)
 
 
-class _Planned(NamedTuple):
-    """A group of this rank that is to be made, or that is another name for one."""
-
-    name: str
-    ranks: list[int]
-    label: str
-
-    @property
-    def in_layers(self) -> bool:
-        """Whether layers wait for its messages."""
-        return self.label in _IN_LAYERS
-
-
-def _make(factory: GroupFactory, planned: list[_Planned], levels: list[int] | None) -> None:
-    """All groups, each as suits everything that shares it."""
+def _create_groups(factory: GroupFactory, planned: list[PlannedGroup], levels: list[int] | None) -> None:
+    """Create all groups, each as suits everything that shares it."""
     for group in planned:
         factory.expect(group.ranks, group.label, group.in_layers)
-    context = _ranks_of(planned, "_CONTEXT_PARALLEL_GROUP")
+    context = ranks_of(planned, "_CONTEXT_PARALLEL_GROUP")
     nested = levels_of(context, levels, dist.get_rank()) if levels else []
     for ranks in nested:
         factory.expect(ranks, "hcp", in_layers=True)
@@ -217,50 +159,13 @@ def _make(factory: GroupFactory, planned: list[_Planned], levels: list[int] | No
     STATE.hierarchical = [factory.make(ranks, "hcp", in_layers=True) for ranks in nested] or None
 
 
-def _ranks_of(planned: list[_Planned], name: str) -> list[int]:
-    return next(group.ranks for group in planned if group.name == name)
-
-
-def _grid_groups(grids: dict[str, RankGenerator]) -> list[_Planned]:
-    """Groups that vary along some axes of a grid."""
-    rank = dist.get_rank()
-    return [
-        _Planned(name, grids[grid].get_group(axes, rank), label)
-        for name, (grid, axes, label) in GROUP_AXES.items()
-    ]
-
-
-def _partial_groups(planned: list[_Planned], instances: int) -> list[_Planned]:
-    """Consecutive blocks of the data x context group, and the ranks at the same place of every block."""
-    whole = _ranks_of(planned, "_DATA_PARALLEL_GROUP_WITH_CP")
-    if instances == 1:
-        return [_Planned(_INTRA, whole, "intra_dp_cp")]
-    if instances < 1 or len(whole) % instances:
-        raise UsageError(
-            f"num_distributed_optimizer_instances {instances} does not divide the {len(whole)} ranks of the "
-            "data x context parallel group"
-        )
-    size = len(whole) // instances
-    place = whole.index(dist.get_rank())
-    block = place // size * size
-    return [
-        _Planned(_INTRA, whole[block : block + size], "intra_dp_cp"),
-        _Planned(_INTER, whole[place % size :: size], "inter_dp_cp"),
-    ]
-
-
-def _embedding_groups(
-    planned: list[_Planned],
-    get_embedding_ranks: Callable[[list[int]], list[int]],
-    get_position_embedding_ranks: Callable[[list[int]], list[int]],
-) -> list[_Planned]:
-    """Groups of those stages of this rank's pipeline that hold copies of the same embeddings."""
-    pipeline = _ranks_of(planned, "_PIPELINE_MODEL_PARALLEL_GROUP")
-    chosen = (
-        _Planned("_EMBEDDING_GROUP", get_embedding_ranks(pipeline), "embd"),
-        _Planned("_POSITION_EMBEDDING_GROUP", get_position_embedding_ranks(pipeline), "pos_embd"),
-    )
-    return [group for group in chosen if dist.get_rank() in group.ranks]
+def _create_gloo_twins(timeout: timedelta) -> None:
+    """Create the groups for tensors in host memory, beside those with the same ranks."""
+    factory = GroupFactory(timeout, backend="gloo")
+    for name in GLOO_TWINS:
+        ranks = STATE.ranks[name]
+        STATE.groups[f"{name}_GLOO"] = factory.make(ranks)
+        STATE.ranks[f"{name}_GLOO"] = ranks
 
 
 def _log_communicators(factory: GroupFactory, buffers_mb: dict[str, int]) -> None:

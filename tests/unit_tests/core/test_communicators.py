@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.core import accelerator, parallel_state, process_groups
-from megatron.core.parallel_state.initialization import GROUP_AXES, GROUP_LABELS
+from megatron.core.parallel_state.groups import GROUP_AXES, GROUP_LABELS
 from tests.distributed.pool import run_ranks
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron.core import parallel_state
 from megatron.core.errors import ConfigError
-from megatron.core.parallel_state.initialization import GROUP_AXES
+from megatron.core.parallel_state.groups import GROUP_AXES
 from megatron.core.process_groups import get_nccl_options, load_nccl_settings
 from megatron.core.rank_grid import make_grids
 from tests.distributed.pool import run_ranks
