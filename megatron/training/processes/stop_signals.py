@@ -13,7 +13,6 @@ import contextlib
 import functools
 import multiprocessing
 import os
-import select
 import shutil
 import signal
 import sys
@@ -24,7 +23,15 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 from megatron.training.processes import launcher
-from megatron.training.ranks.failure import FirstOnHost
+from megatron.training.processes.signal_thread import POLL_S, SignalThread
+from megatron.training.processes.stop_report import (
+    LAUNCHER_GONE,
+    REPORT_S,
+    UNWIND_S,
+    StopReporter,
+    describe_signal,
+    exit_status,
+)
 
 if TYPE_CHECKING:
     from megatron.training.ranks.watcher import FailureWatcher
@@ -33,15 +40,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 BEFORE_TRAINING = "before training began: nothing to save"
-# The end of the launcher, as a number among those of signals, which are all below it.
-LAUNCHER_GONE = 100
 # Signals with which a user, a scheduler, a closed terminal or a launcher ends a run.
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# Time for the main thread to unwind, for the imports of a rank that was just started, and for the report.
-_UNWIND_S, _IMPORT_S, _REPORT_S = 2.0, 15.0, 6.0
+# Time for the imports of a rank that was just started.
+_IMPORT_S = 15.0
 # One key press may arrive twice, from the terminal and from a program that passes it on.
 _SAME_PRESS_S = 0.1
-_POLL_S, _BRIEFLY_S, _HOLD_S, _AT_ONCE_S = 1.0, 0.5, 1.5, 4.0
 
 
 class StoppedBySignal(SystemExit):
@@ -55,16 +59,6 @@ class Recorder(Protocol):
     """Records signals that do not end the run at once."""
 
     def record(self, number: int) -> None: ...
-
-
-def exit_status(number: int) -> int:
-    """128 + number, as shells have it; the end of the launcher counts as a hang-up."""
-    return 128 + (signal.SIGHUP if number == LAUNCHER_GONE else number)
-
-
-def describe_signal(number: int) -> str:
-    """Name of a signal, for messages."""
-    return "the end of its launcher" if number == LAUNCHER_GONE else signal.Signals(number).name
 
 
 def installed() -> "StopSignals | None":
@@ -167,17 +161,15 @@ class StopSignals:
     def __init__(self, description: str):
         self.describe: Callable[[], str] = lambda: description
         self.recorder: Recorder | None = None
-        self._watcher: FailureWatcher | None = None
         self.unfinished: set[str] = set()
         self._running = self._over = self._raised = self._is_early = self._leaving = False
         self.received, self._held = 0, 0
         self._deadline: float | None = None
         self._presses: list[float] = []  # when Ctrl-C was pressed
         self._ending = threading.Lock()
-        words = [os.environ.get(name, "") for name in ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")]
-        self._first_on_host = FirstOnHost(f"signals {' '.join(words)}")
+        self._reporter = StopReporter()
         self._previous: dict[int, Any] = {}
-        self._listen()
+        self._thread = SignalThread(self._receive, self._check_deadline)
         for number in (*_ENDING, signal.SIGQUIT):
             before = signal.getsignal(number)
             free = before == signal.SIG_DFL and not _has_native_handler(number)
@@ -209,7 +201,7 @@ class StopSignals:
 
     def end_with(self, watcher: "FailureWatcher | None") -> None:
         """Let the ranks agree on the one that reports, and end together, from now on."""
-        self._watcher = watcher
+        self._reporter.watcher = watcher
 
     def run_is_over(self) -> None:
         """Note that the run has ended or failed, and reports it itself: signals then only ensure its end."""
@@ -228,12 +220,12 @@ class StopSignals:
         self.recorder = None
         if not self._ending.acquire(blocking=False):
             while True:  # the other thread is ending the process
-                time.sleep(_POLL_S)
-        self._deadline = time.monotonic() + _REPORT_S + _UNWIND_S
+                time.sleep(POLL_S)
+        self._deadline = time.monotonic() + REPORT_S + UNWIND_S
         with contextlib.suppress(ValueError):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # data workers that end are no error any more
-        self._report_together()
-        if self._watcher is not None:
+        self._report()
+        if self._reporter.watcher is not None:
             self._leave(exit_status(self.received))
         return exit_status(self.received)
 
@@ -244,10 +236,7 @@ class StopSignals:
                 signal.signal(number, handler)
         self._previous = {}
         sys.unraisablehook = self._former_hook
-        if self._wakeup >= 0:
-            signal.set_wakeup_fd(self._former_wakeup)
-            os.close(self._wakeup)  # which ends the thread
-            self._wakeup = -1
+        self._thread.stop()
 
     @contextlib.contextmanager
     def held_back(self) -> Iterator[None]:
@@ -261,7 +250,7 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         while self._leaving:  # the other thread is ending the process
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
         self._note(number)
         self._raise_if_due()
 
@@ -284,10 +273,10 @@ class StopSignals:
 
     def _release_in_child(self) -> None:
         if installed() is self:
-            signal.set_wakeup_fd(-1)
+            self._thread.forget()
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
-            self._previous, self._wakeup = {}, -1
+            self._previous = {}
         self._after_fork()
 
     # Called in both threads: the order in which they receive a signal is not known.
@@ -304,49 +293,11 @@ class StopSignals:
     def _grace_s(self) -> float:
         """How long the main thread may take to end the process by itself."""
         if self._running:
-            return _REPORT_S if self._over else _UNWIND_S
+            return REPORT_S if self._over else UNWIND_S
         # A single process need not wait until its imports are done to end together with others.
         return _IMPORT_S if launcher.has_other_ranks() else 0.0
 
     # Called in the second thread.
-
-    def _listen(self) -> None:
-        """Start the thread; Python's handler writes each signal into a pipe."""
-        self._wakeup = self._former_wakeup = -1
-        reading, wakeup = map(launcher.above_standard_streams, os.pipe())
-        os.set_blocking(wakeup, False)
-        self._former_wakeup = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-        self._wakeup = wakeup
-        watch = launcher.LauncherWatch()
-        threading.Thread(target=self._watch, args=(reading, watch), name="signals", daemon=True).start()
-
-    def _watch(self, reading: int, launcher_watch: launcher.LauncherWatch) -> None:
-        poll = select.poll()
-        poll.register(reading, select.POLLIN)
-        for descriptor in launcher_watch.descriptors:
-            poll.register(descriptor, select.POLLIN)
-        while True:
-            ready = dict(poll.poll(self._poll_timeout() * 1000))
-            if reading in ready:
-                numbers = os.read(reading, 4096)
-                if not numbers:
-                    os.close(reading)
-                    return
-                for number in numbers:
-                    self._receive(number)
-            if launcher_watch.is_gone():
-                for descriptor in launcher_watch.descriptors:
-                    poll.unregister(descriptor)
-                launcher_watch.forget()
-                self._receive(LAUNCHER_GONE)
-            if self._deadline is not None and time.monotonic() >= self._deadline and not self._held:
-                self._end_here()
-
-    def _poll_timeout(self) -> float:
-        """Seconds until the next check that no descriptor triggers."""
-        if self._deadline is None:
-            return _POLL_S
-        return min(_POLL_S, max(0.01, self._deadline - time.monotonic()))
 
     def _receive(self, number: int) -> None:
         if number != LAUNCHER_GONE and number not in self._previous:
@@ -368,12 +319,21 @@ class StopSignals:
             self._presses.append(now)
         return again
 
+    def _check_deadline(self) -> float:
+        """End the process if the main thread is late; returns the seconds until the next check."""
+        if self._deadline is None:
+            return POLL_S
+        left = self._deadline - time.monotonic()
+        if left <= 0 and not self._held:
+            self._end_here()
+        return min(POLL_S, max(0.01, left))
+
     def _end_here(self) -> None:
         """End the process in place of the main thread, which has not returned or not finished."""
         if self._ending.acquire(blocking=False):
             reported_elsewhere, self._over = self._over, True
             if not reported_elsewhere:
-                self._report_together()
+                self._report()
         for directory in list(self.unfinished):
             shutil.rmtree(directory, ignore_errors=True)
         self._leave(exit_status(self.received))
@@ -387,38 +347,13 @@ class StopSignals:
         signal.pthread_kill(main_thread, number)
         event = "a second SIGINT" if number == signal.SIGINT else describe_signal(number)
         line = f"stopped at once by {event}, whatever was being done; {self._description()}"
-        if self._watcher is None:
-            self._print_line(line)
-        elif launcher_gone:  # and the store with it
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                self._print_line(line)
-        else:
-            # Otherwise the other ranks would report this one as lost; ending them takes only a moment.
-            self._watcher.stop_all(exit_status(number), lambda: line, _BRIEFLY_S, _AT_ONCE_S)
-            self._print_line(line)
+        self._reporter.stop_all_at_once(number, line, launcher_gone)
         self._leave(exit_status(number))
 
-    # The report.
+    # Called in the thread that ends the process.
 
-    def _report_together(self) -> None:
-        """Print the line on one rank, and end all."""
-        number, watcher = self.received, self._watcher
-        if watcher is not None and number != LAUNCHER_GONE:
-            # Ranks that receive a signal during their imports reach this one after the other.
-            if self._is_early and not self._first_on_host.claim():
-                return
-            watcher.stop_all(exit_status(number), self._line, _UNWIND_S, _REPORT_S)
-            self._print_line(self._line())
-            return
-        # Ranks without a rendezvous, or whose store has gone with the launcher, decide each on its own.
-        if number == LAUNCHER_GONE:
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                self._print_line(self._line())
-        elif not launcher.has_other_ranks():
-            self._print_line(self._line())
-        elif self._first_on_host.claim():
-            self._print_line(self._line())
-            time.sleep(_HOLD_S)  # others reach this a little later
+    def _report(self) -> None:
+        self._reporter.stop_all(self.received, self._line, self._is_early)
 
     def _line(self) -> str:
         return f"stopped by {describe_signal(self.received)} {self._description()}".strip()
@@ -428,14 +363,6 @@ class StopSignals:
             return self.describe()
         except Exception as error:  # it reads the arguments and the disk, at any moment
             return f"(how far the run was is not known: {error!r})"
-
-    @staticmethod
-    def _print_line(line: str) -> None:
-        """Print one line to stderr after flushing stdout, without the lock of an interrupted print."""
-        _within(_BRIEFLY_S, lambda: bool(sys.stdout.flush()))
-        where = f"[{launcher.describe()}] " if launcher.has_other_ranks() else ""
-        with contextlib.suppress(OSError):
-            os.write(2, f"{where}error: {line}\n".encode())
 
     @staticmethod
     def _leave(status: int) -> None:
@@ -451,17 +378,3 @@ def _has_native_handler(number: int) -> bool:
             if line.startswith("SigCgt:"):
                 return bool(int(line.split()[1], 16) >> (number - 1) & 1)
     return False
-
-
-def _within(seconds: float, ask: Callable[[], bool]) -> bool:
-    """Result of ``ask``, or True where it takes too long: the other end may be gone or stuck."""
-    answers = []
-
-    def answer() -> None:
-        with contextlib.suppress(Exception):
-            answers.append(ask())
-
-    asking = threading.Thread(target=answer, daemon=True)
-    asking.start()
-    asking.join(seconds)
-    return answers[0] if answers else True
