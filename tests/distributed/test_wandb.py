@@ -4,6 +4,7 @@ import math
 import sys
 import types
 from collections import Counter
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -17,6 +18,45 @@ from tests.distributed.real_loop import train
 @pytest.fixture(scope="session")
 def data_cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
+
+
+def recorder():
+    """A module ``wandb`` whose ``init`` and ``log`` do nothing, and a list of its calls about artifacts.
+
+    The service "does not know" the artifact of iteration 4.
+    """
+    wandb, calls = types.ModuleType("wandb"), []
+    wandb.init = wandb.log = lambda *args, **options: None
+
+    class Artifact:
+        def __init__(self, name, type, metadata):
+            self.about = {"name": name, "type": type, **metadata}
+
+        def add_reference(self, uri, checksum):
+            self.about |= {"reference": uri, "checksum": checksum}
+
+        def add_file(self, path):
+            self.about["tracker"] = Path(path).read_text()
+
+    def use_artifact(name):
+        if name.endswith("iter_0000004"):
+            raise TypeError(f"artifact {name} is not known")
+        calls.append(("use", name))
+
+    wandb.Artifact = Artifact
+    wandb.run = types.SimpleNamespace(
+        log_artifact=lambda artifact, aliases: calls.append(("log", artifact.about, aliases)),
+        use_artifact=use_artifact,
+    )
+    return wandb, calls
+
+
+def artifacts(argv):
+    """On a rank: what a run says about artifacts, and what it prints."""
+    wandb, calls = recorder()
+    with mock.patch.dict(sys.modules, wandb=wandb):
+        record = train(argv, with_gradients=False)
+    return calls, record.output
 
 
 def logged(argv):
@@ -56,3 +96,29 @@ def test_the_last_rank_logs_each_figure_once(tensorboard, data_cache, tmp_path):
         for split in ("validation", "test"):
             expected = {step: math.exp(loss) for step, loss in curves[f"lm loss {split}"].items()}
             assert curves[f"lm loss {split} ppl"] == pytest.approx(expected)
+
+
+def test_saved_and_loaded_checkpoints_are_artifacts_of_the_run(data_cache, tmp_path):
+    save = tmp_path / "a run" / "checkpoints"
+    flags = (
+        f"--wandb-project p --wandb-exp-name e --wandb-save-dir {tmp_path / 'wandb'} --save-interval 2 "
+        f"{NO_DROPOUT}"
+    )
+    argv = [*command_line(Layout(dp=2), data_cache, flags), "--save", str(save), "--load", str(save)]
+
+    def saved(iteration):
+        directory = save / f"iter_{iteration:07d}"
+        about = {"name": "a-run-checkpoints", "type": "model", "iteration": iteration}
+        about |= {"reference": f"file://{directory}", "checksum": False, "tracker": str(iteration)}
+        return "log", about, [directory.name]
+
+    (first, _), (last, _) = run_ranks(2, artifacts, [*argv, "--exit-interval", "2"])
+    assert (first, last) == ([], [saved(2)])
+    _, (resumed, _) = run_ranks(2, artifacts, argv)
+    assert resumed == [("use", "a-run-checkpoints:iter_0000002"), saved(4)]
+    # What the service refuses is said, and the run goes on.
+    _, (extended, output) = run_ranks(
+        2, artifacts, [*argv, "--train-iters", "6", "--override-opt_param-scheduler"]
+    )
+    assert extended == [saved(6)]
+    assert "a-run-checkpoints:iter_0000004 of the Weights & Biases run: artifact" in output

@@ -1,12 +1,14 @@
 """Loading a checkpoint: find it, check that it fits, and put every part back."""
 
 import argparse
+import os
 from typing import Any
 
 import torch
 
 from megatron.core.errors import CheckpointError
 from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.training import wandb_utils
 from megatron.training.agreement import any_rank, extremes, failing_together
 from megatron.training.checkpointing import layout, locate, optimizer_state, parameter_names, run_context
 from megatron.training.checkpointing.locate import _load_base_checkpoint
@@ -82,6 +84,7 @@ def load_checkpoint(
     print_rank_0(
         f"  successfully loaded checkpoint from {load_dir} {describe_rank()} at iteration {iteration}"
     )
+    wandb_utils.on_load_checkpoint_success(os.path.dirname(os.path.dirname(name)), load_dir)
     return iteration, state_dict.get("num_floating_point_operations_so_far", 0)
 
 

@@ -8,6 +8,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.errors import CheckpointError, NotBuiltYetError
 from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.training import wandb_utils
 from megatron.training.agreement import failing_together
 from megatron.training.checkpointing import durable, layout, optimizer_state, run_context
 from megatron.training.checkpointing.publishing import write_together
@@ -87,6 +88,12 @@ def save_checkpoint(
     write_together(state, shards, save_dir, iteration, name)
     print_rank_0(
         f"  successfully saved checkpoint from iteration {iteration:7d} to {save_dir} {describe_rank()}"
+    )
+    wandb_utils.on_save_checkpoint_success(
+        layout.iteration_directory(save_dir, iteration),
+        layout.get_checkpoint_tracker_filename(save_dir),
+        save_dir,
+        iteration,
     )
 
 

@@ -290,7 +290,7 @@ LOGGING = Group(
             "--wandb-project",
             default="",
             needs=need("--wandb-exp-name", remedy="add --wandb-exp-name NAME"),
-            help="W&B project (enables W&B)",
+            help="W&B project (enables W&B: figures, and checkpoints as artifacts)",
         ),
         value(
             "--wandb-exp-name",
