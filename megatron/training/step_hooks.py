@@ -1,6 +1,7 @@
 """What happens around each step without being part of it: profiling, garbage, hashes, slow ranks."""
 
 import gc
+import os
 from argparse import Namespace
 from typing import Any
 
@@ -11,7 +12,6 @@ from megatron.core.errors import TrainingError
 from megatron.core.utils import StragglerDetector, check_param_hashes_across_dp_replicas
 from megatron.training.agreement import any_rank
 from megatron.training.global_vars import get_args
-from megatron.training.profiling import make_profiler
 from megatron.training.schedule_hooks import gathered_parameters
 from megatron.training.utils import print_rank_0
 
@@ -57,7 +57,7 @@ class StepHooks:
         """Start the profiler when its window opens."""
         args = self._args
         if args.profile and args.rank in args.profile_ranks and iteration == args.profile_step_start:
-            self._profiler = make_profiler(args)
+            self._profiler = _make_profiler(args)
             self._profiler.start()
 
     def after_step(self, iteration: int) -> None:
@@ -94,6 +94,29 @@ class StepHooks:
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler = None
+
+
+def _make_profiler(args: Namespace) -> Any:
+    """A profiler with ``start``, ``step`` and ``stop`` that writes one trace per rank into a directory.
+
+    Torch's own is readable by TensorBoard and by chrome://tracing. ``--use-pytorch-profiler`` asks for it
+    where the device has another; it then records the host alone, because what it can see of such a device
+    is up to the device's package and may end the process.
+    """
+    directory = args.tensorboard_dir or os.path.join(args.save or ".", "profile")
+    own = accelerator.companion("make_profiler")
+    name = "torch's" if own is None or args.use_pytorch_profiler else f"the {accelerator.device_type()}'s"
+    print_rank_0(
+        f"profiling iterations {args.profile_step_start} to {args.profile_step_end} into {directory}, "
+        f"by {name} profiler"
+    )
+    if own is not None and not args.use_pytorch_profiler:
+        return own(directory, max(1, args.profile_step_end - args.profile_step_start))
+    return torch.profiler.profile(
+        activities=None if own is None else [torch.profiler.ProfilerActivity.CPU],
+        record_shapes=True,
+        on_trace_ready=torch.profiler.tensorboard_trace_handler(directory),
+    )
 
 
 # ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----

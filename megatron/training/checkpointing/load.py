@@ -55,37 +55,49 @@ def load_checkpoint(
         return 0, 0
 
     starts_anew = release or args.finetune
-    with_optimizer = not starts_anew and not args.no_load_optim
+    loads_weights = not skip_load_to_model_and_opt
+    continues_training = loads_weights and not starts_anew and not args.no_load_optim
+    restored_optimizer = optimizer if continues_training else None
     shards = None
     with failing_together():
         set_checkpoint_version(state_dict.get("checkpoint_version", 0))
         iteration = 0 if starts_anew else _stored_iteration(state_dict, name)
         _restore_counters(args, state_dict)
-        if not skip_load_to_model_and_opt:
-            own_optimizer = optimizer if with_optimizer else None
-            _check_optimizer_kind(args, own_optimizer, state_dict, name)
-            shards = optimizer_state.read_state(own_optimizer, name) if own_optimizer is not None else None
-            _load_model_and_optimizer(args, model, own_optimizer, state_dict, strict, name)
+        if loads_weights:
+            _check_optimizer_kind(args, restored_optimizer, state_dict, name)
+            if restored_optimizer is not None:
+                shards = optimizer_state.read_state(restored_optimizer, name)
+            _load_model_and_optimizer(args, model, restored_optimizer, state_dict, strict, name)
     _check_same_iteration(iteration, name)
     print_rank_0(f" checkpoint version {get_checkpoint_version()}")
-    if not skip_load_to_model_and_opt:
-        if with_optimizer and optimizer is not None:
-            with failing_together():  # a file that does not fit is refused by all ranks of its group
-                optimizer_state.distribute_state(optimizer, shards)
-        elif optimizer is not None and (args.fp16 or args.bf16 or optimizer_state.is_sharded(optimizer)):
-            optimizer.reload_model_params()
+    if restored_optimizer is not None:
+        with failing_together():  # a file that does not fit is refused by all ranks of its group
+            optimizer_state.distribute_state(restored_optimizer, shards)
+    elif loads_weights and optimizer is not None:
+        _take_over_weights(args, optimizer)
     with failing_together():
-        if not skip_load_to_model_and_opt and with_optimizer:
+        if continues_training:
             _load_scheduler(opt_param_scheduler, state_dict, name)
-        if not starts_anew and isinstance(state_dict.get("rerun_state_machine"), dict):
-            get_rerun_state_machine().load_state_dict(state_dict["rerun_state_machine"])
-        if not starts_anew and not args.no_load_rng:
-            set_rng_state(state_dict, args.data_parallel_random_init)
+        if not starts_anew:
+            _restore_rerun_and_random_state(args, state_dict)
     print_rank_0(
         f"  successfully loaded checkpoint from {load_dir} {describe_rank()} at iteration {iteration}"
     )
     wandb_utils.on_load_checkpoint_success(os.path.dirname(os.path.dirname(name)), load_dir)
     return iteration, state_dict.get("num_floating_point_operations_so_far", 0)
+
+
+def _take_over_weights(args: argparse.Namespace, optimizer: Any) -> None:
+    """Copy the loaded weights into an optimizer that has copies of its own and is not restored itself."""
+    if args.fp16 or args.bf16 or optimizer_state.is_sharded(optimizer):
+        optimizer.reload_model_params()
+
+
+def _restore_rerun_and_random_state(args: argparse.Namespace, state_dict: dict[str, Any]) -> None:
+    if isinstance(state_dict.get("rerun_state_machine"), dict):
+        get_rerun_state_machine().load_state_dict(state_dict["rerun_state_machine"])
+    if not args.no_load_rng:
+        set_rng_state(state_dict, args.data_parallel_random_init)
 
 
 def _check_same_iteration(iteration: int, name: str) -> None:

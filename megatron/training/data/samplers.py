@@ -39,15 +39,7 @@ def build_pretraining_data_loader(dataset: Dataset | None, consumed_samples: int
         return None
     args = get_args()
     if args.dataloader_type == "external":
-        if isinstance(dataset, Dataset) and not isinstance(dataset, IterableDataset):
-            raise ConfigError(
-                "--dataloader-type external: the function that provides data has to return loaders or "
-                f"iterators of batches, not a {type(dataset).__name__} of single samples; use "
-                "--dataloader-type single or cyclic"
-            )
-        if isinstance(dataset, DataLoader):
-            dataset.worker_init_fn = partial(follow_only_the_rank, further=dataset.worker_init_fn)
-        return dataset
+        return _external_loader(dataset)
     size = len(cast(Sized, dataset))
     if size == 0:  # only possible where no sample was asked for
         return None
@@ -77,6 +69,19 @@ def build_pretraining_data_loader(dataset: Dataset | None, consumed_samples: int
         # and a resumed run would no longer repeat the uninterrupted one.
         generator=torch.Generator().manual_seed(args.seed),
     )
+
+
+def _external_loader(loader: Any) -> Any:
+    """The user's own loader or iterator; workers of a loader end with this rank."""
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise ConfigError(
+            "--dataloader-type external: the function that provides data has to return loaders or "
+            f"iterators of batches, not a {type(loader).__name__} of single samples; use "
+            "--dataloader-type single or cyclic"
+        )
+    if isinstance(loader, DataLoader):
+        loader.worker_init_fn = partial(follow_only_the_rank, further=loader.worker_init_fn)
+    return loader
 
 
 class _PretrainingLoader(DataLoader):

@@ -139,7 +139,7 @@ def training_log(
     Returns:
         The new ``report_memory_flag``.
     """
-    args, timers = get_args(), get_timers()
+    args = get_args()
     figures = StepFigures(
         learning_rate=learning_rate,
         decoupled_learning_rate=decoupled_learning_rate,
@@ -150,34 +150,18 @@ def training_log(
         batch_size=args.micro_batch_size * args.data_parallel_size * get_num_microbatches(),
     )
     _accumulate(loss_dict, total_loss_dict, bool(skipped_iter), figures.batch_size)
-    has_writer = get_tensorboard_writer() is not None or get_wandb_writer() is not None
-    if has_writer and iteration % args.tensorboard_log_interval == 0:
-        write_step(args, iteration, _scalars(args, figures, loss_dict))
-    writes_timers = args.log_timers_to_tensorboard and args.tensorboard_dir
-    if writes_timers and iteration % args.tensorboard_log_interval == 0:
-        # On all ranks, although one alone has a writer: the slowest rank's times are written.
-        counted = total_loss_dict[ADVANCED] + total_loss_dict[SKIPPED]
-        timers.write(TIMERS_TO_LOG, get_tensorboard_writer(), iteration, normalizer=counted, reset=False)
-    if iteration % args.log_interval != 0:
-        return report_memory_flag
-
     # Fewer than the interval in the first line after a checkpoint, and where iterations were passed over.
     counted = total_loss_dict[ADVANCED] + total_loss_dict[SKIPPED]
-    interval_s = timers("interval-time").elapsed(barrier=True)
-    seconds = interval_s / counted
-    # The batch may have grown since the last line.
-    operations = num_floating_point_operations(args, total_loss_dict[_SAMPLES])
-    throughput = operations / (interval_s * 1e12 * args.world_size)
-    if args.log_timers_to_tensorboard:
-        write_scalar("iteration-time", seconds, iteration)
-        if args.log_throughput:
-            write_scalar("throughput", throughput, iteration)
-    print_rank_last(_line(args, iteration, figures, total_loss_dict, seconds, throughput))
+    if iteration % args.tensorboard_log_interval == 0:
+        _write_points(args, iteration, figures, loss_dict, counted)
+    if iteration % args.log_interval != 0:
+        return report_memory_flag
+    _print_line(args, iteration, figures, total_loss_dict, counted)
     total_loss_dict.clear()
     if report_memory_flag and learning_rate is not None:
         _report_memory_once(args, iteration)
         report_memory_flag = False
-    timers.log(TIMERS_TO_LOG, normalizer=counted)
+    get_timers().log(TIMERS_TO_LOG, normalizer=counted)
     return report_memory_flag
 
 
@@ -215,6 +199,18 @@ def _accumulate(
             total[name] = total.get(name, 0.0) + float(value)
 
 
+def _write_points(
+    args: Namespace, iteration: int, figures: StepFigures, losses: dict[str, Any], counted: int
+) -> None:
+    """Write the points of one iteration, and its timers, averaged over those since the last line."""
+    if get_tensorboard_writer() is not None or get_wandb_writer() is not None:
+        write_step(args, iteration, _scalars(args, figures, losses))
+    if args.log_timers_to_tensorboard and args.tensorboard_dir:
+        # On all ranks, although one alone has a writer: the slowest rank's times are written.
+        writer = get_tensorboard_writer()
+        get_timers().write(TIMERS_TO_LOG, writer, iteration, normalizer=counted, reset=False)
+
+
 def _scalars(args: Namespace, figures: StepFigures, losses: dict[str, Any]) -> dict[str, Any]:
     """Points of this iteration by tag, in the order they are written."""
     scalars: dict[str, Any] = {"learning-rate": figures.learning_rate}
@@ -232,6 +228,22 @@ def _scalars(args: Namespace, figures: StepFigures, losses: dict[str, Any]) -> d
     scalars["num-zeros"] = figures.num_zeros_in_grad
     scalars["params-norm"] = figures.params_norm
     return scalars
+
+
+def _print_line(
+    args: Namespace, iteration: int, figures: StepFigures, total: dict[str, Any], counted: int
+) -> None:
+    """Print the line of an interval of ``counted`` iterations, and write the points that belong to it."""
+    interval_s = get_timers()("interval-time").elapsed(barrier=True)
+    seconds = interval_s / counted
+    # The batch may have grown since the last line.
+    operations = num_floating_point_operations(args, total[_SAMPLES])
+    throughput = operations / (interval_s * 1e12 * args.world_size)
+    if args.log_timers_to_tensorboard:
+        write_scalar("iteration-time", seconds, iteration)
+        if args.log_throughput:
+            write_scalar("throughput", throughput, iteration)
+    print_rank_last(_line(args, iteration, figures, total, seconds, throughput))
 
 
 def _line(
