@@ -11,19 +11,13 @@ groups there are, and ``initialization`` creates them. Groups can be read and sw
 
 import sys
 import warnings
-from types import ModuleType
-from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron.core.errors import UsageError
 from megatron.core.parallel_state import state
-from megatron.core.parallel_state.groups import (
-    GROUP_NAMES,
-    default_embedding_ranks,
-    default_position_embedding_ranks,
-)
+from megatron.core.parallel_state.groups import default_embedding_ranks, default_position_embedding_ranks
 from megatron.core.parallel_state.initialization import (
     _set_global_memory_buffer,
     create_hierarchical_parallel_groups,
@@ -38,6 +32,8 @@ from megatron.core.parallel_state.initialization import (
 from megatron.core.parallel_state.state import STATE
 from megatron.core.process_groups import create_group, get_nccl_options
 from megatron.core.rank_grid import RankGenerator, generate_masked_orthogonal_rank_groups
+
+state.show_as_variables(sys.modules[__name__])
 
 # ---- The tensor and pipeline axes
 
@@ -283,39 +279,6 @@ def get_expert_data_parallel_group_gloo() -> ProcessGroup:
 def get_expert_data_parallel_rank() -> int:
     """Rank in the expert data-parallel group; 0 without torch.distributed."""
     return state.rank_or_zero("_EXPERT_DATA_PARALLEL_GROUP")
-
-
-# ---- Groups and lists of ranks as variables of this module
-
-_RANK_LISTS = {
-    "_PIPELINE_GLOBAL_RANKS": "_PIPELINE_MODEL_PARALLEL_GROUP",
-    "_DATA_PARALLEL_GLOBAL_RANKS": "_DATA_PARALLEL_GROUP",
-    "_TENSOR_MODEL_PARALLEL_GLOBAL_RANKS": "_TENSOR_MODEL_PARALLEL_GROUP",
-    "_MODEL_PARALLEL_GLOBAL_RANKS": "_MODEL_PARALLEL_GROUP",
-    "_CONTEXT_PARALLEL_GLOBAL_RANKS": "_CONTEXT_PARALLEL_GROUP",
-    "_EMBEDDING_GLOBAL_RANKS": "_EMBEDDING_GROUP",
-    "_POSITION_EMBEDDING_GLOBAL_RANKS": "_POSITION_EMBEDDING_GROUP",
-}
-
-
-def _variable(table: str, name: str) -> property:
-    """A module variable that stands for an entry of ``state``; None where there is none."""
-
-    def write(module: ModuleType, value: Any) -> None:
-        getattr(STATE, table)[name] = value
-
-    return property(lambda module: getattr(STATE, table).get(name), write)
-
-
-class _ModuleOfGroups(ModuleType):
-    """Shows the groups and rank lists as module variables, which user code reads and tests swap."""
-
-
-for _name in GROUP_NAMES:
-    setattr(_ModuleOfGroups, _name, _variable("groups", _name))
-for _name, _group in _RANK_LISTS.items():
-    setattr(_ModuleOfGroups, _name, _variable("ranks", _group))
-sys.modules[__name__].__class__ = _ModuleOfGroups
 
 
 # ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----

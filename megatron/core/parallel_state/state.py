@@ -1,8 +1,9 @@
-"""What ``initialize_model_parallel`` found out: the tables that the getters read."""
+"""What ``initialize_model_parallel`` found out: tables that getters and the module's variables read."""
 
 import math
 from dataclasses import dataclass, field
-from typing import overload
+from types import ModuleType
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from megatron.core import accelerator
 from megatron.core.errors import UsageError
+from megatron.core.parallel_state.groups import GROUP_NAMES
 
 
 class GlobalMemoryBuffer:
@@ -105,3 +107,38 @@ def size_or_zero(name: str, by_hand: str | None = None) -> int:
 def rank_or_zero(name: str, by_hand: str | None = None) -> int:
     """As ``rank``; 0 without torch.distributed."""
     return rank(name, by_hand) if _told(by_hand) is not None or dist.is_initialized() else 0
+
+
+_VARIABLES_OF_RANKS = {
+    "_PIPELINE_GLOBAL_RANKS": "_PIPELINE_MODEL_PARALLEL_GROUP",
+    "_DATA_PARALLEL_GLOBAL_RANKS": "_DATA_PARALLEL_GROUP",
+    "_TENSOR_MODEL_PARALLEL_GLOBAL_RANKS": "_TENSOR_MODEL_PARALLEL_GROUP",
+    "_MODEL_PARALLEL_GLOBAL_RANKS": "_MODEL_PARALLEL_GROUP",
+    "_CONTEXT_PARALLEL_GLOBAL_RANKS": "_CONTEXT_PARALLEL_GROUP",
+    "_EMBEDDING_GLOBAL_RANKS": "_EMBEDDING_GROUP",
+    "_POSITION_EMBEDDING_GLOBAL_RANKS": "_POSITION_EMBEDDING_GROUP",
+}
+
+
+class _ModuleOfGroups(ModuleType):
+    """Shows the groups and lists of ranks as module variables, which user code reads and tests swap."""
+
+
+def _variable(table: str, name: str) -> property:
+    """A module variable that stands for an entry of ``STATE``; None where there is none."""
+
+    def write(module: ModuleType, value: Any) -> None:
+        getattr(STATE, table)[name] = value
+
+    return property(lambda module: getattr(STATE, table).get(name), write)
+
+
+for _name in GROUP_NAMES:
+    setattr(_ModuleOfGroups, _name, _variable("groups", _name))
+for _name, _group in _VARIABLES_OF_RANKS.items():
+    setattr(_ModuleOfGroups, _name, _variable("ranks", _group))
+
+
+def show_as_variables(module: ModuleType) -> None:
+    """Let every group and list of ranks be read and assigned as a variable of ``module``."""
+    module.__class__ = _ModuleOfGroups
