@@ -61,7 +61,11 @@ def _fused_update(
     exp_avg_sqs: list[Tensor],
     *,
     step: int,
-    **hyper: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
 ) -> None:
     """torch's single-pass kernel. It only reads the step counts, so one tensor serves all parameters."""
     count = torch.full((), float(step), dtype=torch.float32, device=params[0].device)
@@ -72,7 +76,11 @@ def _fused_update(
         exp_avg_sqs,
         [],
         [count] * len(params),
-        **hyper,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
         amsgrad=False,
         maximize=False,
     )
@@ -134,13 +142,13 @@ class Adam(Untraced, torch.optim.AdamW):
             with torch.enable_grad():
                 result = closure()
         for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
+            grads = {param: param.grad for param in group["params"] if param.grad is not None}
             beta1, beta2 = group["betas"]
-            for step, members in self._count_step(params).items():
+            for step, members in self._count_step(list(grads)).items():
                 states = [self.state[param] for param in members]
                 adamw_step(
                     members,
-                    [param.grad for param in members],
+                    [grads[param] for param in members],
                     [state["exp_avg"] for state in states],
                     [state["exp_avg_sq"] for state in states],
                     step=step,

@@ -37,7 +37,7 @@ class MegatronOptimizer(ABC):
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: torch.optim.Optimizer,
         config: OptimizerConfig,
         init_state_fn: Callable[[torch.optim.Optimizer], None] = _create_nothing,
     ):
@@ -236,8 +236,7 @@ class FP32Optimizer(MegatronOptimizer):
     def unscale_grads(self) -> bool:
         with timed(self.config, "optimizer-copy-to-main-grad"):
             for param in self.get_parameters():
-                if hasattr(param, "main_grad"):
-                    param.grad = param.main_grad
+                param.grad = getattr(param, "main_grad", param.grad)
         return False
 
     def update_loss_scale(self, found_inf: bool) -> None:

@@ -1,5 +1,6 @@
 """From a configuration and a model to an optimizer."""
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def get_megatron_optimizer(
     scale_lr_cond: ParamCondition | None = None,
     lr_mult: float = 1.0,
     use_gloo_process_groups: bool = True,
-) -> MegatronOptimizer:
+) -> ChainedOptimizer:
     """Optimizer over all trainable parameters of ``model_chunks``.
 
     All ranks of the model call this together. Chunks that are wrapped for DDP hand over their main gradients,
@@ -54,10 +55,9 @@ def get_megatron_optimizer(
         use_gloo_process_groups: collect sharded state over host memory; on the device otherwise.
 
     Returns:
-        The optimizer of the configured kind; with expert parallelism a chain of one for dense and one for
-        expert parameters. The latter also on a pipeline stage without experts, and the former on one whose
-        parameters are all frozen: norms and overflows are found together. Its ``chained_optimizers`` are the
-        members, a single optimizer's itself.
+        A :class:`ChainedOptimizer` of one or two members. ``chained_optimizers`` holds the optimizer of
+        the dense parameters and, where any rank has experts, one of the expert parameters. Both exist also
+        on a pipeline stage without such parameters: norms and overflows are found together.
 
     Raises:
         NotBuiltYetError: a setting whose code does not exist yet.
@@ -67,28 +67,42 @@ def get_megatron_optimizer(
     for field, feature in _NOT_BUILT.items():
         if getattr(config, field):
             raise NotBuiltYetError(feature, field, f"Leave {field} out.")
-    if isinstance(model_chunks, torch.nn.Module):
-        is_list = isinstance(model_chunks, torch.nn.ModuleList)
-        model_chunks = list(model_chunks) if is_list else [model_chunks]
+    chunks = _list_chunks(model_chunks)
     if has_config_logger_enabled(config):
         log_config_to_disk(config, {"config": config}, prefix="get_megatron_optimizer")
     log_single_rank(logger, logging.INFO, "optimizer: %s", _describe(config))
-    groups = groups_of_config(config, model_chunks, no_weight_decay_cond, scale_lr_cond, lr_mult)
-    if not _some_rank_says(bool(groups)):
+    groups = groups_of_config(config, chunks, no_weight_decay_cond, scale_lr_cond, lr_mult)
+    use_gloo = config.use_distributed_optimizer and use_gloo_process_groups
+    return ChainedOptimizer(
+        [
+            _build_member(config, members_groups, chunks, _BuffersAndRanks.of(chunks, is_expert, use_gloo))
+            for is_expert, members_groups in _split_groups(config, groups).items()
+        ]
+    )
+
+
+def _list_chunks(model_chunks: list[torch.nn.Module] | torch.nn.Module) -> list[torch.nn.Module]:
+    if isinstance(model_chunks, torch.nn.ModuleList):
+        return list(model_chunks)
+    return [model_chunks] if isinstance(model_chunks, torch.nn.Module) else model_chunks
+
+
+def _split_groups(config: OptimizerConfig, groups: list[dict[str, Any]]) -> dict[bool, list[dict[str, Any]]]:
+    """Param groups of each member, by whether it is the experts'.
+
+    There is always a dense member, and one for experts where any rank has some: the members' collectives take
+    all ranks. A member without parameters on this rank gets an empty group.
+    """
+    if not _any_rank_has(bool(groups)):
         raise ConfigError(
             "the model has no parameter that requires a gradient: unfreeze some, or do not train it"
         )
-    kinds = {group["is_expert_parallel"] for group in groups}
-    wanted = {False, True} if _some_rank_says(True in kinds) else {False}
-    groups += [empty_group(kind, config.lr, config.min_lr) for kind in wanted - kinds]
-    members = []
-    for is_expert in (False, True):
-        chosen = [group for group in groups if group["is_expert_parallel"] is is_expert]
-        if chosen:
-            collects_on_host = config.use_distributed_optimizer and use_gloo_process_groups
-            places = _Places.of(model_chunks, is_expert, collects_on_host)
-            members.append(_build_member(config, chosen, model_chunks, places))
-    return members[0] if len(members) == 1 else ChainedOptimizer(members)
+    dense = [group for group in groups if not group["is_expert_parallel"]]
+    experts = [group for group in groups if group["is_expert_parallel"]]
+    split = {False: dense or [empty_group(False, config.lr, config.min_lr)]}
+    if _any_rank_has(bool(experts)):
+        split[True] = experts or [empty_group(True, config.lr, config.min_lr)]
+    return split
 
 
 def _describe(config: OptimizerConfig) -> str:
@@ -99,7 +113,7 @@ def _describe(config: OptimizerConfig) -> str:
     return f"{config.optimizer}, {rate}, weight decay {config.weight_decay:g}, {clip}"
 
 
-def _some_rank_says(flag: bool) -> bool:
+def _any_rank_has(flag: bool) -> bool:
     if not parallel_state.model_parallel_is_initialized() or dist.get_world_size() == 1:
         return flag
     found = torch.tensor([int(flag)], dtype=torch.int32, device=accelerator.current_device())
@@ -108,8 +122,8 @@ def _some_rank_says(flag: bool) -> bool:
 
 
 @dataclass(frozen=True)
-class _Places:
-    """Where the dense, or the expert, parameters and their gradients are."""
+class _BuffersAndRanks:
+    """Buffers of the dense, or of the expert, parameters, and the ranks that share them."""
 
     buffers: dict[int, list[Any]]
     """DDP buffers by number of the chunk; empty lists for chunks that are not wrapped."""
@@ -118,7 +132,7 @@ class _Places:
     model_group: dist.ProcessGroup | None
 
     @classmethod
-    def of(cls, model_chunks: list[torch.nn.Module], is_expert: bool, use_gloo: bool) -> "_Places":
+    def of(cls, model_chunks: list[torch.nn.Module], is_expert: bool, use_gloo: bool) -> "_BuffersAndRanks":
         name = "expert_parallel_buffers" if is_expert else "buffers"
         # Unwrapped modules have buffers() of torch's.
         buffers = {
@@ -143,7 +157,7 @@ def _build_member(
     config: OptimizerConfig,
     groups: list[dict[str, Any]],
     model_chunks: list[torch.nn.Module],
-    places: _Places,
+    where: _BuffersAndRanks,
     group_number: int | None = None,
 ) -> MegatronOptimizer:
     """The optimizer of one set of param groups."""
@@ -153,20 +167,19 @@ def _build_member(
         group["lr"] = None if group["max_lr"] is None else group["max_lr"] * group["lr_mult"]
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
     if group_number is None:
-        group_number = 0 if places.model_group is None else places.model_group.rank()
+        group_number = 0 if where.model_group is None else where.model_group.rank()
     is_half = config.fp16 or config.bf16
     scaler = _build_grad_scaler(config) if is_half else None
     if config.use_distributed_optimizer:
-        _check_buffers(model_chunks)
         return DistributedOptimizer(
             torch_optimizer,
             config,
             scaler,
             create_state,
             model_chunks,
-            places.buffers,
-            places.data_group,
-            places.data_group_gloo,
+            where.buffers,
+            where.data_group,
+            where.data_group_gloo,
             group_number,
             0,
         )
@@ -175,19 +188,8 @@ def _build_member(
         member = Float16OptimizerWithFloat16Params(torch_optimizer, config, scaler, create_state)
     else:
         member = FP32Optimizer(torch_optimizer, config, create_state)
-    member.grad_stats_parallel_group = places.model_group
+    member.grad_stats_parallel_group = where.model_group
     return member
-
-
-def _check_buffers(model_chunks: list[torch.nn.Module]) -> None:
-    """The distributed optimizer works on the buffers that the wrapper made for it."""
-    for number, chunk in enumerate(model_chunks):
-        ddp_config = getattr(chunk, "ddp_config", None)
-        if ddp_config is None or not ddp_config.use_distributed_optimizer:
-            raise ConfigError(
-                f"use_distributed_optimizer: model chunk {number} is not wrapped for it; wrap it by "
-                "DistributedDataParallel with DistributedDataParallelConfig(use_distributed_optimizer=True)"
-            )
 
 
 def _build_torch_optimizer(
@@ -202,12 +204,13 @@ def _build_torch_optimizer(
     return _build_sgd(groups, momentum=config.sgd_momentum, **common), _create_momenta
 
 
-def _build_sgd(groups: list[dict[str, Any]], **settings: float) -> SGD:
+def _build_sgd(groups: list[dict[str, Any]], lr: float, momentum: float, weight_decay: float) -> SGD:
     """SGD by torch's single-pass kernel where the device has it."""
+    build = functools.partial(SGD, lr=lr, momentum=momentum, weight_decay=weight_decay)
     try:
-        return SGD([dict(group) for group in groups], fused=True, **settings)
+        return build([dict(group) for group in groups], fused=True)
     except RuntimeError:
-        return SGD(groups, **settings)
+        return build(groups)
 
 
 def _create_adam_states(optimizer: torch.optim.Optimizer) -> None:
@@ -252,7 +255,7 @@ def _get_megatron_optimizer_based_on_param_groups(
     data_parallel_group_idx: int | None = None,
     distributed_optimizer_instance_id: int | None = 0,
 ) -> MegatronOptimizer:
-    """The optimizer of one set of param groups: what :func:`get_megatron_optimizer` returns or chains.
+    """The optimizer of one set of param groups: a member of what :func:`get_megatron_optimizer` returns.
 
     Args:
         config: settings.
@@ -270,7 +273,7 @@ def _get_megatron_optimizer_based_on_param_groups(
             f"distributed_optimizer_instance_id {distributed_optimizer_instance_id}",
             "Pass 0.",
         )
-    places = _Places(
+    where = _BuffersAndRanks(
         per_model_buffers or {}, data_parallel_group, data_parallel_group_gloo, model_parallel_group
     )
-    return _build_member(config, param_groups, model_chunks, places, data_parallel_group_idx)
+    return _build_member(config, param_groups, model_chunks, where, data_parallel_group_idx)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron.core.errors import CheckpointError
 from megatron.core.optimizer.base import MegatronOptimizer, no_sharded_state
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
 class ProxyDict:
@@ -95,6 +96,7 @@ class ChainedOptimizer(MegatronOptimizer):
             member.update_loss_scale(found_inf)
 
     def step_with_ready_grads(self) -> bool:
+        """Updates the parameters of every member; returns whether all did."""
         successes = [member.step_with_ready_grads() for member in self.chained_optimizers]
         return all(successes)
 
@@ -196,7 +198,8 @@ class ChainedOptimizer(MegatronOptimizer):
         state = torch.load(filename, map_location="cpu", weights_only=True) if any(is_first) else None
         self.load_parameter_state_from_dp_zero(state, update_legacy_format=update_legacy_format)
 
-    def _sharded_members(self) -> list[MegatronOptimizer]:
-        if not self.config.use_distributed_optimizer:
+    def _sharded_members(self) -> list[DistributedOptimizer]:
+        sharded = [member for member in self.chained_optimizers if isinstance(member, DistributedOptimizer)]
+        if not sharded or len(sharded) < len(self.chained_optimizers):
             raise no_sharded_state()
-        return self.chained_optimizers
+        return sharded

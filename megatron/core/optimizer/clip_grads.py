@@ -1,6 +1,6 @@
 """Statistics of gradients over all ranks of a model: norm, clipping, and the count of zeros."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ from megatron.core.fusions.multi_tensor import count_zeros, l2_norm, scale_gradi
 
 
 def get_grad_norm_fp32(
-    grads_for_norm: list[Tensor] | Tensor,
+    grads_for_norm: Sequence[Tensor] | Tensor,
     norm_type: int | float = 2,
     grad_stats_parallel_group: dist.ProcessGroup | None = None,
 ) -> float:
@@ -38,7 +38,7 @@ def get_grad_norm_fp32(
 
 
 def clip_grad_by_total_norm_fp32(
-    parameters: list[Tensor] | Tensor,
+    parameters: Sequence[Tensor] | Tensor,
     max_norm: int | float,
     total_norm: float,
     use_decoupled_grad: bool = False,
@@ -54,7 +54,7 @@ def clip_grad_by_total_norm_fp32(
 
 
 def count_zeros_fp32(
-    parameters: list[Tensor] | Tensor,
+    parameters: Sequence[Tensor] | Tensor,
     grad_stats_parallel_group: dist.ProcessGroup | None,
     use_decoupled_grad: bool = False,
 ) -> float:
@@ -81,7 +81,7 @@ def is_alone(group: dist.ProcessGroup | None) -> bool:
     return group is None or dist.get_world_size(group) == 1
 
 
-def reduce_over(value: Tensor, op: dist.ReduceOp, group: dist.ProcessGroup | None) -> Tensor:
+def reduce_over(value: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> Tensor:
     """``value`` all-reduced over ``group`` in place; untouched when there is no other rank."""
     if not is_alone(group):
         dist.all_reduce(value, op=op, group=group)

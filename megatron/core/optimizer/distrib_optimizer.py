@@ -4,14 +4,15 @@ Every rank owns an equal slice of every bucket of the DDP buffers. Gradients arr
 update is made on an fp32 copy of the slice's parameters, and all ranks gather the result.
 """
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.core.errors import CheckpointError
+from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
+from megatron.core.errors import CheckpointError, ConfigError
 from megatron.core.optimizer.base import _create_nothing
 from megatron.core.optimizer.grad_scaler import MegatronGradScaler
 from megatron.core.optimizer.mixed_precision import MixedPrecisionOptimizer, copy_attributes
@@ -19,6 +20,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.sharded_state import BucketShard, Range, ShardedState
 from megatron.core.optimizer.torch_optimizers import merge_group
 from megatron.core.timers import timed
+from megatron.core.utils.tensors import mark
 
 if TYPE_CHECKING:
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup, _ParamAndGradBuffer
@@ -27,6 +29,32 @@ __all__ = ["DistributedOptimizer", "Range"]
 
 # Neither library is used here, whether it is installed or not.
 HAVE_APEX_OR_TE = False
+
+
+@runtime_checkable
+class WrappedChunk(Protocol):
+    """What the optimizer asks of a model chunk in its DDP wrapper."""
+
+    ddp_config: DistributedDataParallelConfig
+    bucket_groups: "list[_ParamAndGradBucketGroup]"
+    expert_parallel_bucket_groups: "list[_ParamAndGradBucketGroup]"
+
+
+def check_wrapping(model_chunks: Sequence[torch.nn.Module]) -> list[WrappedChunk]:
+    """The chunks, all of them wrapped so that their buffers can be sharded.
+
+    Raises:
+        ConfigError: one is not wrapped, or for whole optimizer state.
+    """
+    wrapped = []
+    for number, chunk in enumerate(model_chunks):
+        if not isinstance(chunk, WrappedChunk) or not chunk.ddp_config.use_distributed_optimizer:
+            raise ConfigError(
+                f"use_distributed_optimizer: model chunk {number} is not wrapped for it; wrap it by "
+                "DistributedDataParallel with DistributedDataParallelConfig(use_distributed_optimizer=True)"
+            )
+        wrapped.append(chunk)
+    return wrapped
 
 
 class DistributedOptimizer(MixedPrecisionOptimizer):
@@ -46,6 +74,9 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
             on the device.
         data_parallel_group_idx: number of the group among all of its kind.
         distributed_optimizer_instance_id: number of this copy of the state; always 0.
+
+    Raises:
+        ConfigError: a chunk that is not wrapped for sharded state.
     """
 
     def __init__(
@@ -54,7 +85,7 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         config: OptimizerConfig,
         grad_scaler: MegatronGradScaler | None,
         init_state_fn: Callable[[torch.optim.Optimizer], None] | None,
-        model_chunks: list[torch.nn.Module],
+        model_chunks: Sequence[torch.nn.Module],
         per_model_buffers: dict[int, list["_ParamAndGradBuffer"]],
         data_parallel_group: dist.ProcessGroup | None,
         data_parallel_group_gloo: dist.ProcessGroup | None,
@@ -62,8 +93,8 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         distributed_optimizer_instance_id: int,
     ):
         super().__init__(optimizer, config, grad_scaler, init_state_fn or _create_nothing)
-        self.model_chunks = model_chunks
-        self.ddp_config = model_chunks[0].ddp_config
+        self.model_chunks = check_wrapping(model_chunks)
+        self.ddp_config = self.model_chunks[0].ddp_config
         self.per_model_buffers = per_model_buffers
         self.buffers = [buffer for buffers in per_model_buffers.values() for buffer in buffers]
         self.data_parallel_group = data_parallel_group
@@ -82,24 +113,25 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         self._main_params: dict[torch.nn.Parameter, Tensor] = {}
         self._model_params: list[torch.nn.Parameter] = []
         for group in optimizer.param_groups:
-            group["params"] = self._adopt(group["params"])
+            group["params"] = self._make_main_params(group["params"])
         self._bucket_groups = self._find_bucket_groups()
 
     def _all_shards(self) -> Iterator[BucketShard]:
         return (shard for shards in self.shards for shard in shards)
 
-    def _adopt(self, params: list[torch.nn.Parameter]) -> list[Tensor]:
+    def _make_main_params(self, params: list[torch.nn.Parameter]) -> list[Tensor]:
         """The parts of ``params`` in this rank's slices, in fp32, with the attributes statistics look at."""
         parts = []
         for param in params:
             self._model_params.append(param)
-            param.main_param, param.main_param_sharded = None, True
             shard = self._shard_of.get(param)
+            main = None
             if shard is not None:
                 main = shard.part(shard.main_data, param)
                 copy_attributes(main, param)
-                self._main_params[param] = param.main_param = main
+                self._main_params[param] = main
                 parts.append(main)
+            mark(param, main_param=main, main_param_sharded=True)
         return parts
 
     def _find_bucket_groups(self) -> list["_ParamAndGradBucketGroup"]:
@@ -185,15 +217,9 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        inner = state_dict.get("optimizer")
-        problem = _find_mismatch(state_dict, len(self.param_groups))
-        if problem is not None:
-            raise CheckpointError(
-                f"{problem}: resume with the optimizer settings of the saved run, or leave this state unread "
-                "(no_load_optim)"
-            )
+        saved_groups = _find_groups(state_dict, len(self.param_groups))
         self.init_state_fn(self.optimizer)
-        for group, saved in zip(self.param_groups, inner["param_groups"], strict=True):
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
             group.update(merge_group(group, saved))
             for main in group["params"]:
                 entry = self.optimizer.state[main]
@@ -210,6 +236,7 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         return ShardedState(
             self.buffers,
             self.shards,
+            self._main_params,
             self.optimizer,
             self.config.optimizer,
             self.data_parallel_group,
@@ -267,15 +294,23 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         self.load_parameter_state_from_dp_zero(state, update_legacy_format=update_legacy_format)
 
 
-def _find_mismatch(state_dict: dict[str, Any], groups: int) -> str | None:
-    """What keeps a saved state from fitting."""
+def _find_groups(state_dict: dict[str, Any], wanted: int) -> list[dict[str, Any]]:
+    """The ``wanted`` groups of parameters of a saved state.
+
+    Raises:
+        CheckpointError: it has others, or was saved by another kind of optimizer.
+    """
     inner = state_dict.get("optimizer")
     if not isinstance(inner, dict) or "param_groups" not in inner or inner.get("state"):
-        return (
+        problem = (
             f"optimizer state with the entries {sorted(map(str, state_dict))} was not saved with the "
             "distributed optimizer (use_distributed_optimizer), as this run has it"
         )
-    saved = inner["param_groups"]
-    if len(saved) != groups:
-        return f"the checkpoint has {len(saved)} groups of parameters, this run {groups}"
-    return None
+    elif len(inner["param_groups"]) != wanted:
+        problem = f"the checkpoint has {len(inner['param_groups'])} groups of parameters, this run {wanted}"
+    else:
+        return inner["param_groups"]
+    raise CheckpointError(
+        f"{problem}: resume with the optimizer settings of the saved run, or leave this state unread "
+        "(no_load_optim)"
+    )

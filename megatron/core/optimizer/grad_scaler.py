@@ -75,7 +75,7 @@ class DynamicGradScaler(MegatronGradScaler):
         min_scale: float,
         growth_factor: float,
         backoff_factor: float,
-        growth_interval: int,
+        growth_interval: float,
         hysteresis: int,
     ):
         super().__init__(initial_scale)
@@ -83,7 +83,7 @@ class DynamicGradScaler(MegatronGradScaler):
             (not 0.0 < min_scale <= initial_scale, f"min_scale {min_scale} must be in (0, {initial_scale}]"),
             (not growth_factor > 1.0, f"growth_factor {growth_factor} must be above 1"),
             (not 0.0 < backoff_factor < 1.0, f"backoff_factor {backoff_factor} must be between 0 and 1"),
-            (int(growth_interval) < 1, f"growth_interval {growth_interval} must be 1 step or more"),
+            (growth_interval < 1, f"growth_interval {growth_interval} must be 1 step or more"),
             (hysteresis < 1, f"hysteresis {hysteresis} must be 1 overflow or more"),
         ]
         problems = [message for is_broken, message in broken if is_broken]
@@ -92,7 +92,7 @@ class DynamicGradScaler(MegatronGradScaler):
         self.min_scale = min_scale
         self.growth_factor = growth_factor
         self.backoff_factor = backoff_factor
-        self.growth_interval = int(growth_interval)  # the flag behind it is a float
+        self.growth_interval = int(growth_interval)  # whole steps; what users write may be 1e3
         self.hysteresis = hysteresis
         self._growth_tracker = 0
         self._hysteresis_tracker = hysteresis

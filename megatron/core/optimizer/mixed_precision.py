@@ -18,6 +18,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.torch_optimizers import load_inner_state
 from megatron.core.timers import timed
 from megatron.core.utils import log_single_rank
+from megatron.core.utils.tensors import mark
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class MixedPrecisionOptimizer(MegatronOptimizer):
         if self.grad_scaler is None:
             return False
         with timed(self.config, "optimizer-unscale-and-check-inf"):
-            return self._unscale_main_grads_and_check_for_nan()
+            return self._unscale_main_grads_and_check_for_nan(self.grad_scaler.inv_scale)
 
     def update_loss_scale(self, found_inf: bool) -> None:
         if self.grad_scaler is not None:
@@ -79,10 +80,10 @@ class MixedPrecisionOptimizer(MegatronOptimizer):
         if self.grad_scaler is not None:
             watch_overflow(self.grad_scaler.inv_scale)
 
-    def _unscale_main_grads_and_check_for_nan(self) -> bool:
-        """Divides the main gradients by the loss scale; True if any rank of the model met Inf or NaN."""
+    def _unscale_main_grads_and_check_for_nan(self, inv_scale: Tensor) -> bool:
+        """Multiplies the main gradients by ``inv_scale``; True if any rank of the model met Inf or NaN."""
         grads = [param.grad for param in self.get_parameters() if param.grad is not None]
-        found_inf = unscale_and_check(grads, self.grad_scaler.inv_scale)
+        found_inf = unscale_and_check(grads, inv_scale)
         reduce_over(found_inf, dist.ReduceOp.MAX, self.get_grad_stats_parallel_group())
         return found_inf.item() > 0
 
@@ -152,7 +153,7 @@ class Float16OptimizerWithFloat16Params(MixedPrecisionOptimizer):
         self.fp32_from_float16_groups.append([copies[param] for param in half])
         self.fp32_from_fp32_groups.append([param for param in params if param.dtype == torch.float32])
 
-    def _model_params(self) -> list[torch.nn.Parameter]:
+    def _model_params(self) -> list[Tensor]:
         return [param for group in self.float16_groups for param in group]
 
     def _main_params(self) -> list[Tensor]:
@@ -229,7 +230,7 @@ def _make_main_param(param: torch.nn.Parameter) -> Tensor:
     """The fp32 copy of ``param``, with the attributes that statistics look at."""
     main_param = param.detach().clone().float()
     copy_attributes(main_param, param)
-    param.main_param = main_param
+    mark(param, main_param=main_param)
     return main_param
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core import accelerator
-from megatron.core.errors import CheckpointError, NotBuiltYetError
+from megatron.core.errors import CheckpointError, ConfigError, NotBuiltYetError
 
 if TYPE_CHECKING:
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucket, _ParamAndGradBuffer
@@ -57,9 +57,17 @@ class BucketShard:
         model_data, grad_data: [numel / ranks] views of the bucket's parameters and gradients.
         main_data: the parameters in fp32: ``model_data`` itself if that is fp32, else a copy.
         ranges: where the parts of parameters lie that fall into the slice.
+
+    Raises:
+        ConfigError: the bucket is of a buffer of gradients alone.
     """
 
     def __init__(self, buffer: "_ParamAndGradBuffer", bucket: "_ParamAndGradBucket", rank: int, ranks: int):
+        if bucket.param_data is None:
+            raise ConfigError(
+                "the distributed optimizer needs parameters in buffers: build these with "
+                "DistributedDataParallelConfig(use_distributed_optimizer=True)"
+            )
         self.bucket = bucket
         size = bucket.grad_data.numel() // ranks
         first = bucket.offset + rank * size
@@ -111,13 +119,14 @@ class _Exchange:
         return None if whole is None else whole.view(-1)
 
     def scatter(self, whole: Tensor | None, size: int) -> Tensor:
-        """[ranks * size] of the first rank -> [size] of every rank. Both in host memory."""
-        if self.ranks == 1:
+        """[ranks * size] of the first rank, None on the others -> [size] of every rank. In host memory."""
+        if whole is not None and self.ranks == 1:
             return whole
         own = torch.empty(size)
         for part in self._parts(size):
             piece = torch.empty(part.stop - part.start, device=self._device)
-            pieces = [row[part].to(self._device) for row in whole.view(-1, size)] if self.is_first else None
+            rows = None if whole is None else whole.view(-1, size)
+            pieces = None if rows is None else [row[part].to(self._device) for row in rows]
             dist.scatter(piece, pieces, src=self._first, group=self._group)
             own[part] = piece
         return own
@@ -143,6 +152,7 @@ class ShardedState:
     Args:
         buffers: that are updated.
         shards: of each buffer, this rank's slice of every bucket.
+        main_params: of each model parameter with a part in the slices, that part in fp32.
         optimizer: the torch optimizer, whose state has an entry for each parameter of the slices.
         kind: its name in the configuration, ``adam`` or ``sgd``.
         device_group: ranks that share the buffers; None for this one alone.
@@ -153,12 +163,14 @@ class ShardedState:
         self,
         buffers: list["_ParamAndGradBuffer"],
         shards: list[list[BucketShard]],
+        main_params: dict[torch.nn.Parameter, Tensor],
         optimizer: torch.optim.Optimizer,
         kind: str,
         device_group: dist.ProcessGroup | None,
         host_group: dist.ProcessGroup | None,
     ):
-        self._buffers, self._shards, self._optimizer = buffers, shards, optimizer
+        self._buffers, self._shards = buffers, shards
+        self._main_params, self._optimizer = main_params, optimizer
         self._keys = (_PARAM, *_STATE_KEYS[kind])
         self._exchange = _Exchange(device_group, host_group)
 
@@ -188,10 +200,12 @@ class ShardedState:
                 "Leave this state unread (no_load_optim).",
             )
         exchange = self._exchange
+        if not exchange.is_first:
+            state = None  # the first rank's counts
         exchange.raise_everywhere(self._find_error(state) if exchange.is_first else None)
         for number, (buffer, shards) in enumerate(zip(self._buffers, self._shards, strict=True)):
             for key in self._keys:
-                whole = state[number][_types(buffer)][key] if exchange.is_first else None
+                whole = None if state is None else state[number][_types(buffer)][key]
                 offset = 0
                 for shard in shards:
                     used, padded = shard.bucket.numel_unpadded, shard.bucket.grad_data.numel()
@@ -205,7 +219,7 @@ class ShardedState:
     def _entries(self, shard: BucketShard, key: str) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
         """Each parameter with a part in the slice, and that part of the wanted tensor."""
         for param in shard.ranges:
-            main = param.main_param
+            main = self._main_params[param]
             yield param, main if key == _PARAM else self._optimizer.state[main][key]
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.errors import CheckpointError, ConfigError, NotBuiltYetError
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, sharded_state
-from megatron.core.optimizer.distrib_optimizer import Range
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer, Range
 from tests.distributed.pool import run_ranks
 from tests.unit_tests.distributed.small_training import WIDTH, Net, Training, make_config
 
@@ -343,6 +343,14 @@ def test_an_unwrapped_model_is_refused() -> None:
     plain = DistributedDataParallel(make_config(), DistributedDataParallelConfig(), Net())
     with pytest.raises(ConfigError, match="chunk 0 is not wrapped"):
         get_megatron_optimizer(OptimizerConfig(lr=1e-3, **SHARDED), [plain])
+    member = Training(SHARDED).optimizer.chained_optimizers[0]
+    inner = torch.optim.AdamW(plain.parameters())
+    with pytest.raises(ConfigError, match="chunk 0 is not wrapped"):
+        DistributedOptimizer(inner, member.config, None, None, [plain], {0: plain.buffers}, None, None, 0, 0)
+    with pytest.raises(ConfigError, match="needs parameters in buffers"):
+        DistributedOptimizer(
+            inner, member.config, None, None, member.model_chunks, {0: plain.buffers}, None, None, 0, 0
+        )
 
 
 class Hostile:
@@ -358,7 +366,7 @@ class Hostile:
 def load_hostile_state(directory: Path) -> bool:
     """Whether a file that is refused has had its way."""
     optimizer = Training(SHARDED).optimizer
-    member = getattr(optimizer, "chained_optimizers", [optimizer])[0]
+    member = optimizer.chained_optimizers[0]
     torch.save(Hostile(directory / "made"), directory / "state.pt")
     with pytest.raises(pickle.UnpicklingError):
         member.load_parameter_state(str(directory / "state.pt"))

@@ -99,7 +99,7 @@ def test_state_is_made_before_the_first_step_for_loading_alone(precision: str) -
     toy = Toy(precision)
     config = OptimizerConfig(**{**SETTINGS, **PRECISIONS[precision]})
     optimizer = get_megatron_optimizer(config, [toy])
-    member = getattr(optimizer, "chained_optimizers", [optimizer])[0]
+    member = optimizer.chained_optimizers[0]
     assert member.state_dict()["optimizer"]["state"] == {}
     made = member.state_dict(is_loading=True)["optimizer"]["state"]
     assert len(made) == len(list(toy.parameters()))
@@ -428,6 +428,27 @@ def test_a_chain_of_two_steps_as_one() -> None:
         ChainedOptimizer(copies[:1]).load_state_dict(state)
     with pytest.raises(AttributeError, match="chained_optimizers"):
         _ = chain.optimizer
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_one_optimizer_comes_as_a_chain_of_one_member(precision: str) -> None:
+    """As the public interface of core_r0.12 has it, with the state of a single one in checkpoints."""
+    toy, optimizer = make(precision)
+    assert isinstance(optimizer, ChainedOptimizer)
+    (member,) = optimizer.chained_optimizers
+    assert not isinstance(member, ChainedOptimizer)
+    success, norm, _ = run(toy, optimizer, range(1))[0]
+    assert success
+    assert norm == pytest.approx(reference_run(1, SETTINGS, DTYPES[precision])[1][0], rel=1e-6)
+    params = optimizer.get_parameters()
+    assert len(optimizer.state) == len(params) == len(list(toy.parameters()))
+    assert all(optimizer.state[0, param] is member.state[param] for param in params)
+    keys = {"state", "param_groups"} if precision == "fp32" else {"optimizer", "fp32_from_fp16_params"}
+    saved = optimizer.state_dict()
+    assert set(saved) - {"grad_scaler"} == keys
+    _, resumed = make(precision)
+    resumed.chained_optimizers[0].load_state_dict(saved)
+    assert_same_bits(resumed.state_dict(), saved)
 
 
 def test_public_classes() -> None:
