@@ -5,6 +5,11 @@ import torch.distributed as dist
 
 from megatron.core import parallel_state
 from megatron.core.errors import ConfigError, NotBuiltYetError
+from megatron.core.parallel_state.groups import (
+    default_embedding_ranks,
+    default_position_embedding_ranks,
+    plan_groups,
+)
 from megatron.core.rank_grid import make_grids
 
 
@@ -122,3 +127,27 @@ def test_world_that_does_not_divide_names_sizes_that_would():
         make_grids(6, tp=2, pp=2, cp=1, ep=1, expert_tp=2, order="tp-cp-ep-dp-pp")
     with pytest.raises(ConfigError, match="different pipelines"):
         make_grids(8, tp=2, pp=2, cp=1, ep=1, expert_tp=1, order="tp-cp-ep-pp-dp")
+
+
+def test_groups_of_a_rank_are_planned_without_a_world():
+    """16 ranks, the tensor axis the fastest, then context (or experts), data and pipeline: by hand."""
+    grids = make_grids(16, tp=2, pp=2, cp=2, ep=2, expert_tp=2, order="tp-cp-ep-dp-pp")
+    plan = plan_groups(grids, 5, 2, default_embedding_ranks, default_position_embedding_ranks)
+    ranks = {group.name: group.ranks for group in plan}
+    assert ranks["_TENSOR_MODEL_PARALLEL_GROUP"] == ranks["_EXPERT_TENSOR_PARALLEL_GROUP"] == [4, 5]
+    assert ranks["_CONTEXT_PARALLEL_GROUP"] == ranks["_EXPERT_MODEL_PARALLEL_GROUP"] == [5, 7]
+    assert ranks["_DATA_PARALLEL_GROUP"] == ranks["_EXPERT_DATA_PARALLEL_GROUP"] == [1, 5]
+    assert ranks["_DATA_PARALLEL_GROUP_WITH_CP"] == [1, 3, 5, 7]
+    assert ranks["_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP"] == [5, 7]
+    assert ranks["_INTER_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP"] == [1, 5]
+    assert ranks["_PIPELINE_MODEL_PARALLEL_GROUP"] == ranks["_EMBEDDING_GROUP"] == [5, 13]
+    assert ranks["_POSITION_EMBEDDING_GROUP"] == [5]
+    last = plan_groups(grids, 13, 2, default_embedding_ranks, default_position_embedding_ranks)
+    assert "_POSITION_EMBEDDING_GROUP" not in {group.name for group in last}
+
+
+def test_groups_whose_messages_layers_wait_for_are_those_of_context_and_experts():
+    grids = make_grids(16, tp=2, pp=2, cp=2, ep=2, expert_tp=2, order="tp-cp-ep-dp-pp")
+    plan = plan_groups(grids, 5, 1, default_embedding_ranks, default_position_embedding_ranks)
+    in_layers = {group.name for group in plan if group.in_layers}
+    assert in_layers == {"_CONTEXT_PARALLEL_GROUP", "_EXPERT_MODEL_PARALLEL_GROUP"}
