@@ -75,8 +75,8 @@ def get_megatron_optimizer(
     use_gloo = config.use_distributed_optimizer and use_gloo_process_groups
     return ChainedOptimizer(
         [
-            _build_member(config, members_groups, chunks, _BuffersAndRanks.of(chunks, is_expert, use_gloo))
-            for is_expert, members_groups in _split_groups(config, groups).items()
+            _build_member(config, member_groups, chunks, _BuffersAndRanks.of(chunks, is_expert, use_gloo))
+            for is_expert, member_groups in _split_groups(config, groups).items()
         ]
     )
 
@@ -114,6 +114,7 @@ def _describe(config: OptimizerConfig) -> str:
 
 
 def _any_rank_has(flag: bool) -> bool:
+    """True where ``flag`` is true on any rank; all ranks must call it."""
     if not parallel_state.model_parallel_is_initialized() or dist.get_world_size() == 1:
         return flag
     found = torch.tensor([int(flag)], dtype=torch.int32, device=accelerator.current_device())
@@ -157,7 +158,7 @@ def _build_member(
     config: OptimizerConfig,
     groups: list[dict[str, Any]],
     model_chunks: list[torch.nn.Module],
-    where: _BuffersAndRanks,
+    shared: _BuffersAndRanks,
     group_number: int | None = None,
 ) -> MegatronOptimizer:
     """The optimizer of one set of param groups."""
@@ -167,28 +168,28 @@ def _build_member(
         group["lr"] = None if group["max_lr"] is None else group["max_lr"] * group["lr_mult"]
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
     if group_number is None:
-        group_number = 0 if where.model_group is None else where.model_group.rank()
+        group_number = 0 if shared.model_group is None else shared.model_group.rank()
     is_half = config.fp16 or config.bf16
     scaler = _build_grad_scaler(config) if is_half else None
     if config.use_distributed_optimizer:
         return DistributedOptimizer(
             torch_optimizer,
             config,
-            scaler,
-            create_state,
-            model_chunks,
-            where.buffers,
-            where.data_group,
-            where.data_group_gloo,
-            group_number,
-            0,
+            grad_scaler=scaler,
+            init_state_fn=create_state,
+            model_chunks=model_chunks,
+            per_model_buffers=shared.buffers,
+            data_parallel_group=shared.data_group,
+            data_parallel_group_gloo=shared.data_group_gloo,
+            data_parallel_group_idx=group_number,
+            distributed_optimizer_instance_id=0,
         )
     member: MegatronOptimizer
     if is_half:
         member = Float16OptimizerWithFloat16Params(torch_optimizer, config, scaler, create_state)
     else:
         member = FP32Optimizer(torch_optimizer, config, create_state)
-    member.grad_stats_parallel_group = where.model_group
+    member.grad_stats_parallel_group = shared.model_group
     return member
 
 
@@ -273,7 +274,7 @@ def _get_megatron_optimizer_based_on_param_groups(
             f"distributed_optimizer_instance_id {distributed_optimizer_instance_id}",
             "Pass 0.",
         )
-    where = _BuffersAndRanks(
+    shared = _BuffersAndRanks(
         per_model_buffers or {}, data_parallel_group, data_parallel_group_gloo, model_parallel_group
     )
-    return _build_member(config, param_groups, model_chunks, where, data_parallel_group_idx)
+    return _build_member(config, param_groups, model_chunks, shared, data_parallel_group_idx)

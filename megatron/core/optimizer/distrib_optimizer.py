@@ -202,8 +202,8 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
     # --- state ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Hyper-parameters and the loss scale, equal on all ranks; the sharded tensors are
-        :meth:`get_parameter_state_dp_zero`'s business.
+        """Hyper-parameters and the loss scale, equal on all ranks. The sharded tensors are in
+        :meth:`get_parameter_state_dp_zero`.
         """
         steps = [float(entry["step"]) for entry in self.optimizer.state.values() if "step" in entry]
         counted = {"step": max(steps, default=0.0)} if self.config.optimizer == "adam" else {}

@@ -28,7 +28,7 @@ _COPIED_ATTRIBUTES = ("tensor_model_parallel", "partition_dim", "partition_strid
 
 
 class MixedPrecisionOptimizer(MegatronOptimizer):
-    """Loss scaling and skipped steps; where the copies live is the business of subclasses.
+    """Loss scaling and skipped steps; subclasses say where the copies live.
 
     Args:
         grad_scaler: keeper of the loss scale; None for no scaling and no overflow check (bf16).
@@ -136,9 +136,9 @@ class Float16OptimizerWithFloat16Params(MixedPrecisionOptimizer):
         self.fp32_from_float16_groups: list[list[Tensor]] = []
         self.fp32_from_fp32_groups: list[list[torch.nn.Parameter]] = []
         for group in optimizer.param_groups:
-            self._adopt(group)
+            self._replace_by_copies(group)
 
-    def _adopt(self, group: dict[str, Any]) -> None:
+    def _replace_by_copies(self, group: dict[str, Any]) -> None:
         """Sorts a group's parameters by type and puts fp32 copies into the group."""
         params: list[torch.nn.Parameter] = group["params"]
         for param in params:
