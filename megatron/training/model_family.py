@@ -21,6 +21,7 @@ def model_shape(args: Namespace) -> ModelShape:
             "num_moe_layers": _num_moe_layers(args),
             "num_moe_experts": args.num_experts,
             "moe_ffn_hidden_size": args.moe_ffn_hidden_size,
+            "moe_router_topk": args.moe_router_topk,
             "moe_shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size,
         }
     return ModelShape(

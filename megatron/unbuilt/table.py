@@ -46,17 +46,6 @@ FEATURES = [
         "Train a dense model: leave out --num-experts.",
         """
         megatron.core.distributed.finalize_model_grads: _update_router_expert_bias
-        megatron.core.extensions.transformer_engine: TEColumnParallelGroupedLinear TEGroupedLinear
-            TERowParallelGroupedLinear
-        megatron.core.models.gpt.moe_module_specs: get_moe_module_spec
-        megatron.core.transformer.moe.experts: GroupedMLP SequentialMLP TEGroupedMLP
-            expert_dist_ckpt_decorator
-        megatron.core.transformer.moe.fused_a2a: HAVE_DEEP_EP FusedCombine FusedDispatch fused_combine
-            fused_dispatch get_buffer get_hidden_bytes
-        megatron.core.transformer.moe.grouped_gemm_util: assert_grouped_gemm_is_available
-            grouped_gemm_is_available ops
-        megatron.core.transformer.moe.legacy_a2a_token_dispatcher: MoEAlltoAllSEQTokenDispatcher
-        megatron.core.transformer.moe.moe_layer: BaseMoELayer MoELayer MoESubmodules
         megatron.core.transformer.moe.moe_utils: MoEAuxLossAutoScaler clear_aux_losses_tracker
             get_capacity get_updated_expert_bias group_limited_topk maybe_move_tensor_to_cpu permute
             reduce_aux_losses_tracker_across_ranks save_to_aux_losses_tracker
@@ -64,10 +53,15 @@ FEATURES = [
             switch_load_balancing_loss_func topk_softmax_with_capacity track_moe_metrics unpermute
             z_loss_func
         megatron.core.transformer.moe.router: MoEAuxLossAutoScaler Router TopKRouter
-        megatron.core.transformer.moe.shared_experts: SharedExpertMLP set_tensor_grad_fn_sequence_sr
-        megatron.core.transformer.moe.token_dispatcher: MoEAllGatherTokenDispatcher
-            MoEAlltoAllTokenDispatcher MoEFlexTokenDispatcher MoETokenDispatcher
         megatron.core.transformer.moe.upcycling_utils: load_and_upcycle_model upcycle_state_dict
+        """,
+    ),
+    Feature(
+        "DeepEP kernels",
+        "Use --moe-token-dispatcher-type flex without --moe-enable-deepep, which exchanges tokens itself.",
+        """
+        megatron.core.transformer.moe.fused_a2a: FusedCombine FusedDispatch fused_combine fused_dispatch
+            get_buffer
         """,
     ),
     Feature(
@@ -96,6 +90,7 @@ FEATURES = [
         "distributed checkpoints",
         "Use --ckpt-format torch, or save_checkpoint and load_checkpoint of megatron.training.checkpointing.",
         """
+        megatron.core.transformer.moe.experts: expert_dist_ckpt_decorator
         megatron.core.dist_checkpointing: LocalNonpersistentObject ShardedObject ShardedTensor
             check_is_distributed_checkpoint load load_common_state_dict load_plain_tensors
             load_tensors_metadata remove_sharded_tensors save

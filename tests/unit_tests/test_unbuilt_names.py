@@ -20,7 +20,7 @@ from megatron import unbuilt
 from megatron.core import dist_checkpointing
 from megatron.core.errors import MegatronError, NotBuiltYetError
 from megatron.core.inference.contexts import ContextOverflowError, TokenOverflowError
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.unbuilt.placeholders import make
 from megatron.unbuilt.table import FEATURES, Feature
 from megatron.unbuilt.values import VALUES
@@ -86,10 +86,10 @@ def test_no_module_is_listed_for_the_same_name_twice() -> None:
 
 
 def test_a_submodule_can_be_imported_from_its_package_and_by_its_path() -> None:
-    from megatron.core.transformer.moe import grouped_gemm_util, upcycling_utils
+    from megatron.core.ssm import mamba_block, mamba_mixer
 
-    assert not grouped_gemm_util.grouped_gemm_is_available()
-    assert upcycling_utils is sys.modules["megatron.core.transformer.moe.upcycling_utils"]
+    assert mamba_block is sys.modules["megatron.core.ssm.mamba_block"]
+    assert mamba_mixer is sys.modules["megatron.core.ssm.mamba_mixer"]
     assert dist_checkpointing is sys.modules["megatron.core.dist_checkpointing"]
     for path in (
         "megatron.core.models.multimodal.context_parallel",
@@ -105,30 +105,28 @@ def test_one_placeholder_under_all_paths_of_a_part() -> None:
 
 
 def test_a_placeholder_class_serves_as_annotation_and_as_base() -> None:
-    class Mine(MoELayer):
-        def forward(self, x: MoELayer | None, y: typing.Optional[MoELayer]) -> "list[MoELayer]":  # noqa: UP045
+    class Mine(MambaLayer):
+        def forward(self, x: MambaLayer | None, y: typing.Optional[MambaLayer]) -> "list[MambaLayer]":  # noqa: UP045
             raise AssertionError
 
-    class Module(MoELayer, torch.nn.Module):
+    class Module(MambaLayer, torch.nn.Module):
         pass
 
-    class Abstract(MoELayer, abc.ABC):
+    class Abstract(MambaLayer, abc.ABC):
         pass
 
     @dataclasses.dataclass
-    class Parts(MoESubmodules):
-        experts: int = 0
+    class Parts(MambaLayerSubmodules):
+        mixer: int = 0
 
-    for each in (MoELayer, Mine, Module, Abstract):
+    for each in (MambaLayer, Mine, Module, Abstract):
         assert not isinstance(torch.nn.Linear(1, 1), each)
-        assert issubclass(each, MoELayer)
-        with pytest.raises(
-            NotBuiltYetError, match=r"moe_layer\.MoELayer \(a mixture of experts\) is not built"
-        ):
+        assert issubclass(each, MambaLayer)
+        with pytest.raises(NotBuiltYetError, match=r"mamba_layer\.MambaLayer \(.*\) is not built"):
             each()
-    with pytest.raises(NotBuiltYetError, match=r"MoESubmodules .* is not built"):
-        Parts(experts=2)
-    assert not issubclass(torch.nn.Linear, MoELayer)
+    with pytest.raises(NotBuiltYetError, match=r"MambaLayerSubmodules .* is not built"):
+        Parts(mixer=2)
+    assert not issubclass(torch.nn.Linear, MambaLayer)
 
 
 def test_attributes_of_a_placeholder_are_missing_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,14 +147,13 @@ def test_exceptions_enumerations_and_constants_are_what_they_are_called() -> Non
     from megatron.core.dist_checkpointing.validation import StrictHandling
     from megatron.core.export.data_type import DataType
     from megatron.core.models.multimodal.llava_model import IGNORE_INDEX, IMAGE_TOKEN
-    from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP
     from megatron.legacy.model.enums import AttnMaskType
 
     with pytest.raises(ContextOverflowError):
         raise TokenOverflowError("too many")
     assert StrictHandling("log_all") is StrictHandling.LOG_ALL
     assert isinstance(DataType.bfloat16, enum.Enum)
-    assert (HAVE_DEEP_EP, IMAGE_TOKEN, IGNORE_INDEX) == (False, "<image>", -100)
+    assert (IMAGE_TOKEN, IGNORE_INDEX) == ("<image>", -100)
     assert AttnMaskType.causal.value == 2
     with pytest.raises(ValueError):
         StrictHandling("whatever")
@@ -165,9 +162,9 @@ def test_exceptions_enumerations_and_constants_are_what_they_are_called() -> Non
 def test_pickles_name_placeholders_and_never_make_instances() -> None:
     from megatron.core.export.data_type import DataType
 
-    for value in (MoELayer, DataType.float16, dist_checkpointing.save):
+    for value in (MambaLayer, DataType.float16, dist_checkpointing.save):
         assert pickle.loads(pickle.dumps(value)) is value
-    made = b"cmegatron.core.transformer.moe.moe_layer\nMoELayer\n)R."
+    made = b"cmegatron.core.ssm.mamba_layer\nMambaLayer\n)R."
     with pytest.raises(NotBuiltYetError):
         pickle.loads(made)
 
@@ -176,10 +173,10 @@ def test_unknown_modules_and_names_stay_ordinary_import_errors() -> None:
     with pytest.raises(ModuleNotFoundError, match=r"No module named 'megatron.core.nonsense'"):
         importlib.import_module("megatron.core.nonsense")
     with pytest.raises(ModuleNotFoundError):
-        importlib.import_module("megatron.core.transformer.moe.nonsense")
+        importlib.import_module("megatron.core.ssm.nonsense")
     for module in (
         "megatron.core.optimizer",
-        "megatron.core.transformer.moe.moe_layer",
+        "megatron.core.ssm.mamba_layer",
         "megatron.core.utils",
     ):
         with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
@@ -196,24 +193,22 @@ def test_walking_the_packages_finds_files_only() -> None:
 
 def test_a_file_wins_over_the_table(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real module that appears inside an unbuilt package is used, and its neighbours stay placeholders."""
-    package = tmp_path / "moe"
+    package = tmp_path / "ssm"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    (package / "router.py").write_text("class TopKRouter:\n    built = True\n")
-    import megatron.core.transformer
+    (package / "mamba_mixer.py").write_text("class MambaMixer:\n    built = True\n")
+    import megatron.core
 
-    for name in [name for name in sys.modules if name.startswith("megatron.core.transformer.moe")]:
+    for name in [name for name in sys.modules if name.startswith("megatron.core.ssm")]:
         monkeypatch.delitem(sys.modules, name)
     # Importing sets these attributes; they are put back with the others.
-    monkeypatch.setattr(megatron.core.transformer, "moe", None, raising=False)
-    monkeypatch.setattr(
-        megatron.core.transformer, "__path__", [*megatron.core.transformer.__path__, str(tmp_path)]
-    )
+    monkeypatch.setattr(megatron.core, "ssm", None, raising=False)
+    monkeypatch.setattr(megatron.core, "__path__", [*megatron.core.__path__, str(tmp_path)])
     importlib.invalidate_caches()
-    assert importlib.import_module("megatron.core.transformer.moe.router").TopKRouter.built
-    experts = importlib.import_module("megatron.core.transformer.moe.experts")
-    assert inspect.isclass(experts.GroupedMLP)
-    for name in [name for name in sys.modules if name.startswith("megatron.core.transformer.moe")]:
+    assert importlib.import_module("megatron.core.ssm.mamba_mixer").MambaMixer.built
+    neighbour = importlib.import_module("megatron.core.ssm.mamba_block")
+    assert inspect.isclass(neighbour.MambaStack)
+    for name in [name for name in sys.modules if name.startswith("megatron.core.ssm")]:
         del sys.modules[name]
 
 

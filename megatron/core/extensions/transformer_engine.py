@@ -26,18 +26,22 @@ from megatron.core.tensor_parallel.random import (
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.moe.experts import GroupedLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils.tensors import mark
 
 __getattr__ = unbuilt.names_of(__name__)
 
 __all__ = [
+    "TEColumnParallelGroupedLinear",
     "TEColumnParallelLinear",
     "TECudaRNGStatesTracker",
     "TEDotProductAttention",
+    "TEGroupedLinear",
     "TELayerNormColumnParallelLinear",
     "TELinear",
     "TENorm",
+    "TERowParallelGroupedLinear",
     "TERowParallelLinear",
     "fused_apply_rotary_pos_emb",
     "te_checkpoint",
@@ -185,6 +189,103 @@ class TERowParallelLinear(RowParallelLinear):
             init_method=init_method,
             bias=bias,
             input_is_parallel=input_is_parallel,
+            skip_bias_add=skip_bias_add,
+            is_expert=is_expert,
+            tp_comm_buffer_name=tp_comm_buffer_name,
+        )
+
+
+class TEGroupedLinear(GroupedLinear):
+    """Linear layers of several groups of rows; ``parallel_mode`` as in :class:`TELinear`."""
+
+    def __init__(
+        self,
+        num_gemms: int,
+        input_size: int,
+        output_size: int,
+        *,
+        parallel_mode: str | None,
+        config: TransformerConfig,
+        init_method: InitMethod,
+        bias: bool,
+        skip_bias_add: bool,
+        is_expert: bool = False,
+        tp_comm_buffer_name: str | None = None,
+        stride: int = 1,
+    ):
+        if parallel_mode not in _SPLIT_DIMENSIONS:
+            raise ConfigError(f"parallel_mode: {parallel_mode!r} is not 'column', 'row' or None")
+        super().__init__(
+            num_gemms,
+            input_size,
+            output_size,
+            split_dim=_SPLIT_DIMENSIONS[parallel_mode],
+            config=config,
+            init_method=init_method,
+            bias=bias,
+            skip_bias_add=skip_bias_add,
+            is_expert=is_expert,
+            tp_comm_buffer_name=tp_comm_buffer_name,
+            stride=stride,
+        )
+
+
+class TEColumnParallelGroupedLinear(TEGroupedLinear):
+    """Grouped linear layers whose outputs are split, ``stride`` parts one by one."""
+
+    def __init__(
+        self,
+        num_gemms: int,
+        input_size: int,
+        output_size: int,
+        *,
+        config: TransformerConfig,
+        init_method: InitMethod,
+        bias: bool,
+        skip_bias_add: bool,
+        is_expert: bool,
+        tp_comm_buffer_name: str | None = None,
+        stride: int = 1,
+    ):
+        super().__init__(
+            num_gemms,
+            input_size,
+            output_size,
+            parallel_mode="column",
+            config=config,
+            init_method=init_method,
+            bias=bias,
+            skip_bias_add=skip_bias_add,
+            is_expert=is_expert,
+            tp_comm_buffer_name=tp_comm_buffer_name,
+            stride=stride,
+        )
+
+
+class TERowParallelGroupedLinear(TEGroupedLinear):
+    """Grouped linear layers whose inputs are split."""
+
+    def __init__(
+        self,
+        num_gemms: int,
+        input_size: int,
+        output_size: int,
+        *,
+        config: TransformerConfig,
+        init_method: InitMethod,
+        bias: bool,
+        skip_bias_add: bool,
+        is_expert: bool,
+        tp_comm_buffer_name: str | None = None,
+    ):
+        super().__init__(
+            num_gemms,
+            input_size,
+            output_size,
+            parallel_mode="row",
+            config=config,
+            init_method=init_method,
+            bias=bias,
             skip_bias_add=skip_bias_add,
             is_expert=is_expert,
             tp_comm_buffer_name=tp_comm_buffer_name,

@@ -13,6 +13,7 @@ import torch
 
 from megatron.core.errors import ConfigError
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 # Name of a family -> where its description is. It is imported when a run asks for it.
@@ -40,6 +41,8 @@ class ModelShape:
     moe_ffn_hidden_size: int | None = None
     """Width of one expert; None is ``ffn_hidden_size``."""
     moe_shared_expert_intermediate_size: int | None = None
+    moe_router_topk: int = 0
+    """Experts of one token."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ class ModelFamily:
     name: str
     batch: Mapping[str, BatchTensor]
     """Key in a sample -> the tensor, in the order in which a batch lists them."""
-    layer_spec: Callable[[TransformerConfig, bool], ModuleSpec]
-    """(config, with TransformerEngine's parameter names) -> spec of a layer."""
+    layer_spec: Callable[[TransformerConfig, bool], ModuleSpec | TransformerBlockSubmodules]
+    """(config, with TransformerEngine's parameter names) -> spec of a layer, or of this stage's layers."""
     operations: Callable[[ModelShape, BatchShape], float]
     """Floating-point operations of forward and backward over a batch."""
     memory: Callable[[ModelShape, BatchShape], MemoryEstimate]

@@ -119,6 +119,15 @@ def _or_none(get: Callable[[], int]) -> int | None:
         return None
 
 
+def has_own_replicas(config: ModelParallelConfig, is_expert: bool) -> bool:
+    """Whether other ranks hold a weight's copies than hold those of dense layers.
+
+    So it is for experts that are spread over ranks, or split over others than dense layers are.
+    """
+    spread = config.expert_model_parallel_size > 1
+    return is_expert and (spread or config.expert_tensor_parallel_size != config.tensor_model_parallel_size)
+
+
 def own_slice(whole: Tensor, dim: int, stride: int, rank: int, size: int) -> Tensor:
     """What ``rank`` holds of ``whole``: its slice of each of the ``stride`` equal parts along ``dim``."""
     if size == 1:
@@ -162,7 +171,7 @@ def new_weight(
             size = 1 if split_dim is None else place.size
             with torch.no_grad():
                 weight.copy_(own_slice(whole, split_dim or 0, stride, place.rank, size))
-    mark(weight, allreduce=not (place.is_expert and config.expert_model_parallel_size > 1))
+    mark(weight, allreduce=not has_own_replicas(config, place.is_expert))
     return weight, master
 
 
@@ -198,7 +207,7 @@ def new_bias(
     if is_split:
         set_tensor_model_parallel_attributes(bias, is_parallel=True, dim=0, stride=stride)
     # False means: reduced over expert-data-parallel ranks only.
-    mark(bias, allreduce=not (place.is_expert and config.expert_model_parallel_size > 1))
+    mark(bias, allreduce=not has_own_replicas(config, place.is_expert))
     return bias
 
 

@@ -114,6 +114,10 @@ class LinearBase(_StatelessExtra):
         self.gradient_accumulation_fusion = config.gradient_accumulation_fusion
         self.overlap = overlap_of(config) if self.communicates else None
 
+    def leave_communication_to_caller(self) -> None:
+        """From now on inputs come as the weight needs them, and outputs leave as partial results."""
+        self.explicit_expert_comm, self.communicates, self.overlap = True, False, None
+
     def _linear(
         self, input_: Tensor, weight: Tensor, bias: Tensor | None, reduce_input_gradient: bool, **buffers: Any
     ) -> Tensor:

@@ -1,6 +1,7 @@
 """The feed-forward part of a layer."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ class MLP(MegatronModule):
             skip_bias_add=True,
             is_expert=is_expert,
             tp_comm_buffer_name="fc1",
-            **({"stride": 2} if config.gated_linear_unit and _takes_stride(submodules.linear_fc1) else {}),
+            **({"stride": 2} if config.gated_linear_unit and takes_stride(submodules.linear_fc1) else {}),
         )
         self.activation_func = config.activation_func
         self.linear_fc2 = build_module(
@@ -91,26 +92,34 @@ class MLP(MegatronModule):
         return self.linear_fc2(inner)
 
     def _activate(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """[s, b, f/TP] -> [s, b, f/TP], or [s, b, 2f/TP] -> [s, b, f/TP] with a gate."""
-        config = self.config
-        is_gelu, fused = self.activation_func is F.gelu, config.bias_activation_fusion
-        if not config.gated_linear_unit:
-            if fused and is_gelu and bias is not None:
-                return bias_gelu_impl(x, bias)
-            x = _add(x, bias)
-            return gelu(x, "none") if is_gelu else self.activation_func(x)
+        return activate(self.config, self.activation_func, x, bias)
+
+
+def activate(
+    config: TransformerConfig, activation_func: Callable[..., Tensor], x: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The activation of ``x + bias``, with the gate if the config has one.
+
+    [..., f] -> [..., f], or [..., 2f] -> [..., f] with a gate.
+    """
+    is_gelu, fused = activation_func is F.gelu, config.bias_activation_fusion
+    if not config.gated_linear_unit:
+        if fused and is_gelu and bias is not None:
+            return bias_gelu_impl(x, bias)
         x = _add(x, bias)
-        if is_gelu:
-            return gated_gelu(x, "tanh" if fused else "none", config.glu_gate_last)
-        if self.activation_func is F.silu and not config.glu_gate_last:
-            return swiglu(x)
-        gate, up = x.chunk(2, dim=-1)
-        if config.glu_gate_last:
-            gate, up = up, gate
-        return self.activation_func(gate) * up
+        return gelu(x, "none") if is_gelu else activation_func(x)
+    x = _add(x, bias)
+    if is_gelu:
+        return gated_gelu(x, "tanh" if fused else "none", config.glu_gate_last)
+    if activation_func is F.silu and not config.glu_gate_last:
+        return swiglu(x)
+    gate, up = x.chunk(2, dim=-1)
+    if config.glu_gate_last:
+        gate, up = up, gate
+    return activation_func(gate) * up
 
 
-def _takes_stride(spec: ModuleSpec | type | None) -> bool:
+def takes_stride(spec: ModuleSpec | type | None) -> bool:
     """False for layers of others with the constructor of TransformerEngine, which fill themselves."""
     return spec is not None and "stride" in inspect.signature(get_module(spec)).parameters
 

@@ -162,6 +162,7 @@ class TransformerConfig(ModelParallelConfig):
     heterogeneous_block_specs: bool = False  # per-layer specs (out of scope)
 
     # Fields of this package
+    moe_shared_expert_gate: bool = False  # multiply shared experts' output by a sigmoid of the input
     attention_layout: str = "SBH"  # layout of the operands of fused attention: SBH or BSH
     glu_gate_last: bool = False  # gated MLP multiplies by the activated second half instead of the first
 
@@ -241,6 +242,19 @@ class MLATransformerConfig(TransformerConfig):
     beta_slow: float = 1  # YaRN slow bound
     mscale: float = 0.707  # YaRN magnitude scale
     mscale_all_dim: float = 0.707  # YaRN magnitude scale over all dims
+
+
+def moe_layer_pattern(config: TransformerConfig) -> list[bool]:
+    """Which layers have experts, over the whole model.
+
+    An integer frequency f means layers 0, f, 2f ..., counted from 0; a list says it layer by layer.
+    """
+    if not config.num_moe_experts:
+        return [False] * config.num_layers
+    frequency = config.moe_layer_freq
+    if isinstance(frequency, int):
+        return [layer % frequency == 0 for layer in range(config.num_layers)]
+    return [bool(chosen) for chosen in frequency]
 
 
 # ---- The rules: small functions that return a sentence per broken rule
@@ -392,9 +406,47 @@ def _moe(c: TransformerConfig) -> Rules:
         return
     yield experts <= 0, f"num_moe_experts: {experts}; it must be positive, or None for a dense model"
     yield c.add_bias_linear, "num_moe_experts: experts have no biases; set add_bias_linear=False"
+    yield from _moe_parts(c, experts)
     yield from _moe_capacity(c)
     yield from _moe_dispatch(c)
     yield from _moe_routing(c, experts)
+
+
+def _moe_parts(c: TransformerConfig, experts: int) -> Rules:
+    """How experts divide among ranks and layers."""
+    ep, etp, width = (
+        c.expert_model_parallel_size,
+        c.expert_tensor_parallel_size or 1,
+        c.moe_ffn_hidden_size or 0,
+    )
+    yield experts % ep, f"num_moe_experts {experts} is not divisible by expert_model_parallel_size {ep}"
+    yield width % etp, f"moe_ffn_hidden_size {width} is not divisible by expert_tensor_parallel_size {etp}"
+    yield (
+        (c.moe_shared_expert_intermediate_size or 0) % c.tensor_model_parallel_size,
+        f"moe_shared_expert_intermediate_size {c.moe_shared_expert_intermediate_size} is not divisible by "
+        f"tensor_model_parallel_size {c.tensor_model_parallel_size}",
+    )
+    frequency = c.moe_layer_freq
+    yield (
+        isinstance(frequency, int) and frequency < 1,
+        f"moe_layer_freq: {frequency}; set it to 1 or more, or to a list of 0 and 1 for each layer",
+    )
+    yield (
+        not isinstance(frequency, int) and len(frequency) != c.num_layers,
+        f"moe_layer_freq: {frequency} for {c.num_layers} layers; give 0 or 1 for each layer",
+    )
+    yield (
+        not isinstance(frequency, int) and any(chosen not in (0, 1) for chosen in frequency),
+        f"moe_layer_freq: {frequency} has other entries than 0 and 1",
+    )
+    yield (
+        c.moe_apply_probs_on_input and c.moe_router_topk != 1,
+        f"moe_apply_probs_on_input: moe_router_topk is {c.moe_router_topk}; it goes with 1",
+    )
+    yield (
+        c.moe_shared_expert_gate and c.moe_shared_expert_intermediate_size is None,
+        "moe_shared_expert_gate: set moe_shared_expert_intermediate_size as well",
+    )
 
 
 def _moe_capacity(c: TransformerConfig) -> Rules:

@@ -16,6 +16,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.pipeline_layout import get_transformer_layer_offset
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -77,7 +78,8 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
         self.recompute_norms = (
             "layernorm" in recomputed and not config.apply_residual_connection_post_layernorm
         )
-        self.recompute_mlp = "mlp" in recomputed
+        # A layer of experts decides for itself: ``recompute_modules`` calls it moe.
+        self.recompute_mlp = "mlp" in recomputed and not isinstance(self.mlp, BaseMoELayer)
 
     def _build(self, submodules: TransformerLayerSubmodules) -> None:
         """The modules of the layer, in the order that numbers their weights."""
@@ -91,6 +93,8 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
         self.self_attn_bda = build_module(submodules.self_attn_bda)
         self.pre_mlp_layernorm = self._norm(submodules.pre_mlp_layernorm)
         self.mlp = build_module(submodules.mlp, config=self.config)
+        if isinstance(self.mlp, BaseMoELayer):
+            self.mlp.set_layer_number(self.layer_number)
         self.mlp_bda = build_module(submodules.mlp_bda)
 
     def _norm(self, spec: Spec) -> Any:

@@ -66,7 +66,7 @@ def test_parameters_of_a_gated_grouped_untied_model():
 
 @pytest.mark.parametrize(("frequency", "moe_layers"), [(1, 12), (2, 6), ([0] * 4 + [1] * 8, 8)])
 def test_parameters_of_experts(frequency, moe_layers: int):
-    args = arguments(num_experts=8, moe_layer_freq=frequency, moe_ffn_hidden_size=512)
+    args = arguments(num_experts=8, moe_layer_freq=frequency, moe_ffn_hidden_size=512, moe_router_topk=2)
     attention_and_norms = 4 * 768 * 768 + 4 * 768
     dense, experts = 2 * 768 * 3072, 8 * 2 * 768 * 512
     expected = 12 * attention_and_norms + moe_layers * experts + (12 - moe_layers) * dense + 2 * 768

@@ -14,14 +14,16 @@ from megatron.core.models.family import (
     Stages,
 )
 from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.gpt.parameter_count import gpt_parameter_count
-from megatron.core.transformer.pipeline_layout import get_num_layers_to_build
+from megatron.core.transformer.pipeline_layout import get_num_layers_to_build, get_transformer_layer_offset
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig, moe_layer_pattern
 
 
 def _token_pairs(batch: BatchShape) -> tuple[int, ...]:
@@ -38,23 +40,37 @@ BATCH = {
 }
 
 
-def layer_spec(config: TransformerConfig, with_transformer_engine_names: bool) -> ModuleSpec:
-    """The layer that the config describes, with the norms inside the linear layers or apart from them."""
+def layer_spec(
+    config: TransformerConfig, with_transformer_engine_names: bool
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The layer that the config describes, with the norms inside the linear layers or apart from them.
+
+    Where only some layers have experts, the specs of all layers of this stage.
+    """
+    if len(set(moe_layer_pattern(config))) > 1:
+        return get_gpt_decoder_block_spec(config, with_transformer_engine_names, config.normalization)
+    common = {
+        "num_experts": config.num_moe_experts,
+        "moe_grouped_gemm": config.moe_grouped_gemm,
+        "moe_use_legacy_grouped_gemm": config.moe_use_legacy_grouped_gemm,
+        "qk_layernorm": config.qk_layernorm,
+    }
     if with_transformer_engine_names:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    return get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+        return get_gpt_layer_with_transformer_engine_spec(**common)
+    return get_gpt_layer_local_spec(**common, normalization=config.normalization)
 
 
 def operations(shape: ModelShape, batch: BatchShape) -> float:
     """Multiply-adds (counted as two) of forward and backward over a batch.
 
     Matrix products of attention, MLP and logits; causal attention counts half its square; embedding
-    look-ups and norms count nothing. With s, h, L, a, g, f, V for sequence, hidden, layers, heads, query
-    groups, MLP width, vocabulary, r = kv_channels * a / h and m = 3/2 for gated MLPs (else 1)::
+    look-ups, norms and routing count nothing. With s, h, L, a, g, f, V for sequence, hidden, layers, heads,
+    query groups, MLP width, vocabulary, r = kv_channels * a / h and m = 3/2 for gated MLPs (else 1)::
 
         batch * s * (12 h f m L + 12 L h^2 r (1 + g/a + s/(2h)) + 6 h V)
 
-    The factor 12 is 3 passes (forward, input gradient, weight gradient) x 2 products x 2 operations.
+    The factor 12 is 3 passes (forward, input gradient, weight gradient) x 2 products x 2 operations. In a
+    layer with experts, f is what one token goes through: k experts of their width, and the shared ones.
     """
     s, h, layers, heads = (
         batch.sequence_length,
@@ -64,7 +80,9 @@ def operations(shape: ModelShape, batch: BatchShape) -> float:
     )
     projection = shape.kv_channels * heads / h
     gate = 1.5 if shape.gated_linear_unit else 1.0
-    mlp = 12 * h * shape.ffn_hidden_size * gate * layers
+    widths = (layers - shape.num_moe_layers) * shape.ffn_hidden_size
+    widths += shape.num_moe_layers * _width_of_experts(shape, shape.moe_router_topk)
+    mlp = 12 * h * gate * widths
     attention = 12 * layers * h * h * projection * (1 + shape.num_query_groups / heads + s / (2 * h))
     logits = 6 * h * shape.vocab_size
     return batch.sequences * s * (mlp + attention + logits)
@@ -108,10 +126,15 @@ def _layer_weights(shape: ModelShape, moe: bool) -> float:
     attention = 2 * h * h * projection_ratio * (1 + group_ratio)
     width = shape.ffn_hidden_size
     if moe:
-        expert_width = shape.moe_ffn_hidden_size or shape.ffn_hidden_size
-        shared_width = shape.moe_shared_expert_intermediate_size or 0
-        width = (shape.num_moe_experts or 0) * expert_width + shared_width
+        experts = shape.num_moe_experts or 0
+        width = _width_of_experts(shape, experts)
     return attention + 2 * h * gate * width
+
+
+def _width_of_experts(shape: ModelShape, experts: int) -> int:
+    """Inner widths of so many experts, and of the shared ones."""
+    width = shape.moe_ffn_hidden_size or shape.ffn_hidden_size
+    return experts * width + (shape.moe_shared_expert_intermediate_size or 0)
 
 
 def parameters(model: Any) -> int | None:
@@ -125,6 +148,9 @@ def parameters(model: Any) -> int | None:
         model.position_embedding_type,
         model.share_embeddings_and_output_weights,
         tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        expert_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
+        expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        first_layer=get_transformer_layer_offset(model.config),
         num_layers=get_num_layers_to_build(model.config),
         has_embedding=model.pre_process,
         has_output=model.post_process,

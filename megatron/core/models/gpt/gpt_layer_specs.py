@@ -1,6 +1,7 @@
 """Which modules a GPT layer is made of."""
 
 import warnings
+from functools import partial
 
 from megatron.core.errors import NotBuiltYetError
 from megatron.core.extensions.transformer_engine import (
@@ -10,15 +11,17 @@ from megatron.core.extensions.transformer_engine import (
     TERowParallelLinear,
 )
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.pipeline_layout import get_num_layers_to_build, get_transformer_layer_offset
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm, WrappedTorchNorm
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig, moe_layer_pattern
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 # Distributed checkpoints of the local layout carry the names of the TransformerEngine layout.
@@ -50,7 +53,8 @@ def get_gpt_layer_with_transformer_engine_spec(
             **_head_norms(TENorm, qk_layernorm, qk_l2_norm),
         ),
         mlp=get_mlp_module_spec(True, num_experts, moe_grouped_gemm, None, moe_use_legacy_grouped_gemm),
-        norms={},
+        # Router and experts share the norm's output, so it cannot be part of a linear layer.
+        norms={} if num_experts is None else {"pre_mlp_layernorm": TENorm},
     )
 
 
@@ -89,10 +93,10 @@ def get_mlp_module_spec(
     fp8: str | None = None,
     moe_use_legacy_grouped_gemm: bool | None = False,
 ) -> ModuleSpec:
-    """A dense MLP, with its norm inside fc1 if ``use_te``; a mixture of experts is not built yet."""
+    """A dense MLP, with its norm inside fc1 if ``use_te``; with ``num_experts``, a mixture of experts."""
     _warn_about_fp8(fp8)
     if num_experts is not None:
-        raise NotBuiltYetError("a mixture of experts", f"num_moe_experts {num_experts}", "Leave it out.")
+        return get_moe_module_spec(use_te, num_experts, moe_grouped_gemm, moe_use_legacy_grouped_gemm)
     return ModuleSpec(
         module=MLP,
         submodules=MLPSubmodules(
@@ -155,20 +159,27 @@ def get_gpt_decoder_block_spec(
     normalization: str | None = None,
     qk_l2_norm: bool | None = False,
 ) -> TransformerBlockSubmodules:
-    """Specs of all layers of this stage, and the final norm."""
-    arguments = {
-        "num_experts": config.num_moe_experts,
-        "moe_grouped_gemm": config.moe_grouped_gemm,
+    """Specs of all layers of this stage, dense or with experts by ``moe_layer_freq``, and the final norm."""
+    common = {
         "qk_layernorm": config.qk_layernorm,
         "multi_latent_attention": config.multi_latent_attention,
-        "moe_use_legacy_grouped_gemm": config.moe_use_legacy_grouped_gemm,
         "qk_l2_norm": qk_l2_norm,
     }
-    if use_transformer_engine:
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(**arguments), TENorm
-    else:
-        layer, norm = get_gpt_layer_local_spec(**arguments, normalization=normalization), WrappedTorchNorm
-    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), norm)
+    experts = {
+        "num_experts": config.num_moe_experts,
+        "moe_grouped_gemm": config.moe_grouped_gemm,
+        "moe_use_legacy_grouped_gemm": config.moe_use_legacy_grouped_gemm,
+    }
+    make = (
+        get_gpt_layer_with_transformer_engine_spec
+        if use_transformer_engine
+        else partial(get_gpt_layer_local_spec, normalization=normalization)
+    )
+    kinds = {False: make(**common), True: make(**common, **experts)}
+    first = get_transformer_layer_offset(config)
+    pattern = moe_layer_pattern(config)[first : first + get_num_layers_to_build(config)]
+    norm = TENorm if use_transformer_engine else WrappedTorchNorm
+    return TransformerBlockSubmodules([kinds[has_experts] for has_experts in pattern], norm)
 
 
 def get_gpt_mtp_block_spec(

@@ -1,6 +1,6 @@
 """How many parameters a GPT has, by formula: a check on what was built."""
 
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig, moe_layer_pattern
 
 
 def gpt_parameter_count(
@@ -11,6 +11,9 @@ def gpt_parameter_count(
     share_embeddings_and_output_weights: bool = False,
     *,
     tensor_parallel_size: int = 1,
+    expert_parallel_size: int = 1,
+    expert_tensor_parallel_size: int = 1,
+    first_layer: int = 0,
     num_layers: int | None = None,
     has_embedding: bool = True,
     has_output: bool = True,
@@ -25,7 +28,10 @@ def gpt_parameter_count(
         share_embeddings_and_output_weights: the output layer has no weight of its own, unless the embedding
             is on another stage.
         tensor_parallel_size: ranks among which weights are split.
-        num_layers: layers of this stage; default all of them.
+        expert_parallel_size: ranks among which experts are dealt out.
+        expert_tensor_parallel_size: ranks among which the weights of one expert are split.
+        first_layer: the first layer of this stage, counted from 0.
+        num_layers: layers of this stage; default all from the first one on.
         has_embedding: this is the first stage.
         has_output: this is the last stage.
     """
@@ -34,9 +40,13 @@ def gpt_parameter_count(
     rows = vocab_size // tp * (has_embedding + (has_output and not tied_here))
     if has_embedding and position_embedding_type == "learned_absolute":
         rows += max_sequence_length
-    layers = config.num_layers if num_layers is None else num_layers
-    layer = _attention(config, tp) + _mlp(config, tp) + 2 * _norm(config, hidden)
-    return rows * hidden + layers * layer + (_norm(config, hidden) if has_output else 0)
+    last_layer = config.num_layers if num_layers is None else first_layer + num_layers
+    pattern = moe_layer_pattern(config)[first_layer:last_layer]
+    layers = len(pattern) * (_attention(config, tp) + 2 * _norm(config, hidden))
+    layers += pattern.count(False) * _mlp(config, tp)
+    if any(pattern):
+        layers += pattern.count(True) * _moe(config, tp, expert_parallel_size, expert_tensor_parallel_size)
+    return rows * hidden + layers + (_norm(config, hidden) if has_output else 0)
 
 
 def _norm(config: TransformerConfig, width: int) -> int:
@@ -60,3 +70,15 @@ def _mlp(config: TransformerConfig, tp: int) -> int:
     first = inner * (2 if config.gated_linear_unit else 1)
     biases = first + config.hidden_size if config.add_bias_linear else 0
     return config.hidden_size * (first + inner) + biases
+
+
+def _moe(config: TransformerConfig, tp: int, ep: int, etp: int) -> int:
+    """Router, this rank's experts, and its part of the shared ones with their gate."""
+    assert config.num_moe_experts is not None and config.moe_ffn_hidden_size is not None
+    hidden, matrices = config.hidden_size, 3 if config.gated_linear_unit else 2
+    weights = config.num_moe_experts * hidden
+    weights += config.num_moe_experts // ep * matrices * hidden * (config.moe_ffn_hidden_size // etp)
+    shared = config.moe_shared_expert_intermediate_size
+    if shared is not None:
+        weights += matrices * hidden * (shared // tp) + hidden * config.moe_shared_expert_gate
+    return weights
