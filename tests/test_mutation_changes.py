@@ -29,7 +29,7 @@ class C:
 '''
 
 
-def test_every_kind_and_nothing_else():
+def test_changes_are_exactly_those_of_every_kind():
     found = {(change.before, change.after) for change in changes_of("a.py", SOURCE)}
     assert found == {
         ("3", "4"), ("3", "2"), ("True", "False"), ("0.5", "1.0"),
@@ -118,7 +118,7 @@ def test_tests_that_evaluate_a_change_come_first_and_quickest(tmp_path):
         ("megatron/core/extensions/transformer_engine.py", ("tensor_parallel", "transformer")),
     ],
 )
-def test_rooms_of_files(path, rooms):
+def test_tests_of_a_file_are_found(path, rooms):
     names = (*rooms, "test_private_names.py", "test_private_names_of_data.py")
     assert sample.room_of(path) == tuple(f"tests/unit_tests/{name}" for name in names)
     assert all((sample.ROOT / name).exists() for name in sample.room_of(path))

@@ -69,7 +69,8 @@ def loss_func(loss_mask: torch.Tensor, output_tensor: torch.Tensor):
     """Sum of the losses of the unmasked tokens.
 
     Args:
-        loss_mask: [b, s], 1 where a token counts.
+        loss_mask: [b, s], 1 where a token counts, else 0. Not for fractional weights: their sum is the
+            number of tokens, and is cut to an integer.
         output_tensor: [b, s] per-token losses.
 
     Returns:

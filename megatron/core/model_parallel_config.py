@@ -61,9 +61,9 @@ class ModelParallelConfig:
     tp_comm_atomic_ag: bool = False  # old TE overlap switch
     tp_comm_split_rs: bool = True  # old TE overlap switch
     tp_comm_atomic_rs: bool = False  # old TE overlap switch
-    # pieces into which products of split layers are cut, so that one travels while the next is multiplied
+    # pieces into which matmuls of split layers are cut, so that one travels while the next is multiplied
     tp_comm_chunks: int = 1
-    # products of split layers in one kernel with the traffic of sequence parallelism, where the device has it
+    # matmuls of split layers in one kernel with the traffic of sequence parallelism, where the device has it
     tp_comm_fused_matmul: bool = False
     cross_entropy_loss_fusion: bool = False  # fused vocabulary-parallel cross entropy
     cross_entropy_fusion_impl: str = "native"  # native or TE kernel for fused cross entropy
@@ -145,7 +145,7 @@ class ModelParallelConfig:
             ),
             (
                 self.tp_comm_chunks < 1,
-                f"tp_comm_chunks: {self.tp_comm_chunks} is not positive; 1 leaves products whole",
+                f"tp_comm_chunks: {self.tp_comm_chunks} is not positive; 1 leaves matmuls whole",
             ),
             (
                 warmup_overlap and (not self.overlap_p2p_comm or self.batch_p2p_comm),

@@ -327,15 +327,17 @@ def get_ltor_masks_and_position_ids(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Causal mask, loss mask and positions for a batch of token ids.
 
+    For scripts written for Megatron-LM: training here takes them from the samples of ``GPTDataset``.
+
     Args:
         data: [b, s] token ids.
         eod_token: id of the end-of-document token.
         reset_position_ids: restart positions after each end of document.
-        reset_attention_mask: hide earlier documents.
-        eod_mask_loss: no loss on end-of-document tokens.
+        reset_attention_mask: mask earlier documents.
+        eod_mask_loss: no loss where the input is an end-of-document token (for what follows it).
 
     Returns:
-        attention mask [b or 1, 1, s, s] bool, True = hidden; loss mask [b, s] float32;
+        attention mask [b or 1, 1, s, s] bool, True = masked; loss mask [b, s] float32;
         position ids [b, s] int64.
     """
     b, s = data.shape
@@ -355,8 +357,8 @@ def get_ltor_masks_and_position_ids(
     else:
         positions = positions.clone()
 
-    hidden = torch.ones(1, 1, s, s, dtype=torch.bool, device=data.device).triu(1)
+    masked = torch.ones(1, 1, s, s, dtype=torch.bool, device=data.device).triu(1)
     if reset_attention_mask:
         other_document = document[:, None, :, None] != document[:, None, None, :]  # [b, 1, s, s]
-        hidden = hidden | other_document
-    return hidden, loss_mask, positions
+        masked = masked | other_document
+    return masked, loss_mask, positions

@@ -80,11 +80,18 @@ SECTIONS = {
     ),
     "finalize": (
         "From the last backward to the reduced gradients",
-        "With more ranks this is where gradients are summed over them; one rank has nothing to add.",
+        "With more ranks this is where gradients are summed over them; one rank has nothing to add. "
+        "[param_and_grad_buffer.py](../megatron/core/distributed/param_and_grad_buffer.py) `_reduce` sends "
+        "them: the whole bucket or, with the distributed optimizer, each rank's slice. "
+        "The gradient of a weight that is split over tensor-parallel ranks is whole on its rank, and is "
+        "summed over data-parallel ranks only.",
     ),
     "update": (
         "From the step to the Adam kernel",
-        "The optimizer checks and clips the gradients first, then updates all parameters of a group at once.",
+        "The optimizer checks and clips the gradients first, then updates all parameters of a group at once. "
+        "With `--use-distributed-optimizer`, "
+        "[distrib_optimizer.py](../megatron/core/optimizer/distrib_optimizer.py) comes between: it hands the "
+        "kernel this rank's slices in fp32, and gathers the updated parameters.",
     ),
     "log": (
         "From the loop to the log line",

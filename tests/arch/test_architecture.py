@@ -137,7 +137,7 @@ def test_files_of_tests_have_names_of_their_own() -> None:
     assert {name for name in names if names.count(name) > 1} <= {"conftest.py", "__init__.py"}
 
 
-def test_the_checks_see_what_they_should(tmp_path: Path) -> None:
+def test_checks_find_violations_made_on_purpose(tmp_path: Path) -> None:
     """A cycle, an upward arrow, a lazy import and a machine path, made on purpose."""
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d"}}) == [["b", "c"]]
     source = "import x.y\nfrom . import near\nfrom ..up import name\ndef f():\n    import lazy\n"

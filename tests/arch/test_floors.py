@@ -120,7 +120,7 @@ def test_texts_of_core_name_no_flags() -> None:
     assert flags_in_texts(modules()["megatron.training.arguments.spellings"]), "flags are seen where they are"
 
 
-def test_the_floors_are_seen(known_names: set[str]) -> None:
+def test_imports_upward_and_sideways_are_found(known_names: set[str]) -> None:
     """Every entry is a module, and arrows up, sideways and down are told apart."""
     assert {f"{CORE}.{room}" for room in [*ROOM_FLOORS, BESIDE]} <= known_names
     config, layer, data = (

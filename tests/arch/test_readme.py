@@ -46,6 +46,6 @@ def test_every_path_it_names_exists() -> None:
         "# T\n```sh\na\n```\n## S\n```sh\nb\n```\n",
     ],
 )
-def test_another_opening_is_refused(text: str) -> None:
+def test_readme_without_two_commands_first_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="two sh blocks"):
         readme_commands().opening_commands(text)

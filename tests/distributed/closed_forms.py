@@ -26,9 +26,9 @@ def batch(tp: Ranks, tokens: int, first: bool, last: bool) -> Traffic:
 def tensor_parallel(
     tp: Ranks, layers: int, activation: int, first: bool, last: bool, chunks: int = 1
 ) -> Traffic:
-    """One microbatch: each layer sums the outputs of its two row-parallel products in forward, and the input
+    """One microbatch: each layer sums the outputs of its two row-parallel matmuls in forward, and the input
     gradients of its two column-parallel ones in backward; the embedding sums in forward, the output layer in
-    backward (Shoeybi et al. 2019, section 3). Products may be cut into chunks, each sent by itself.
+    backward (Shoeybi et al. 2019, section 3). Matmuls may be cut into chunks, each sent by itself.
     """
     return add(
         _many("all_reduce", tp, (4 * layers + last) * chunks, activation // chunks),
@@ -48,7 +48,7 @@ def sequence_parallel(
     """One microbatch: every sum becomes a reduce-scatter, every copy an all-gather, of the same bytes; two
     column-parallel inputs per layer, and the output layer's, are gathered again in backward instead of being
     kept (Korthikanti et al. 2022, section 4.2.2). Learned positions are added to whole sequences: there the
-    embedding sums, and cuts without a message. Products may be cut into chunks, which are gathered before
+    embedding sums, and cuts without a message. Matmuls may be cut into chunks, which are gathered before
     them or scattered after them one by one; what backward gathers for a weight comes whole.
     """
     return add(

@@ -54,7 +54,7 @@ def test_many_mixes_run_or_name_a_flag(seeds: range, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", AS_PROGRAMS)
-def test_a_mix_as_a_program_of_its_own(seed: int, tmp_path: Path, repo_root: Path) -> None:
+def test_a_mix_of_flags_trains_in_a_process_of_its_own(seed: int, tmp_path: Path, repo_root: Path) -> None:
     mix = draw(seed)
     done = subprocess.run(
         [sys.executable, str(repo_root / "pretrain_gpt.py"), *mix.base.split(), *mix.words],

@@ -151,5 +151,5 @@ def test_evaluating_and_saving_wait_for_the_parameters(data_cache: Path, tmp_pat
 @pytest.mark.parametrize(
     "layout", [Layout(tp=2, sequence_parallel=True), Layout(tp=2, model="llama")], ids=str
 )
-def test_products_in_chunks_wait_for_what_they_read(layout: Layout, data_cache: Path) -> None:
+def test_chunked_matmuls_wait_for_what_they_read(layout: Layout, data_cache: Path) -> None:
     check(layout, data_cache, "--use-ascend-coc --coc-parallel-num 2")

@@ -59,11 +59,11 @@ CASES = {
     "no-fusion-of-gradient-accumulation": Case(
         Layout(tp=2, pp=2, model="llama"), alone="--no-gradient-accumulation-fusion"
     ),
-    # Products cut into chunks whose traffic overlaps; 16 and 8 rows of a rank make 2 and 8 chunks.
-    "chunked-products": Case(
+    # Matmuls cut into chunks whose traffic overlaps; 16 and 8 rows of a rank make 2 and 8 chunks.
+    "chunked-matmuls": Case(
         Layout(tp=2, sequence_parallel=True), alone="--use-ascend-coc --coc-parallel-num 2"
     ),
-    "chunked-products-summed-everywhere": Case(
+    "chunked-matmuls-summed-everywhere": Case(
         Layout(tp=4, dp=2, model="llama"), alone="--use-ascend-coc --coc-parallel-num 8"
     ),
     "q-and-k-norms": Case(Layout(tp=2, cp=2, model="llama"), both="--qk-layernorm"),
@@ -80,7 +80,7 @@ def reference(model: str, both: str, data_cache) -> Result:
     return run(Layout(model=model), data_cache, f"{NO_DROPOUT} {both}")
 
 
-# Chunks beside what else moves or puts off products and their gradients.
+# Chunks beside what else moves or defers matmuls and their gradients.
 CHUNKED = {
     f"{layout}-{chunks}-chunks": Case(layout, alone=f"--use-ascend-coc --coc-parallel-num {chunks}")
     for layout, chunks in (
@@ -94,13 +94,13 @@ CHUNKED = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_more_of_the_same(name, data_cache):
+def test_layout_gives_the_losses_and_gradients_of_one_rank(name, data_cache):
     check(CASES[name], name, data_cache)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHUNKED)
-def test_chunked_products_among_others(name, data_cache):
+def test_chunked_matmuls_give_the_losses_and_gradients_of_one_rank(name, data_cache):
     check(CHUNKED[name], name, data_cache)
 
 

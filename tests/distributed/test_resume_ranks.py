@@ -76,13 +76,13 @@ def check(layout, data_cache, tmp_path, stops):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_stopping_and_going_on_changes_nothing(layout, data_cache, tmp_path):
+def test_resumed_run_equals_the_uninterrupted_one(layout, data_cache, tmp_path):
     check(layout, data_cache, tmp_path, [2])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", spread(bare_layouts()), ids=str)
-def test_stopping_anywhere_in_any_layout_changes_nothing(layout, data_cache, tmp_path):
+def test_resume_at_every_step_equals_the_uninterrupted_run(layout, data_cache, tmp_path):
     check(layout, data_cache, tmp_path, range(1, STEPS))
 
 

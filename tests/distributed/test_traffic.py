@@ -79,7 +79,7 @@ class Place:
 
 
 def expected(layout, rank, chunks=1):
-    """Traffic of one step, all reasons together; products of split layers in some chunks."""
+    """Traffic of one step, all reasons together; matmuls of split layers in some chunks."""
     place = Place(layout, rank)
     stage, tp = place.index("pp"), place.group("tp")
     first, last = stage == 0, stage == layout.pp - 1
@@ -215,7 +215,7 @@ def uncounted():
     return counted
 
 
-def test_nothing_passes_the_meter_unseen():
+def test_every_collective_is_counted():
     for counted in run_ranks(2, uncounted):
         assert [(kind, amount.calls, amount.total_bytes) for kind, amount in counted.items()] == [
             (Kind("all_reduce", (0, 1)), 1, 12)

@@ -71,14 +71,14 @@ def test_a_card_is_enough(machine: Machine, file: str) -> None:
         assert f"env_npu: set {name}={changed[name]}" in printed
 
 
-def test_what_is_set_stays(machine: Machine) -> None:
+def test_variables_set_before_are_kept(machine: Machine) -> None:
     own = {"HCCL_CONNECT_TIMEOUT": "60", "PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}
     printed, changed = machine.source(MEGATRON_DEVICE="npu", **own)
     assert "HCCL" not in printed and "HCCL_CONNECT_TIMEOUT" not in changed
     assert "PYTORCH_NPU_ALLOC_CONF" not in changed  # the allocator refuses both names at once
 
 
-def test_twice_is_once(machine: Machine) -> None:
+def test_sourcing_twice_equals_sourcing_once(machine: Machine) -> None:
     once = machine.source(MEGATRON_DEVICE="npu")[1]
     printed, twice = machine.source(2, MEGATRON_DEVICE="npu")
     assert twice == once

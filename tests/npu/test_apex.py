@@ -47,7 +47,7 @@ def losses(done: subprocess.CompletedProcess) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("on_npu", [False, True], ids=["cpu", "npu"])
-def test_an_apex_changes_nothing(tmp_path: Path, on_npu: bool) -> None:
+def test_installed_apex_does_not_change_a_run(tmp_path: Path, on_npu: bool) -> None:
     if on_npu and why_not() is not None:
         pytest.skip(f"no virtual NPU: {why_not()}")
     seen = []

@@ -136,7 +136,7 @@ def test_the_adaptor_before_torch_lets_torch_be_imported(made_up: list[str]) -> 
 
 
 @pytest.mark.parametrize("script", ["preprocess_data", "merge_datasets", "draw_schedule", "compare_runs"])
-def test_other_tools_take_no_notice(made_up: list[str], script: str) -> None:
+def test_other_tools_start_without_an_npu(made_up: list[str], script: str) -> None:
     assert python(made_up, f"tools/{script}.py", "--help").returncode == 0
 
 
@@ -176,7 +176,7 @@ def test_back_ends_of_others_load_as_torch_loads_them(tmp_path: Path) -> None:
     ], done.stderr
 
 
-def test_what_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npu_is_wanted_where_its_device_files_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MEGATRON_DEVICE", raising=False)
     monkeypatch.setattr(versions, "software_problem", lambda: None)
     assert not versions.is_wanted()

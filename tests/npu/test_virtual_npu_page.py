@@ -38,7 +38,7 @@ def split(line: str) -> tuple[list[str], list[str]]:
     return words[start:end], words[end + 1 :]
 
 
-def test_there_is_something_to_check() -> None:
+def test_every_command_of_the_page_is_sorted_into_a_kind() -> None:
     assert len(LAUNCHES) == 2 and len(SMALL) == 3 and len(SHELLS) == 1
     assert sorted(VIRTUAL) == sorted([*LAUNCHES, *SMALL, *SHELLS])
 

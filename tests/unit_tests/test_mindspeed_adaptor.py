@@ -48,7 +48,7 @@ def test_the_first_line_of_a_script_is_answered_in_one_line() -> None:
 
 
 @pytest.mark.parametrize("word", ["RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"])
-def test_other_ranks_say_nothing(word: str) -> None:
+def test_only_rank_zero_prints_the_line(word: str) -> None:
     # The line is a function of its own, so this needs no torch.
     code = "from megatron_npu.adapting import say; say('spoken')"
     assert python(code, ROOT, **{word: "1"}).stderr == ""

@@ -72,7 +72,7 @@ def test_a_calculator_of_ones_own() -> None:
     assert (Always().get(), Always().get_current_global_batch_size()) == (3, 0)
 
 
-def test_holders_of_groups() -> None:
+def test_unset_process_group_raises_attribute_error() -> None:
     groups = ModelCommProcessGroups()
     with pytest.raises(AttributeError):
         _ = groups.tp

@@ -1,7 +1,8 @@
 """ZeRO-1 (Rajbhandari et al., arXiv:1910.02054): optimizer state and update sharded over data-parallel ranks.
 
-Every rank owns an equal slice of every bucket of the DDP buffers. Gradients arrive summed in that slice, the
-update is made on an fp32 copy of the slice's parameters, and all ranks gather the result.
+Every rank owns an equal slice of every bucket of the DDP buffers. The wrapper, ``megatron.core.distributed``,
+has reduced the gradients into that slice, the update is made on an fp32 copy of the slice's parameters, and
+all ranks gather the result.
 """
 
 from collections.abc import Callable, Iterator, Sequence

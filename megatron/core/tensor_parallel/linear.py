@@ -32,12 +32,16 @@ def _has_main_grad(weight: Tensor) -> bool:
 
 
 def _add_to_main_grad(weight: Any, grad_output: Tensor, x: Tensor) -> None:
+    """Adds a gradient where the data-parallel wrapper would; its hook then leaves it alone."""
     accumulate_weight_gradient(weight.main_grad, grad_output, x)
     weight.grad_added_to_main_grad = True
 
 
 def _weight_gradient(weight: Tensor, grad_output: Tensor, x: Tensor, into_main_grad: bool) -> Tensor:
-    """The gradient to hand to autograd: the real one, or a stand-in once ``main_grad`` holds it."""
+    """The gradient to hand to autograd: the real one, or a stand-in once ``main_grad`` holds it.
+
+    It is that of this rank's part of the weight, and whole: nothing is summed over tensor-parallel ranks.
+    """
     grad_output, x = as_rows(grad_output), as_rows(x)
     if not into_main_grad:
         return weight_gradient(grad_output, x)

@@ -62,12 +62,12 @@ def block_attention(
     )  # fmt: skip
     out = out.unflatten(-1, (heads, -1))
     lse = largest[..., 0] + total[..., 0].log()
-    blind = _rows_without_keys(sq, sk, band, attention_mask, query.device)
-    if blind is None:
+    fully_masked = _rows_without_keys(sq, sk, band, attention_mask, query.device)
+    if fully_masked is None:
         return out, lse
     # [b or 1, 1, sq] -> [sq, b or 1, 1, 1]
-    out = out.masked_fill(blind.permute(2, 0, 1).unsqueeze(-1), 0.0)
-    return out, lse.masked_fill(blind, NOTHING_VISIBLE)
+    out = out.masked_fill(fully_masked.permute(2, 0, 1).unsqueeze(-1), 0.0)
+    return out, lse.masked_fill(fully_masked, NOTHING_VISIBLE)
 
 
 @replaces(

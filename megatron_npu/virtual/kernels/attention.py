@@ -20,8 +20,8 @@ class Shape(NamedTuple):
     heads: int
     scale: float
     keep_prob: float
-    hidden: Tensor | None
-    zero_blind_rows: bool
+    masked: Tensor | None
+    zero_fully_masked_rows: bool
     generator: tuple[int, int]
 
 
@@ -55,10 +55,10 @@ def groups_of(query: Tensor, key: Tensor, layout: str, heads: int) -> int:
     return key.shape[1] if layout in ("BNSD", "TND") else key.shape[2]
 
 
-def hidden_scores(
+def masked_scores(
     mode: int, mask: Tensor | None, pre: int, following: int, size: tuple[int, int, int, int]
 ) -> Tensor | None:
-    """True where a score is hidden; None if nothing is, whatever the mode, because there is no mask."""
+    """True where a score is masked; None if nothing is, whatever the mode, because there is no mask."""
     b, n, sq, sk = size
     if mask is None:
         return None
@@ -71,7 +71,7 @@ def hidden_scores(
             return mask.bool()
         _check_signs(pre, following, sq, sk)
         outside = (column < row - pre) | (column > row + following)
-        assert bool(mask.bool()[..., outside].all()), "the mask shows what the window hides"
+        assert bool(mask.bool()[..., outside].all()), "the mask leaves out what the window masks"
         return mask.bool() | outside
     assert mask.shape == (2048, 2048), f"compressed mask {tuple(mask.shape)}"
     assert torch.equal(mask.bool(), torch.ones(2048, 2048).triu(1).bool()), "compressed mask is no triangle"
@@ -102,7 +102,7 @@ def _kept(scores: Tensor, shape: Shape) -> Tensor:
 
 def _scores(q: Tensor, k: Tensor, shape: Shape) -> Tensor:
     scores = torch.einsum("bnid,bnjd->bnij", q, k) * shape.scale
-    return scores if shape.hidden is None else scores.masked_fill(shape.hidden, -torch.inf)
+    return scores if shape.masked is None else scores.masked_fill(shape.masked, -torch.inf)
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -115,16 +115,16 @@ def dense_forward(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> tuple[Tensor
     q, k, v = _wide(q), _wide(k).repeat_interleave(repeat, 1), _wide(v).repeat_interleave(repeat, 1)
     scores = _scores(q, k, shape)
     largest = scores.max(-1, keepdim=True).values
-    blind = torch.isneginf(largest)
-    weights = (scores - largest.masked_fill(blind, 0.0)).exp()
+    fully_masked = torch.isneginf(largest)
+    weights = (scores - largest.masked_fill(fully_masked, 0.0)).exp()
     total = weights.sum(-1, keepdim=True)
     probabilities = weights / total
     if shape.keep_prob < 1.0:
         probabilities = probabilities * _kept(scores, shape)
     out = torch.einsum("bnij,bnjd->bnid", probabilities, v)
     # Rows that see nothing are zero at the precision that promises it, and undefined otherwise.
-    out = out.masked_fill(blind, 0.0 if shape.zero_blind_rows else torch.nan)
-    return out, largest.masked_fill(blind, torch.nan), total.masked_fill(blind, torch.nan)
+    out = out.masked_fill(fully_masked, 0.0 if shape.zero_fully_masked_rows else torch.nan)
+    return out, largest.masked_fill(fully_masked, torch.nan), total.masked_fill(fully_masked, torch.nan)
 
 
 def dense_backward(
@@ -142,9 +142,11 @@ def dense_backward(
     out, grad = _wide(out), _wide(grad)
     scores = _scores(q, k, shape)
     probabilities = (scores - largest).exp() / total
-    if shape.hidden is not None:
-        blind = shape.hidden.all(-1, keepdim=True)
-        probabilities = probabilities.masked_fill(blind, 0.0 if shape.zero_blind_rows else torch.nan)
+    if shape.masked is not None:
+        fully_masked = shape.masked.all(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(
+            fully_masked, 0.0 if shape.zero_fully_masked_rows else torch.nan
+        )
     kept = _kept(scores, shape) if shape.keep_prob < 1.0 else torch.ones(())
     dv = torch.einsum("bnij,bnid->bnjd", probabilities * kept, grad)
     slope = torch.einsum("bnid,bnjd->bnij", grad, v) * kept
@@ -223,9 +225,11 @@ def forward(
 
 
 def _shape(q: Tensor, k: Tensor, window: _Window, basis: tuple, generator_step: int = 0) -> Shape:
-    layout, heads, scale, keep_prob, zero_blind_rows, (seed, offset) = basis
-    hidden = hidden_scores(*window, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
-    return Shape(layout, heads, scale, keep_prob, hidden, zero_blind_rows, (seed, offset + generator_step))
+    layout, heads, scale, keep_prob, zero_fully_masked_rows, (seed, offset) = basis
+    masked = masked_scores(*window, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+    return Shape(
+        layout, heads, scale, keep_prob, masked, zero_fully_masked_rows, (seed, offset + generator_step)
+    )
 
 
 def _one(t: Tensor, span: slice) -> Tensor:
@@ -390,7 +394,7 @@ def merge(
     return merged.to(prev_attn_out.dtype), largest, total
 
 
-# --- scaled masked softmax: hidden scores are -10000 --------------------------------------------------------
+# --- scaled masked softmax: masked scores are -10000 --------------------------------------------------------
 
 
 @kernel("npu_scaled_masked_softmax")

@@ -9,7 +9,7 @@ from megatron.core import accelerator
 from megatron.core.errors import ConfigError
 
 
-def test_it_is_the_device_in_use() -> None:
+def test_npu_is_the_device_in_use() -> None:
     assert accelerator.device_type() == "npu"
     assert accelerator.current_device() == torch.device("npu", 0)
     assert accelerator.device_name() == os.environ["STUB_NPU_SOC"]
@@ -18,7 +18,7 @@ def test_it_is_the_device_in_use() -> None:
         accelerator.set_device(7)
 
 
-def test_collectives_are_its_own_whatever_the_flag_says() -> None:
+def test_collectives_use_hccl_whatever_the_flag_says() -> None:
     assert {accelerator.collective_backend(name) for name in (None, "nccl", "hccl")} == {"hccl"}
     assert accelerator.collective_backend("gloo") == "gloo"
 

@@ -74,7 +74,7 @@ def test_documents_and_widths(world):
     hold(world, cases)
 
 
-def test_two_levels():
+def test_two_level_split_equals_one_rank():
     shapes = [
         Case("a2a+p2p", causal, window, groups, mask=mask, hierarchy=(2, 2))
         for causal, window, groups, mask in (

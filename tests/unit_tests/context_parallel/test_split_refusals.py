@@ -11,7 +11,7 @@ from tests.distributed.pool import run_ranks
 from tests.unit_tests.context_parallel.split_world import HEADS, WIDTH, Case, build, start
 
 
-def test_kinds():
+def test_unknown_communication_type_is_refused():
     with pytest.raises(ConfigError, match="choose one of p2p, all_gather, a2a, a2a\\+p2p"):
         build(Case("ring"), 2)
 
@@ -39,7 +39,7 @@ def test_heads_are_counted_before_they_are_exchanged():
 
 
 @pytest.mark.parametrize("sizes", [None, (2, 4), (2, 2, 1)])
-def test_levels(sizes):
+def test_hierarchical_sizes_must_multiply_to_the_group_size(sizes):
     with pytest.raises(ConfigError, match="two sizes whose product is 4"):
         build(Case("a2a+p2p", hierarchy=sizes), 4)
 

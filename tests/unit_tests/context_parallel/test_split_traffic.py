@@ -93,7 +93,7 @@ CASES = [
 ]
 
 
-def test_bytes():
+def test_sent_bytes_equal_the_closed_form():
     for answers in zip(CASES, *run_ranks(WORLD, sent, CASES), strict=True):
         case, by_rank = answers[0], answers[1:]
         local = 2 * case.chunk

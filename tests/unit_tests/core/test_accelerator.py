@@ -135,7 +135,7 @@ def test_what_a_driver_may_say(two_devices):
     assert accelerator.draws_in_parallel(torch.device("cuda", 0)) is True
 
 
-def test_what_a_cpu_says():
+def test_cpu_reports_no_memory_figures():
     assert accelerator.architecture() == (0, 0) and accelerator.total_memory() == 0
     assert accelerator.supports_bf16() and accelerator.memory_stats() == {}
     accelerator.reset_peak_memory()

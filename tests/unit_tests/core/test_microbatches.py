@@ -24,7 +24,7 @@ def sizes() -> tuple[int, int, int, int]:
     )
 
 
-def test_constant() -> None:
+def test_number_of_microbatches_is_constant_without_ramp_up() -> None:
     calculators.init_num_microbatches_calculator(0, None, 32, 4, 2)
     assert sizes() == (4, 32, 32, 4)
     calculators.update_num_microbatches(10_000)

@@ -104,7 +104,7 @@ def test_points_of_modules_not_imported_yet(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["rms_norm", PATH, "fused_layer_norm.rms_norm", "all", "swiglu, rms_norm"])
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_disable(name, order):
+def test_disabled_replacement_is_not_called(name, order):
     if order == "before":
         overrides.disable(name)
     override(PATH)(replacement)
@@ -129,7 +129,7 @@ def test_disable_of_unknown_name():
         overrides.disable("rms_nrom")
 
 
-def test_load(tmp_path, monkeypatch):
+def test_load_imports_the_package_of_a_device(tmp_path, monkeypatch):
     assert not overrides.load("nosuchdevice")
     package = tmp_path / "megatron_toy"
     package.mkdir()

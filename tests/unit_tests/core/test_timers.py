@@ -52,7 +52,9 @@ def run(timers: Timers, name: str, seconds: float, clock: list[float], log_level
         ),
     ],
 )
-def test_report(option: str, report: str, clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_has_the_format_of_its_option(
+    option: str, report: str, clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
     timers = Timers(0, option)
     run(timers, "forward-backward", 2.5, clock)
     run(timers, "optimizer", 0.020256, clock)
@@ -145,7 +147,7 @@ def test_tensorboard(clock: list[float]) -> None:
     assert re.search(r": \(3000\.00, 3000\.00\)$", timers.get_all_timers_string())
 
 
-def test_real_time() -> None:
+def test_timer_measures_real_time() -> None:
     timer = Timers(0, "max")("a", log_level=0)
     began = time.perf_counter()
     timer.start()

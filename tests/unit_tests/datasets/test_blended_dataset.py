@@ -47,7 +47,7 @@ def check_blend(dataset: BlendedDataset, fact: dict) -> None:
 
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("name", BLENDS)
-def test_golden(golden_blend, build_gpt, tmp_path, name, threads):
+def test_blend_equals_golden_files(golden_blend, build_gpt, tmp_path, name, threads):
     config, sizes, facts = golden_blend(
         name, path_to_cache=str(tmp_path), num_dataset_builder_threads=threads
     )

@@ -24,7 +24,7 @@ def step_by_step(weights: np.ndarray, size: int, capacity: np.ndarray | None = N
     return choices
 
 
-def test_golden(data):
+def test_blending_index_equals_golden_files(data):
     for case in json.loads((data / "blend_raw.json").read_text()).values():
         size = len(case["dataset_index"])
         index, sample = np.full(size, -1, dtype=np.int16), np.full(size, -1, dtype=np.int64)

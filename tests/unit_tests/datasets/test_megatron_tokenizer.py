@@ -16,7 +16,7 @@ class Letters(MegatronTokenizer):
     vocab_size = property(lambda self: 128)
 
 
-def test_identity():
+def test_unique_description_lists_all_arguments():
     tokenizer = Letters("a.json", None, lower=True, extra=3)
     expected = {"class": "Letters", "tokenizer_path": ["a.json", None], "lower": "True", "extra": "3"}
     assert list(tokenizer.unique_identifiers.items()) == list(expected.items())

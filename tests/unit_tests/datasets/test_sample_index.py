@@ -32,7 +32,7 @@ def walk(sizes, order, length, total, drop_last, extra):
 @pytest.mark.parametrize("extra", [0, 1])
 @pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize("seed", range(25))
-def test_equal_to_the_walk(seed, drop_last, extra):
+def test_sample_index_equals_that_of_a_token_by_token_walk(seed, drop_last, extra):
     random = np.random.default_rng(seed)
     sizes = random.integers(0 if seed % 2 else 1, 12, size=20).astype(np.int32)
     sizes[-1] += 1

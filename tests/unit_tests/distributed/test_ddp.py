@@ -266,7 +266,7 @@ def test_finalize_averages_over_tokens(tokens: int) -> None:
         ({"overlap_param_gather": True}, ConfigError, "add use_distributed_optimizer"),
     ],
 )
-def test_what_cannot_be_says_so(settings: dict[str, Any], error: type[Exception], word: str) -> None:
+def test_unusable_settings_are_refused(settings: dict[str, Any], error: type[Exception], word: str) -> None:
     with pytest.raises(error, match=word):
         make(**settings)
 

@@ -96,7 +96,7 @@ def test_a_frozen_weight_has_no_gradient() -> None:
     assert x.grad is not None and not weight.main_grad.any()
 
 
-def test_no_rows() -> None:
+def test_matmul_of_no_rows_has_zero_gradients() -> None:
     x, weight = drawn(0, 8).requires_grad_(), drawn(4, 8, 16).requires_grad_()
     out = grouped_matmul(x, weight, torch.zeros(4, dtype=torch.int64), False)
     out.sum().backward()

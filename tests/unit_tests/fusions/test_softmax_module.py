@@ -95,7 +95,7 @@ def test_half_precision_is_widened_only_where_asked():
     assert torch.equal(narrow, torch.softmax(x, -1))
 
 
-def test_what_the_kernel_takes():
+def test_kernel_is_available_for_the_original_shapes():
     module = softmax(fusion=True, fp16=True)
     assert module.is_kernel_available(None, 2, 2, 4, 20)
     assert module.is_kernel_available(None, 1, 4, 8, 4096)
@@ -163,7 +163,7 @@ def test_bands_against_lists_of_pairs(sq, sk):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 5])
-def test_a_window_covers_what_it_hides_nothing_of(length, causal):
+def test_window_that_masks_no_score_is_recognised(length, causal):
     for window in itertools.product(range(-1, 7), repeat=2):
         left, right = window
         hides = any(

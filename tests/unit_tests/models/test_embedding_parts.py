@@ -71,7 +71,7 @@ def test_tables_of_a_copy_are_zero():
     embedding("none").zero_parameters()
 
 
-def test_what_is_missing_or_too_far_is_named():
+def test_missing_token_types_and_positions_out_of_range_are_refused():
     with pytest.raises(UsageError, match="pass tokentype_ids"):
         embedding(types=2)(IDS, PLACES)
     with pytest.raises(DataError, match="position 5 is beyond the 5 learned"):

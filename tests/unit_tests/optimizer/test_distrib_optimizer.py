@@ -24,7 +24,7 @@ BUCKETS = {**SHARDED, "overlap_grad_reduce": True, "bucket_size": 200}
 NO_CLIP = {"clip_grad": 0.0, "log_num_zeros_in_grad": True}
 
 
-def test_ranges() -> None:
+def test_range_has_a_length_and_can_be_moved() -> None:
     assert (Range(3, 10).size, len(Range(3, 10))) == (7, 7)
     assert Range(3, 10).normalize() == Range(0, 7)
     assert Range(3, 10).normalize(5) == Range(5, 12)
@@ -166,7 +166,7 @@ def resume(directory: str, ddp: dict[str, Any], precision: str = "bf16", steps: 
 
 @pytest.mark.parametrize("ddp", [SHARDED, BUCKETS, {**BUCKETS, "overlap_param_gather": True}])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_going_on_gives_the_same_bits(tmp_path: Path, precision: str, ddp: dict[str, Any]) -> None:
+def test_resumed_optimizer_gives_the_same_bits(tmp_path: Path, precision: str, ddp: dict[str, Any]) -> None:
     straight = run_ranks(2, save, str(tmp_path), ddp, precision)
     resumed = run_ranks(2, resume, str(tmp_path), ddp, precision)
     for rank in range(2):

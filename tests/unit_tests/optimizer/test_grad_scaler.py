@@ -56,7 +56,7 @@ def test_the_window_may_be_a_float() -> None:
     assert scaler.scale.item() == 131072.0
 
 
-def test_constant() -> None:
+def test_constant_scale_ignores_overflows() -> None:
     scaler = ConstantGradScaler(128.0)
     scaler.update(True)
     assert scaler.scale.item() == 128.0

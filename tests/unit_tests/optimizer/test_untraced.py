@@ -33,7 +33,9 @@ def test_training_does_not_import_the_compiler(repo_root: Path) -> None:
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(SGD, torch.optim.SGD), (Adam, torch.optim.AdamW)])
-def test_they_are_torchs(ours: type[torch.optim.Optimizer], theirs: type[torch.optim.Optimizer]) -> None:
+def test_optimizers_are_subclasses_of_those_of_torch(
+    ours: type[torch.optim.Optimizer], theirs: type[torch.optim.Optimizer]
+) -> None:
     assert issubclass(ours, theirs)
     with pytest.raises(ValueError, match="empty parameter list"):
         ours([], lr=1e-3)

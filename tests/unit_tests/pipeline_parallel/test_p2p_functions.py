@@ -112,7 +112,7 @@ def nothing_to_send():
     return read(p2p.send_forward_recv_forward(None, True, SHAPE, config))
 
 
-def test_one_side_only():
+def test_only_ranks_with_something_to_send_take_part():
     assert run_ranks(2, nothing_to_send) == [None, 7.0]
 
 

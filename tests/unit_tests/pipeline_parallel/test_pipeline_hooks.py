@@ -305,7 +305,7 @@ def sizes_at_backward(deallocate):
     return sizes
 
 
-def test_what_has_been_sent_is_freed_where_asked():
+def test_sent_outputs_are_freed_if_configured():
     whole = LENGTH * BATCH * HIDDEN
     assert run_ranks(2, sizes_at_backward, True) == [[1] * 3, [1] * 3]
     assert run_ranks(2, sizes_at_backward, False) == [[whole] * 3, [1] * 3]

@@ -283,7 +283,7 @@ def check_few_rows(ranks):
         torch.testing.assert_close(grad, torch.autograd.grad(wanted.sum(), x)[0])
 
 
-def test_few_rows():
+def test_chunks_of_few_rows_equal_one_rank():
     run_ranks(2, check_few_rows, 2)
 
 
@@ -320,5 +320,5 @@ def test_fused_kernels_come_first_where_the_device_has_them(monkeypatch):
 
 
 def test_a_number_of_chunks_that_makes_no_sense():
-    with pytest.raises(ConfigError, match="tp_comm_chunks: 0 is not positive; 1 leaves products whole"):
+    with pytest.raises(ConfigError, match="tp_comm_chunks: 0 is not positive; 1 leaves matmuls whole"):
         TransformerConfig(num_layers=1, hidden_size=IN, num_attention_heads=4, tp_comm_chunks=0)

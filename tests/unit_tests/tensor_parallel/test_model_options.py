@@ -98,7 +98,7 @@ CONFIGS = {
         "recompute_granularity": "selective",
         "recompute_modules": ["core_attn", "mlp", "layernorm"],
     },
-    "overlapped products": {"tp_comm_overlap": True, "tp_comm_chunks": 2},
+    "overlapped matmuls": {"tp_comm_overlap": True, "tp_comm_chunks": 2},
     "old and inert switches": {
         "async_tensor_model_parallel_allreduce": True,
         "deterministic_mode": True,

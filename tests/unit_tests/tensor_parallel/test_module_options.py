@@ -336,7 +336,7 @@ def check_refusals():
     return True
 
 
-def test_what_cannot_be_is_refused():
+def test_contradictory_layer_options_are_refused():
     assert run_ranks(2, check_refusals) == [True, True]
 
 

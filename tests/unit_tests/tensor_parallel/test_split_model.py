@@ -59,7 +59,7 @@ def compare_with_whole(name, te_names):
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize(("name", "te_names"), [("gpt", False), ("llama", False), ("llama", True)])
-def test_equals_one_rank(name, te_names, ranks):
+def test_split_model_equals_one_rank(name, te_names, ranks):
     run_ranks(ranks, compare_with_whole, name, te_names)
 
 

@@ -66,7 +66,7 @@ def test_derived_values():
         ({**MOE, "moe_shared_expert_overlap": True}, "alltoall"),
     ],
 )
-def test_rules(fields, names):
+def test_contradictory_fields_are_named(fields, names):
     with pytest.raises(ConfigError) as caught:
         TransformerConfig(**BASE | fields)
     assert names in str(caught.value)

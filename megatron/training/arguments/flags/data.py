@@ -76,7 +76,7 @@ DATA = Group(
             ),
             help="block attention across documents",
         ),
-        switch("--eod-mask-loss", help="no loss on end-of-document tokens"),
+        switch("--eod-mask-loss", help="no loss where the input is an end-of-document token"),
         off_switch(
             "--no-create-attention-mask-in-dataloader",
             "create_attention_mask_in_dataloader",

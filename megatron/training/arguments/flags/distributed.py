@@ -159,7 +159,7 @@ DISTRIBUTED = Group(
             default=4,
             choices=(1, 2, 4, 8),
             no_effect=without("--use-ascend-coc"),
-            help="chunks of products of split layers with --use-ascend-coc: one travels while the next is "
+            help="chunks of the matmuls of split layers with --use-ascend-coc: one travels while the next is "
             "computed; 1 leaves them whole",
         ),
         switch(
@@ -178,7 +178,7 @@ DISTRIBUTED = Group(
         switch(
             "--use-ascend-coc",
             status=Notice(
-                "products of tensor-parallel layers are cut into --coc-parallel-num chunks, one of which "
+                "matmuls of tensor-parallel layers are cut into --coc-parallel-num chunks, one of which "
                 "travels "
                 "while the next is computed; results are the same within rounding"
             ),

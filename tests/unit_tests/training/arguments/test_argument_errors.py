@@ -174,7 +174,7 @@ def test_lone_backslashes_are_dropped(parse, capsys) -> None:
         (["--num-layers", "3", "--num-layers", "4"], "num_layers", 4),
     ],
 )
-def test_values(words: list[str], dest: str, value: object, parse) -> None:
+def test_value_is_parsed(words: list[str], dest: str, value: object, parse) -> None:
     assert getattr(parse(words), dest) == value
 
 

@@ -127,7 +127,7 @@ DERIVED = [
 
 
 @pytest.mark.parametrize(("words", "name", "value"), DERIVED)
-def test_derived(words: str, name: str, value: object, check) -> None:
+def test_argument_is_derived_from_the_others(words: str, name: str, value: object, check) -> None:
     assert getattr(check(words), name) == value
 
 
@@ -344,7 +344,7 @@ NOTES = [
 
 
 @pytest.mark.parametrize(("words", "line"), NOTES)
-def test_note(words: str, line: str, check, capsys) -> None:
+def test_note_is_printed_once(words: str, line: str, check, capsys) -> None:
     check(words)
     assert capsys.readouterr().out.count(line) == 1
 

@@ -82,12 +82,12 @@ CASES = [
 
 
 @pytest.mark.parametrize(("words", "expected"), CASES)
-def test_field(words: str, expected: dict, check) -> None:
+def test_arguments_become_fields_of_the_config(words: str, expected: dict, check) -> None:
     config = core_transformer_config_from_args(check(words))
     assert {name: getattr(config, name) for name in expected} == expected
 
 
-def test_another_class(check) -> None:
+def test_config_of_another_class_gets_its_own_fields(check) -> None:
     @dataclass
     class Small:
         hidden_size: int = 0

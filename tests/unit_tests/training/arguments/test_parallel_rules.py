@@ -182,7 +182,7 @@ def test_sizes_that_do_not_go_together(words, flag, part, check, world):
     assert any(problem.startswith(flag) and part in problem for problem in problems), problems
 
 
-def test_all_of_it_is_told_at_once(check, world):
+def test_all_size_problems_are_reported_at_once(check, world):
     world(6)
     problems = problems_of(
         check, "--tensor-model-parallel-size 4 --context-parallel-size 2 --seq-length 30 --ffn-hidden-size 90"
