@@ -65,17 +65,6 @@ FEATURES = [
         """,
     ),
     Feature(
-        "multi-head latent attention",
-        "Use SelfAttention: leave out --multi-latent-attention.",
-        """
-        megatron.core.models.common.embeddings: YarnRotaryEmbedding _yarn_get_mscale
-        megatron.core.models.common.embeddings.yarn_rotary_pos_embedding: YarnRotaryEmbedding
-            _yarn_get_mscale
-        megatron.core.transformer.multi_latent_attention: MLASelfAttention MLASelfAttentionSubmodules
-            MultiLatentAttention
-        """,
-    ),
-    Feature(
         "multi-token prediction",
         "Leave out --mtp-num-layers.",
         """

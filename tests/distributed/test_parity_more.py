@@ -19,6 +19,13 @@ class Case:
     both: str = ""
 
 
+LATENT = (
+    "--multi-latent-attention --kv-lora-rank 12 --qk-head-dim 8 --qk-pos-emb-head-dim 4 --v-head-dim 6 "
+    "--rotary-scaling-factor 4 --mscale 0.7 --mscale-all-dim 0.3"
+)
+QUERY_RANK = "--q-lora-rank 16"
+TE_NAMES = "--transformer-impl transformer_engine"
+
 CASES = {
     # Worlds that are no powers of two, for which the batch and the sequence change.
     "three-replicas": Case(
@@ -66,6 +73,25 @@ CASES = {
     "chunked-matmuls-summed-everywhere": Case(
         Layout(tp=4, dp=2, model="llama"), alone="--use-ascend-coc --coc-parallel-num 8"
     ),
+    **{
+        f"latent-attention-{name}": Case(
+            layout, both=LATENT if more is None else f"{LATENT} {QUERY_RANK} {more}"
+        )
+        for name, layout, more in (
+            ("tensor-parallel", Layout(tp=2, model="llama"), ""),
+            ("tensor-parallel-whole-latents", Layout(tp=2, model="llama"), TE_NAMES),
+            ("sequence-parallel", Layout(tp=2, sequence_parallel=True, model="llama"), "--qk-layernorm"),
+            (
+                "sequence-parallel-whole-latents",
+                Layout(tp=2, pp=2, sequence_parallel=True, model="llama"),
+                f"{TE_NAMES} --qk-layernorm",
+            ),
+            ("ring", Layout(cp=2, dp=2, model="llama", reduction="sharded"), "--qk-layernorm"),
+            ("heads-exchanged", Layout(cp=2, tp=2, context="a2a", model="llama"), ""),
+            ("keys-gathered", Layout(cp=4, context="all_gather", model="llama"), ""),
+            ("whole-queries", Layout(tp=2, pp=2, vpp=2, model="llama"), None),
+        )
+    },
     "q-and-k-norms": Case(Layout(tp=2, cp=2, model="llama"), both="--qk-layernorm"),
 }
 

@@ -50,7 +50,7 @@ __all__ = [
 
 
 # parallel_mode -> dimension of the weight [out, in] that is split
-_SPLIT_DIMENSIONS = {"column": 0, "row": 1, None: None}
+_SPLIT_DIMENSIONS = {"column": 0, "row": 1, "duplicated": None, None: None}
 
 
 class TENorm:
@@ -214,7 +214,7 @@ class TEGroupedLinear(GroupedLinear):
         stride: int = 1,
     ):
         if parallel_mode not in _SPLIT_DIMENSIONS:
-            raise ConfigError(f"parallel_mode: {parallel_mode!r} is not 'column', 'row' or None")
+            raise ConfigError(f"parallel_mode: {parallel_mode!r} is not column, row, duplicated or None")
         super().__init__(
             num_gemms,
             input_size,
@@ -292,6 +292,51 @@ class TERowParallelGroupedLinear(TEGroupedLinear):
         )
 
 
+class TELinear(LinearBase):
+    """A linear layer; ``parallel_mode`` says what is split over the group: "column" its outputs, "row" its
+    inputs, None or "duplicated" nothing: every rank has the whole weight and works on what it is given.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        parallel_mode: str | None,
+        config: TransformerConfig,
+        init_method: InitMethod,
+        bias: bool,
+        skip_bias_add: bool,
+        skip_weight_param_allocation: bool,
+        tp_comm_buffer_name: str | None = None,
+        is_expert: bool = False,
+    ):
+        if parallel_mode not in _SPLIT_DIMENSIONS:
+            raise ConfigError(f"parallel_mode: {parallel_mode!r} is not column, row, duplicated or None")
+        if skip_weight_param_allocation:
+            raise ConfigError("skip_weight_param_allocation: not offered by this layer; it needs its weight")
+        super().__init__(config, (input_size, output_size), skip_bias_add, is_expert)
+        self.parallel_mode = parallel_mode
+        self.weight, _ = new_weight(
+            config, (output_size, input_size), _SPLIT_DIMENSIONS[parallel_mode], init_method, self.place
+        )
+        is_column = parallel_mode == "column"
+        self.bias = new_bias(config, output_size, is_column, self.place) if bias else None
+        # Whole parameters that see a part of the sequence: their gradients are summed over the ranks.
+        if self.bias is not None and not is_column:
+            mark(self.bias, sequence_parallel=self.sequence_parallel)
+        if _SPLIT_DIMENSIONS[parallel_mode] is None:
+            mark(self.weight, sequence_parallel=self.sequence_parallel)
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[..., in] -> [..., out], of which one is split with "column" or "row"; and the bias or None."""
+        if self.parallel_mode == "row":
+            return self._linear_then_sum(input_, self.weight)
+        reduces = self.parallel_mode == "column" and self.communicates
+        out = self._linear(input_, self.weight, None if self.skip_bias_add else self.bias, reduces)
+        return out, self.bias if self.skip_bias_add else None
+
+
 class TEDotProductAttention(DotProductAttention):
     """Core attention with TransformerEngine's constructor."""
 
@@ -332,51 +377,6 @@ def condition_init_method(config: TransformerConfig, init_method: InitMethod) ->
 
 
 # ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
-
-
-class TELinear(LinearBase):
-    """A linear layer; ``parallel_mode`` says what is split over the group: "column" its outputs, "row" its
-    inputs, None nothing: every rank has the whole weight and works on what it is given.
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        *,
-        parallel_mode: str | None,
-        config: TransformerConfig,
-        init_method: InitMethod,
-        bias: bool,
-        skip_bias_add: bool,
-        skip_weight_param_allocation: bool,
-        tp_comm_buffer_name: str | None = None,
-        is_expert: bool = False,
-    ):
-        if parallel_mode not in _SPLIT_DIMENSIONS:
-            raise ConfigError(f"parallel_mode: {parallel_mode!r} is not 'column', 'row' or None")
-        if skip_weight_param_allocation:
-            raise ConfigError("skip_weight_param_allocation: not offered by this layer; it needs its weight")
-        super().__init__(config, (input_size, output_size), skip_bias_add, is_expert)
-        self.parallel_mode = parallel_mode
-        self.weight, _ = new_weight(
-            config, (output_size, input_size), _SPLIT_DIMENSIONS[parallel_mode], init_method, self.place
-        )
-        is_column = parallel_mode == "column"
-        self.bias = new_bias(config, output_size, is_column, self.place) if bias else None
-        # Whole parameters that see a part of the sequence: their gradients are summed over the ranks.
-        if self.bias is not None and not is_column:
-            mark(self.bias, sequence_parallel=self.sequence_parallel)
-        if parallel_mode is None:
-            mark(self.weight, sequence_parallel=self.sequence_parallel)
-
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[..., in] -> [..., out], of which one is split with "column" or "row"; and the bias or None."""
-        if self.parallel_mode == "row":
-            return self._linear_then_sum(input_, self.weight)
-        reduces = self.parallel_mode == "column" and self.communicates
-        out = self._linear(input_, self.weight, None if self.skip_bias_add else self.bias, reduces)
-        return out, self.bias if self.skip_bias_add else None
 
 
 class TECudaRNGStatesTracker(CudaRNGStatesTracker):

@@ -55,6 +55,8 @@ class Attention(MegatronModule, ABC):
         attn_mask_type: which keys a query may see.
         attention_type: ``"self"`` or ``"cross"``.
         cp_comm_type: exchange between context-parallel ranks.
+        value_width: of a head; default the config's ``kv_channels``.
+        core_options: further arguments of core attention; default the config's scale of the scores.
     """
 
     def __init__(
@@ -65,13 +67,17 @@ class Attention(MegatronModule, ABC):
         attn_mask_type: AttnMaskType,
         attention_type: str,
         cp_comm_type: str | None = None,
+        *,
+        value_width: int | None = None,
+        core_options: dict[str, Any] | None = None,
     ):
         super().__init__(config)
         self.layer_number = layer_number
         self.attn_mask_type = attn_mask_type
         self.attention_type = attention_type
-        self.query_projection_size = config.kv_channels * config.num_attention_heads
-        self.kv_projection_size = config.kv_channels * config.num_query_groups
+        width = config.kv_channels if value_width is None else value_width
+        self.query_projection_size = width * config.num_attention_heads
+        self.kv_projection_size = width * config.num_query_groups
         self.hidden_size_per_attention_head = divide(self.query_projection_size, config.num_attention_heads)
         place = tensor_parallel.Place.find(config)
         self.num_attention_heads_per_partition = place.divide(
@@ -85,7 +91,7 @@ class Attention(MegatronModule, ABC):
             attn_mask_type=attn_mask_type,
             attention_type=attention_type,
             cp_comm_type=cp_comm_type,
-            softmax_scale=config.softmax_scale,
+            **({"softmax_scale": config.softmax_scale} if core_options is None else core_options),
         )
         self.checkpoint_core_attention = (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
@@ -148,13 +154,9 @@ class Attention(MegatronModule, ABC):
                 )
             tables = (rotary_pos_cos, rotary_pos_sin, self.config.rotary_interleaved)
             query, key = (apply_rotary_pos_emb_with_cos_sin(t, *tables) for t in (query, key))
-        extras = (attention_bias, packed_seq_params)
-        if self.checkpoint_core_attention and self.training:
-            context = tensor_parallel.checkpoint(
-                self._core, False, query, key, value, attention_mask, *extras
-            )
-        else:
-            context = self._core(query, key, value, attention_mask, *extras)
+        context = self._core_or_recomputed(
+            query, key, value, attention_mask, attention_bias, packed_seq_params
+        )
         return self.linear_proj(context)
 
     def _rotate(
@@ -171,6 +173,12 @@ class Attention(MegatronModule, ABC):
             apply_rotary_pos_emb(query, of_query, self.config, cu_seqlens=starts[0]),
             apply_rotary_pos_emb(key, of_key, self.config, cu_seqlens=starts[1]),
         )
+
+    def _core_or_recomputed(self, query: Tensor, key: Tensor, value: Tensor, *extras: Any) -> Tensor:
+        """What :meth:`_core` gives; with selective recomputation only its inputs are kept."""
+        if self.checkpoint_core_attention and self.training:
+            return tensor_parallel.checkpoint(self._core, False, query, key, value, *extras)
+        return self._core(query, key, value, *extras)
 
     def _core(
         self,

@@ -11,6 +11,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
+ROPE_TYPES = ("rope", "yarn")
 RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe")
 ATTENTION_LAYOUTS = ("SBH", "BSH")
 NORMALIZATIONS = ("LayerNorm", "RMSNorm")
@@ -227,7 +228,7 @@ class MLATransformerConfig(TransformerConfig):
     """Adds the sizes of multi-head latent attention (DeepSeek-V2, section 2.1)."""
 
     multi_latent_attention: bool = True  # DeepSeek style low-rank attention
-    q_lora_rank: int = 512  # rank of the query compression
+    q_lora_rank: int | None = 512  # None: queries are not compressed; rank of the query compression
     kv_lora_rank: int = 512  # rank of the key/value compression
     qk_head_dim: int = 128  # non-rotary head width
     qk_pos_emb_head_dim: int = 64  # rotary head width
@@ -300,13 +301,34 @@ def _attention(c: TransformerConfig) -> Rules:
         c.window_size is not None and (len(c.window_size) != 2 or any(side < -1 for side in c.window_size)),
         f"window_size: {c.window_size} must be (left, right) with numbers of tokens >= 0, or -1 for no limit",
     )
+    yield from _latent_attention(c)
+
+
+def _latent_attention(c: TransformerConfig) -> Rules:
+    if not c.multi_latent_attention:
+        return
     yield (
-        c.multi_latent_attention and c.rotary_interleaved,
+        c.rotary_interleaved,
         "rotary_interleaved: multi_latent_attention has its own order of rotary pairs; leave it off",
     )
     yield (
-        c.multi_latent_attention and c.apply_rope_fusion,
+        c.apply_rope_fusion,
         "apply_rope_fusion: not available with multi_latent_attention; leave it off",
+    )
+    if not isinstance(c, MLATransformerConfig):
+        yield True, "multi_latent_attention: its sizes are fields of MLATransformerConfig; use that class"
+        return
+    yield c.rope_type not in ROPE_TYPES, f"rope_type: {c.rope_type!r} is not one of {', '.join(ROPE_TYPES)}"
+    yield (
+        c.qk_pos_emb_head_dim < 2 or c.qk_pos_emb_head_dim % 2,
+        f"qk_pos_emb_head_dim {c.qk_pos_emb_head_dim}: rotated channels come in pairs; use an even number",
+    )
+    for name in ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "v_head_dim"):
+        size = getattr(c, name)
+        yield size is not None and size < 1, f"{name} {size}: it must be at least 1"
+    yield (
+        c.rotary_scaling_factor <= 0,
+        f"rotary_scaling_factor {c.rotary_scaling_factor}: it must be positive; 1 scales nothing",
     )
 
 

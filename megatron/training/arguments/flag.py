@@ -364,9 +364,11 @@ def off_switch(name: str, dest: str, help: str = "", **facts: Any) -> Flag:
     return _flag((name,), dest, {"action": "store_false", "default": True, "help": help}, facts)
 
 
-def alike(status: Status, *flags: Flag) -> tuple[Flag, ...]:
-    """The flags, with a status that all of them have."""
-    return tuple(replace(flag, status=(*flag.status, status)) for flag in flags)
+def alike(shared: Status | NoEffect, *flags: Flag) -> tuple[Flag, ...]:
+    """The flags, with a status, or a condition without which they have no effect, that all of them have."""
+    if isinstance(shared, NoEffect):
+        return tuple(replace(flag, no_effect=(*flag.no_effect, shared)) for flag in flags)
+    return tuple(replace(flag, status=(*flag.status, shared)) for flag in flags)
 
 
 def _flag(names: tuple[str, ...], dest: str | None, options: dict[str, Any], facts: dict[str, Any]) -> Flag:

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 VOCABULARY, MAX_SEQUENCE = 128, 32
 
@@ -35,7 +35,7 @@ class GoldenCase:
     def config(self, **overrides: Any) -> TransformerConfig:
         fields = {**self.info["config"], **overrides}
         fields["activation_func"] = ACTIVATIONS[fields.pop("activation", "gelu")]
-        return TransformerConfig(**fields)
+        return (MLATransformerConfig if fields.get("multi_latent_attention") else TransformerConfig)(**fields)
 
     def model(self, te_names: bool = False, **overrides: Any) -> GPTModel:
         model_parallel_cuda_manual_seed(1)
@@ -45,15 +45,17 @@ class GoldenCase:
             if te_names
             else gpt_layer_specs.get_gpt_layer_local_spec
         )
-        spec = make(qk_layernorm=config.qk_layernorm)
+        spec = make(qk_layernorm=config.qk_layernorm, multi_latent_attention=config.multi_latent_attention)
         model = GPTModel(config, spec, VOCABULARY, MAX_SEQUENCE, **self.info["model"])
         weights = {self.te_name(name) if te_names else name: value for name, value in self.weights.items()}
         model.load_state_dict(weights, strict=True)
         return model.train()
 
-    @staticmethod
-    def te_name(name: str) -> str:
-        for local, te in gpt_layer_specs.LOCAL_TO_TE_KEYS.items():
+    def te_name(self, name: str) -> str:
+        keys = gpt_layer_specs.LOCAL_TO_TE_KEYS
+        if self.info["config"].get("multi_latent_attention"):
+            keys = gpt_layer_specs.LOCAL_TO_TE_KEYS_OF_LATENT_ATTENTION
+        for local, te in keys.items():
             name = name.replace(f".{local}", f".{te}")
         return name
 

@@ -13,6 +13,7 @@ CASES = [
     "llama_untied",
     "rope_interleaved_scaled",
     "sqrelu_qkln",
+    "mla_qlora",
 ]
 BACKENDS = [AttnBackend.auto, AttnBackend.unfused]
 RECOMPUTE = {
@@ -61,7 +62,7 @@ def test_attention_paths(golden, name, backend, layout):
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
 @pytest.mark.parametrize("how", RECOMPUTE)
-@pytest.mark.parametrize("name", ["gpt2_tied", "gqa_partial_rope"])
+@pytest.mark.parametrize("name", ["gpt2_tied", "gqa_partial_rope", "mla_qlora"])
 def test_recompute(golden, name, how, backend):
     check(golden, name, attention_backend=backend, **RECOMPUTE[how])
 
@@ -69,6 +70,24 @@ def test_recompute(golden, name, how, backend):
 @pytest.mark.parametrize("name", CASES)
 def test_transformer_engine_names(golden, name):
     check(golden, name, te_names=True, **RECOMPUTE["all parts"])
+
+
+@pytest.mark.parametrize("te_names", [False, True])
+@pytest.mark.parametrize("modules", [["mla_up_proj"], ["mla_up_proj", "core_attn"]])
+@pytest.mark.parametrize("layout", ["SBH", "BSH"])
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+def test_recomputed_heads_of_latent_attention_give_equal_gradients(
+    golden, backend, layout, modules, te_names
+):
+    check(
+        golden,
+        "mla_qlora",
+        te_names=te_names,
+        attention_backend=backend,
+        attention_layout=layout,
+        recompute_granularity="selective",
+        recompute_modules=modules,
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)

@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.gpt.parameter_count import gpt_parameter_count
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from tests.unit_tests.test_public_names import problems_in
 
 VOCABULARY, MAX_SEQUENCE = 40, 12
@@ -105,6 +105,52 @@ def test_formula_of_one_rank(positions, tied, te_names, second_of_two_ranks):
             has_output=last,
         )
         assert built == expected, (fields, first, last)
+
+
+LATENT_SWITCHES = {
+    "normalization": ["LayerNorm", "RMSNorm"],
+    "add_bias_linear": [False, True],
+    "qk_layernorm": [False, True],
+    "q_lora_rank": [None, 8],
+}
+
+
+@pytest.mark.parametrize("te_names", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_formula_of_latent_attention(te_names, ranks, request):
+    if ranks == 2:
+        request.getfixturevalue("second_of_two_ranks")
+    for values in itertools.product(*LATENT_SWITCHES.values()):
+        config = MLATransformerConfig(
+            num_layers=2,
+            hidden_size=16,
+            num_attention_heads=4,
+            ffn_hidden_size=20,
+            kv_lora_rank=10,
+            qk_head_dim=3,
+            qk_pos_emb_head_dim=2,
+            v_head_dim=5,
+            tensor_model_parallel_size=ranks,
+            perform_initialization=False,
+            init_model_with_meta_device=True,
+            **dict(zip(LATENT_SWITCHES, values, strict=True)),
+        )
+        model = GPTModel(
+            config,
+            get_gpt_decoder_block_spec(config, te_names),
+            VOCABULARY,
+            MAX_SEQUENCE,
+            position_embedding_type="rope",
+        )
+        expected = gpt_parameter_count(
+            config,
+            VOCABULARY,
+            MAX_SEQUENCE,
+            "rope",
+            tensor_parallel_size=ranks,
+            splits_latents=not te_names,
+        )
+        assert expected == sum(parameter.numel() for parameter in model.parameters()), values
 
 
 def test_published_sizes():

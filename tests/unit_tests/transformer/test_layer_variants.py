@@ -243,8 +243,6 @@ def test_slots_build_what_they_name():
 
 
 def test_what_is_not_built_says_so():
-    with pytest.raises(NotBuiltYetError, match="latent"):
-        get_gpt_layer_with_transformer_engine_spec(multi_latent_attention=True)
     with pytest.raises(NotBuiltYetError, match="mrope"):
         make_model(make_config(), position_embedding_type="mrope")
     with pytest.raises(ConfigError, match="learned_absolute"):

@@ -172,3 +172,28 @@ def test_a_single_expert_needs_no_softmax_over_all_in_other_ways():
         {"moe_router_load_balancing_type": "sinkhorn"},
     ):
         TransformerConfig(**BASE, **MOE, moe_router_topk=1, **fields)
+
+
+def test_wrong_sizes_of_latent_attention_are_refused_together():
+    with pytest.raises(ConfigError) as error:
+        MLATransformerConfig(
+            num_layers=2,
+            hidden_size=16,
+            num_attention_heads=4,
+            rope_type="llama3",
+            kv_lora_rank=0,
+            qk_pos_emb_head_dim=5,
+            rotary_scaling_factor=0.0,
+        )
+    for words in (
+        "rope_type: 'llama3'",
+        "kv_lora_rank 0",
+        "qk_pos_emb_head_dim 5",
+        "rotary_scaling_factor 0.0",
+    ):
+        assert words in str(error.value)
+
+
+def test_latent_attention_needs_its_config():
+    with pytest.raises(ConfigError, match="use that class"):
+        TransformerConfig(num_layers=2, hidden_size=16, num_attention_heads=4, multi_latent_attention=True)

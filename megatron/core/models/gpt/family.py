@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from megatron.core import parallel_state
+from megatron.core.extensions.transformer_engine import TELinear
 from megatron.core.models.family import (
     BatchShape,
     BatchTensor,
@@ -54,6 +55,7 @@ def layer_spec(
         "moe_grouped_gemm": config.moe_grouped_gemm,
         "moe_use_legacy_grouped_gemm": config.moe_use_legacy_grouped_gemm,
         "qk_layernorm": config.qk_layernorm,
+        "multi_latent_attention": config.multi_latent_attention,
     }
     if with_transformer_engine_names:
         return get_gpt_layer_with_transformer_engine_spec(**common)
@@ -154,6 +156,7 @@ def parameters(model: Any) -> int | None:
         num_layers=get_num_layers_to_build(model.config),
         has_embedding=model.pre_process,
         has_output=model.post_process,
+        splits_latents=not any(isinstance(module, TELinear) for module in model.modules()),
     )
 
 

@@ -5,8 +5,10 @@ from functools import partial
 
 from megatron.core.errors import NotBuiltYetError
 from megatron.core.extensions.transformer_engine import (
+    TEColumnParallelLinear,
     TEDotProductAttention,
     TELayerNormColumnParallelLinear,
+    TELinear,
     TENorm,
     TERowParallelLinear,
 )
@@ -17,6 +19,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.pipeline_layout import get_num_layers_to_build, get_transformer_layer_offset
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm, WrappedTorchNorm
@@ -27,6 +30,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 # Distributed checkpoints of the local layout carry the names of the TransformerEngine layout.
 LOCAL_TO_TE_KEYS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+LOCAL_TO_TE_KEYS_OF_LATENT_ATTENTION = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
 
@@ -44,7 +52,26 @@ def get_gpt_layer_with_transformer_engine_spec(
 
     The modules are this package's own and run on any device.
     """
-    _check(multi_latent_attention, fp8)
+    _warn_about_fp8(fp8)
+    mlp = get_mlp_module_spec(True, num_experts, moe_grouped_gemm, None, moe_use_legacy_grouped_gemm)
+    # Router and experts share the norm's output, so it cannot be part of a linear layer.
+    norms = {} if num_experts is None else {"pre_mlp_layernorm": TENorm}
+    if multi_latent_attention:
+        # The norm of a latent is part of the projection after it; that of the input stands alone.
+        up = TELayerNormColumnParallelLinear if qk_layernorm else TEColumnParallelLinear
+        return _layer(
+            attention=MLASelfAttentionSubmodules(
+                linear_q_proj=TEColumnParallelLinear,
+                linear_q_down_proj=TELinear,
+                linear_q_up_proj=up,
+                linear_kv_down_proj=TELinear,
+                linear_kv_up_proj=up,
+                core_attention=TEDotProductAttention,
+                linear_proj=TERowParallelLinear,
+            ),
+            mlp=mlp,
+            norms={"input_layernorm": TENorm, **norms},
+        )
     return _layer(
         attention=SelfAttentionSubmodules(
             linear_qkv=TELayerNormColumnParallelLinear,
@@ -52,9 +79,8 @@ def get_gpt_layer_with_transformer_engine_spec(
             linear_proj=TERowParallelLinear,
             **_head_norms(TENorm, qk_layernorm, qk_l2_norm),
         ),
-        mlp=get_mlp_module_spec(True, num_experts, moe_grouped_gemm, None, moe_use_legacy_grouped_gemm),
-        # Router and experts share the norm's output, so it cannot be part of a linear layer.
-        norms={} if num_experts is None else {"pre_mlp_layernorm": TENorm},
+        mlp=mlp,
+        norms=norms,
     )
 
 
@@ -69,19 +95,36 @@ def get_gpt_layer_local_spec(
     qk_l2_norm: bool | None = False,
 ) -> ModuleSpec:
     """A layer with separate norms; ``config.normalization`` chooses their kind, not the argument."""
-    _check(multi_latent_attention, fp8)
-    return _layer(
-        attention=SelfAttentionSubmodules(
+    _warn_about_fp8(fp8)
+    if multi_latent_attention:
+        norm = WrappedTorchNorm if qk_layernorm else None
+        attention: SelfAttentionSubmodules | MLASelfAttentionSubmodules = MLASelfAttentionSubmodules(
+            linear_q_proj=ColumnParallelLinear,
+            linear_q_down_proj=ColumnParallelLinear,
+            linear_q_up_proj=ColumnParallelLinear,
+            linear_kv_down_proj=ColumnParallelLinear,
+            linear_kv_up_proj=ColumnParallelLinear,
+            core_attention=DotProductAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=norm,
+            kv_layernorm=norm,
+        )
+    else:
+        attention = SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
             core_attention=DotProductAttention,
             linear_proj=RowParallelLinear,
             **_head_norms(WrappedTorchNorm, qk_layernorm, qk_l2_norm),
-        ),
+        )
+    return _layer(
+        attention=attention,
         mlp=get_mlp_module_spec(False, num_experts, moe_grouped_gemm, None, moe_use_legacy_grouped_gemm),
         norms={
             "input_layernorm": WrappedTorchNorm,
             "pre_mlp_layernorm": WrappedTorchNorm,
-            "sharded_state_dict_keys_map": dict(LOCAL_TO_TE_KEYS),
+            "sharded_state_dict_keys_map": dict(
+                LOCAL_TO_TE_KEYS_OF_LATENT_ATTENTION if multi_latent_attention else LOCAL_TO_TE_KEYS
+            ),
         },
     )
 
@@ -106,12 +149,17 @@ def get_mlp_module_spec(
     )
 
 
-def _layer(attention: SelfAttentionSubmodules, mlp: ModuleSpec, norms: dict) -> ModuleSpec:
+def _layer(
+    attention: SelfAttentionSubmodules | MLASelfAttentionSubmodules, mlp: ModuleSpec, norms: dict
+) -> ModuleSpec:
+    is_latent = isinstance(attention, MLASelfAttentionSubmodules)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
-                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+                module=MLASelfAttention if is_latent else SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=attention,
             ),
             self_attn_bda=get_bias_dropout_add,
             mlp=mlp,
@@ -124,12 +172,6 @@ def _layer(attention: SelfAttentionSubmodules, mlp: ModuleSpec, norms: dict) -> 
 def _head_norms(norm: type, qk_layernorm: bool | None, qk_l2_norm: bool | None) -> dict[str, type]:
     chosen = L2Norm if qk_l2_norm else norm if qk_layernorm else None
     return {} if chosen is None else {"q_layernorm": chosen, "k_layernorm": chosen}
-
-
-def _check(multi_latent_attention: bool | None, fp8: str | None) -> None:
-    _warn_about_fp8(fp8)
-    if multi_latent_attention:
-        raise NotBuiltYetError("multi-head latent attention", "multi_latent_attention", "Leave it out.")
 
 
 def _warn_about_fp8(fp8: str | None) -> None:

@@ -93,7 +93,8 @@ class GPTModel(LanguageModule):
                 scatter_to_sequence_parallel=scatter_embedding_sequence_parallel,
             )
         self.rotary_pos_emb = None
-        if position_embedding_type == "rope":
+        # Latent attention makes its own angles.
+        if position_embedding_type == "rope" and not config.multi_latent_attention:
             self.rotary_pos_emb = RotaryEmbedding(
                 config.kv_channels,
                 rotary_percent,

@@ -1,6 +1,10 @@
 """How many parameters a GPT has, by formula: a check on what was built."""
 
-from megatron.core.transformer.transformer_config import TransformerConfig, moe_layer_pattern
+from megatron.core.transformer.transformer_config import (
+    MLATransformerConfig,
+    TransformerConfig,
+    moe_layer_pattern,
+)
 
 
 def gpt_parameter_count(
@@ -17,6 +21,7 @@ def gpt_parameter_count(
     num_layers: int | None = None,
     has_embedding: bool = True,
     has_output: bool = True,
+    splits_latents: bool = True,
 ) -> int:
     """Parameters of the whole model, or of one rank's share of it, from its shape alone.
 
@@ -34,6 +39,8 @@ def gpt_parameter_count(
         num_layers: layers of this stage; default all from the first one on.
         has_embedding: this is the first stage.
         has_output: this is the last stage.
+        splits_latents: projections to the latents of attention are split over ranks as well; in
+            TransformerEngine's form every rank has them whole.
     """
     hidden, tp = config.hidden_size, tensor_parallel_size
     tied_here = has_embedding and share_embeddings_and_output_weights
@@ -42,7 +49,12 @@ def gpt_parameter_count(
         rows += max_sequence_length
     last_layer = config.num_layers if num_layers is None else first_layer + num_layers
     pattern = moe_layer_pattern(config)[first_layer:last_layer]
-    layers = len(pattern) * (_attention(config, tp) + 2 * _norm(config, hidden))
+    attention = (
+        _latent_attention(config, tp, tp if splits_latents else 1)
+        if isinstance(config, MLATransformerConfig)
+        else _attention(config, tp)
+    )
+    layers = len(pattern) * (attention + 2 * _norm(config, hidden))
     layers += pattern.count(False) * _mlp(config, tp)
     if any(pattern):
         layers += pattern.count(True) * _moe(config, tp, expert_parallel_size, expert_tensor_parallel_size)
@@ -62,6 +74,18 @@ def _attention(config: TransformerConfig, tp: int) -> int:
     biases = mixed if config.add_bias_linear or config.add_qkv_bias else 0
     biases += config.hidden_size if config.add_bias_linear else 0
     return weights + biases + (2 * _norm(config, width) if config.qk_layernorm else 0)
+
+
+def _latent_attention(config: MLATransformerConfig, tp: int, latent_ranks: int) -> int:
+    """Projections to the latents (split over ``latent_ranks``), to the heads, and back; norms of latents."""
+    heads, h = config.num_attention_heads // tp, config.hidden_size
+    rank_q, rank_kv, turned = config.q_lora_rank, config.kv_lora_rank, config.qk_pos_emb_head_dim
+    query = heads * (config.qk_head_dim + turned)
+    weights = heads * (config.qk_head_dim + config.v_head_dim) * rank_kv + heads * config.v_head_dim * h
+    weights += query * (h if rank_q is None else rank_q)
+    weights += ((rank_kv + turned) // latent_ranks + (rank_q or 0) // latent_ranks) * h
+    norms = _norm(config, rank_kv) + (0 if rank_q is None else _norm(config, rank_q))
+    return weights + (h if config.add_bias_linear else 0) + (norms if config.qk_layernorm else 0)
 
 
 def _mlp(config: TransformerConfig, tp: int) -> int:

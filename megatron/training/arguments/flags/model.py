@@ -21,7 +21,6 @@ from megatron.training.arguments.values import attention_backend
 NO_LAYER_FILE = Refused(
     "per-layer architectures from a file are not part of this project", "give the sizes as flags"
 )
-LATENT_ATTENTION = NotBuilt("multi-latent attention")
 MULTI_TOKEN = NotBuilt("multi-token prediction")
 GROK_LAYER = NotBuilt("the Grok layer")
 RELATIVE_BIAS = NotBuilt("relative position bias")
@@ -63,7 +62,13 @@ NETWORK = Group(
             help="pick the attention implementation (auto/flash/fused/unfused/local)",
         ),
         value("--kv-channels", type=int, bounds=at_least(1), most=2**31 - 1, help="per-head width"),
-        switch("--group-query-attention", help="switch on grouped-query attention"),
+        switch(
+            "--group-query-attention",
+            no_effect=unless(
+                lambda a: not a.multi_latent_attention, "latent attention has a key for every head"
+            ),
+            help="switch on grouped-query attention",
+        ),
         value(
             "--num-query-groups",
             type=int,
@@ -219,7 +224,7 @@ NETWORK = Group(
         switch(
             "--untie-embeddings-and-output-weights", help="separate output projection from input embedding"
         ),
-        switch("--multi-latent-attention", status=LATENT_ATTENTION, help="DeepSeek style low-rank attention"),
+        switch("--multi-latent-attention", help="DeepSeek style low-rank attention"),
         value(
             "--mtp-num-layers", type=int, status=MULTI_TOKEN, help="number of multi-token-prediction layers"
         ),
@@ -295,15 +300,48 @@ INITIALIZATION = Group(
 LATENT = Group(
     "mla",
     alike(
-        LATENT_ATTENTION,
-        value("--q-lora-rank", type=int, help="rank of the query compression"),
-        value("--kv-lora-rank", type=int, default=32, help="rank of the key/value compression"),
-        value("--qk-head-dim", type=int, default=128, help="non-rotary head width"),
-        value("--qk-pos-emb-head-dim", type=int, default=64, help="rotary head width"),
-        value("--v-head-dim", type=int, default=128, help="value head width"),
-        value("--rotary-scaling-factor", type=float, default=1.0, help="YaRN factor"),
-        value("--mscale", type=float, default=1.0, help="YaRN magnitude scale"),
-        value("--mscale-all-dim", type=float, default=1.0, help="YaRN magnitude scale over all dims"),
+        without("--multi-latent-attention"),
+        value(
+            "--q-lora-rank",
+            type=int,
+            bounds=at_least(1),
+            most=10**6,
+            help="rank of the query compression; without it queries are not compressed",
+        ),
+        value(
+            "--kv-lora-rank",
+            type=int,
+            default=32,
+            bounds=at_least(1),
+            most=10**6,
+            help="rank of the key/value compression",
+        ),
+        value(
+            "--qk-head-dim",
+            type=int,
+            default=128,
+            bounds=at_least(1),
+            most=10**6,
+            help="non-rotary head width",
+        ),
+        value(
+            "--qk-pos-emb-head-dim",
+            type=int,
+            default=64,
+            bounds=at_least(2),
+            most=10**6,
+            help="rotary head width",
+        ),
+        value("--v-head-dim", type=int, default=128, bounds=at_least(1), most=10**6, help="value head width"),
+        value("--rotary-scaling-factor", type=float, default=1.0, bounds=above(0), help="YaRN factor"),
+        value("--mscale", type=float, default=1.0, bounds=at_least(0), help="YaRN magnitude scale"),
+        value(
+            "--mscale-all-dim",
+            type=float,
+            default=1.0,
+            bounds=at_least(0),
+            help="YaRN magnitude scale over all dims",
+        ),
     ),
 )
 

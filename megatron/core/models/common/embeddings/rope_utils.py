@@ -23,7 +23,8 @@ def apply_rotary_pos_emb(
     Args:
         t: [s, b, n, d], or with ``cu_seqlens`` rows of all sequences, [t, n, d] or [t, 1, n, d].
         freqs: angles [s, 1, 1, d_rot] with d_rot <= d; channels beyond d_rot pass through.
-        config: ``rotary_interleaved`` chooses which channels form a pair.
+        config: ``rotary_interleaved`` chooses which channels form a pair. With ``multi_latent_attention``
+            pairs are neighbours as well, and leave in the order even channels, then odd ones.
         cu_seqlens: where packed sequences begin, and where the last one ends; positions start anew in each.
             Context-parallel ranks hold chunks of every sequence, and ``freqs`` all positions.
         mscale: factor of the rotated part.
@@ -33,10 +34,10 @@ def apply_rotary_pos_emb(
     """
     if cu_seqlens is not None:
         freqs = freqs[_packed_positions(cu_seqlens, t.shape[0], freqs.shape[0]).to(freqs.device)]
+    options = (config.rotary_interleaved, config.multi_latent_attention, mscale)
     if t.dim() == 3:
-        rotated = _apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs, config.rotary_interleaved, mscale=mscale)
-        return rotated.squeeze(1)
-    return _apply_rotary_pos_emb_bshd(t, freqs, config.rotary_interleaved, mscale=mscale)
+        return _apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs, *options).squeeze(1)
+    return _apply_rotary_pos_emb_bshd(t, freqs, *options)
 
 
 def apply_rotary_pos_emb_with_cos_sin(
