@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 _LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
+# A parameter of one expert, and one of all experts of a rank.
+_ONE_EXPERT = re.compile(r"(.*\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)(.*)")
+_ALL_EXPERTS = re.compile(r"(.*\.experts\.weight)([12])")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,45 @@ def piece_of(param: nn.Parameter, value: Tensor, tp_rank: int, tp_size: int) -> 
     if tp_size == 1 or not getattr(param, "tensor_model_parallel", False):
         return Piece(value)
     return Piece(value, tp_rank, tp_size, param.partition_dim, param.partition_stride)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Where a rank's experts are among all.
+
+    Attributes:
+        ep_rank, ep_size: of expert parallelism.
+        part, parts: of expert tensor parallelism.
+        count: experts of a layer.
+        gated: the first weight holds a gate and the other half.
+    """
+
+    ep_rank: int
+    ep_size: int
+    part: int
+    parts: int
+    count: int
+    gated: bool
+
+    def pieces(self, name: str, param: nn.Parameter, value: Tensor) -> dict[str, Piece] | None:
+        """Pieces of the experts that a parameter holds, by their numbers among all; None for other ones."""
+        local = self.count // self.ep_size
+        first = self.ep_rank * local
+        if match := _ONE_EXPERT.fullmatch(name):
+            before, index, after = match.groups()
+            piece = piece_of(param, value, self.part, self.parts)
+            return {f"{before}{first + int(index)}{after}": piece}
+        if match := _ALL_EXPERTS.fullmatch(name):
+            is_first = match[2] == "1"
+            # [h, experts * f] or [experts * f, h]; in memory expert by expert
+            rows = value.shape[0] if is_first else value.shape[0] // local
+            blocks = value.reshape(local, rows, -1)
+            stride = 2 if is_first and self.gated else 1
+            return {
+                f"{name}.{first + i}": Piece(block, self.part, self.parts, int(is_first), stride)
+                for i, block in enumerate(blocks)
+            }
+        return None
 
 
 def join(pieces: Iterable[Piece]) -> Tensor:

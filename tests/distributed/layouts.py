@@ -44,6 +44,11 @@ MODELS = {
     " --ffn-hidden-size 96 --untie-embeddings-and-output-weights --disable-bias-linear"
     " --no-rope-fusion",
 }
+# Two dense layers' width in experts, so that a pipeline stage has layers of one kind and of both.
+MODELS["moe"] = MODELS["llama"] + (
+    " --num-experts 4 --moe-ffn-hidden-size 32 --first-k-dense-replace 1 --moe-layer-freq 1"
+    " --n-shared-experts 1 --shared-expert-gate"
+)
 PADDED_VOCAB = 512
 
 
@@ -62,6 +67,10 @@ class Layout:
     context: str = "p2p"
     stages: str = "even"
     pipeline: str = "overlap"
+    ep: int = 1
+    etp: int | None = None
+    experts: str = ""
+    """Words about experts."""
 
     @property
     def world_size(self) -> int:
@@ -95,6 +104,10 @@ class Layout:
             words.append("--sequence-parallel")
         if self.cp > 1:
             words.append(CONTEXT[self.context].format(inner=2, outer=self.cp // 2))
+        if self.model == "moe":
+            words.append(f"--expert-model-parallel-size {self.ep} {self.experts}")
+            if self.etp is not None:
+                words.append(f"--expert-tensor-parallel-size {self.etp}")
         words += [REDUCTIONS[self.reduction], STAGES[self.stages], PIPELINE[self.pipeline]]
         words.append(f"--micro-batch-size {GLOBAL_BATCH // self.dp // self.microbatches}")
         words.append(f"--make-vocab-size-divisible-by {PADDED_VOCAB // self.tp}")
@@ -130,7 +143,7 @@ class Layout:
 
 
 _CHOICES = {
-    "model": list(MODELS),
+    "model": ["gpt", "llama"],
     "sequence_parallel": [False, True],
     "reduction": list(REDUCTIONS),
     "context": list(CONTEXT),

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from tests.distributed.full_tensors import Piece, global_names, piece_of
+from tests.distributed.full_tensors import Experts, Piece, global_names, piece_of
 
 
 @dataclass
@@ -107,7 +107,16 @@ def gradients(model: list[torch.nn.Module]) -> dict[str, Piece]:
     from megatron.core import parallel_state as ps
     from megatron.training import get_args
 
-    tied = not get_args().untie_embeddings_and_output_weights
+    args = get_args()
+    tied = not args.untie_embeddings_and_output_weights
+    experts = Experts(
+        ps.get_expert_model_parallel_rank(),
+        ps.get_expert_model_parallel_world_size(),
+        ps.get_expert_tensor_parallel_rank(),
+        ps.get_expert_tensor_parallel_world_size(),
+        args.num_experts or 0,
+        args.swiglu,
+    )
     found: dict[str, Piece] = {}
     for chunk in model:
         reduced = _gathered(chunk) if chunk.ddp_config.use_distributed_optimizer else {}
@@ -117,6 +126,10 @@ def gradients(model: list[torch.nn.Module]) -> dict[str, Piece]:
         names = global_names(module, tied)
         for name, param in module.named_parameters():
             value = reduced.get(param, param.main_grad).detach().clone()
+            of_experts = experts.pieces(names[name], param, value)
+            if of_experts is not None:
+                found.update(of_experts)
+                continue
             piece = piece_of(
                 param,
                 value,
@@ -132,7 +145,7 @@ def gradients(model: list[torch.nn.Module]) -> dict[str, Piece]:
 def _gathered(chunk: torch.nn.Module) -> dict[torch.nn.Parameter, torch.Tensor]:
     """Gradients put together from the shards that data-parallel ranks hold of each bucket."""
     whole = {}
-    for buffer in chunk.buffers:
+    for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
         grad_data = buffer.grad_data.clone()
         group = buffer.data_parallel_group
         for bucket in buffer.buckets:

@@ -69,6 +69,34 @@ def virtual_stages(args: Namespace, given: Collection[str]) -> list[str]:
     return []
 
 
+def experts(args: Namespace, given: Collection[str]) -> list[str]:
+    """Other spellings of where experts are, how many are shared, and which layers have them."""
+    if args.num_experts == 0:
+        args.num_experts = None
+    if args.moe_tp_extend_ep:
+        args.expert_model_parallel_size *= args.tensor_model_parallel_size
+        args.expert_tensor_parallel_size = 1
+        args.moe_tp_extend_ep = False
+    width = args.moe_ffn_hidden_size or args.ffn_hidden_size
+    if args.n_shared_experts and args.moe_shared_expert_intermediate_size is None and width:
+        args.moe_shared_expert_intermediate_size = args.n_shared_experts * width
+    _dense_first_layers(args)
+    return []
+
+
+def _dense_first_layers(args: Namespace) -> None:
+    """-1 means every layer, and --first-k-dense-replace that the first ones have no experts."""
+    if args.moe_layer_freq == -1:
+        args.moe_layer_freq = 1
+    dense, frequency, layers = args.first_k_dense_replace, args.moe_layer_freq, args.num_layers
+    if dense is None or not isinstance(frequency, int) or frequency < 1 or not layers or layers < 1:
+        return
+    if dense < 1:
+        args.moe_layer_freq = 1
+    elif dense < layers:
+        args.moe_layer_freq = [int(layer >= dense and layer % frequency == 0) for layer in range(layers)]
+
+
 def parallel_layout(args: Namespace, given: Collection[str]) -> list[str]:
     """Sizes of the groups, and what a single tensor rank switches off."""
     tp, pp, cp = (
@@ -277,8 +305,6 @@ def skipped_iterations(args: Namespace, given: Collection[str]) -> list[str]:
 
 def normalize_aliases(args: Namespace, given: Collection[str]) -> list[str]:
     """Values with another spelling."""
-    if args.num_experts == 0:
-        args.num_experts = None
     args.cross_entropy_fusion_impl = "native"
     if args.npu_deterministic:
         args.deterministic_mode = True
@@ -293,6 +319,7 @@ STEPS: tuple[Derivation, ...] = (
     batch_size,
     depth_and_length,
     widths,
+    experts,
     positions,
     biases,
     attention,

@@ -70,9 +70,9 @@ RECOMPUTE = Group(
             "--recompute-modules",
             nargs="*",
             status=NotBuilt(
-                "recompute of experts and latent projections",
-                "choose among core_attn, layernorm and mlp",
-                asks=lambda modules: bool(set(modules or ()) & {"moe_act", "mla_up_proj", "moe"}),
+                "recompute of latent projections",
+                "choose among core_attn, layernorm, mlp, moe and moe_act",
+                asks=lambda modules: "mla_up_proj" in (modules or ()),
             ),
             no_effect=(
                 without("--recompute-granularity"),

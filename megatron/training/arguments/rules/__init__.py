@@ -3,6 +3,6 @@
 What one flag needs, excludes or may be stands on its row.
 """
 
-from megatron.training.arguments.rules import model, parallel, run, training
+from megatron.training.arguments.rules import model, moe, parallel, run, training
 
-RULES = (*model.RULES, *parallel.RULES, *training.RULES, *run.RULES)
+RULES = (*model.RULES, *moe.RULES, *parallel.RULES, *training.RULES, *run.RULES)

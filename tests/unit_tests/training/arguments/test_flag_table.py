@@ -28,6 +28,7 @@ OWN_TIERS = {
     "--noop-layers": "core",
     # Accepted at least, says the table; here they work.
     "--log-straggler": "core",
+    "--moe-use-legacy-grouped-gemm": "core",
     "--disable-straggler-on-startup": "core",
     "--straggler-ctrlr-port": "core",
     "--straggler-minmax-count": "core",
@@ -37,8 +38,12 @@ OWN_FLAGS = {
     "--disable-override",
     "--hccl-group-buffer",
     "--log-arguments",
+    "--moe-intermediate-size",
+    "--moe-tp-extend-ep",
+    "--n-shared-experts",
     "--pipeline-schedule",
     "--rendezvous-timeout",
+    "--shared-expert-gate",
 }
 
 

@@ -32,7 +32,7 @@ COMPANIONS = {
 SAMPLES = {
     "--inference-batch-times-seqlen-threshold": "-1",
     "--spec": "mindspeed_llm.tasks.models.spec.grok_spec layer_spec",
-    "--recompute-modules": "core_attn moe",
+    "--recompute-modules": "core_attn mla_up_proj",
     "--position-embedding-type": "relative",
     "--non-persistent-ckpt-type": "global",
     "--ckpt-format": "torch_dist",
