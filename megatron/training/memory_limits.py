@@ -3,6 +3,7 @@
 Every estimate is a lower bound by closed form: a run that is refused would have ended for want of memory.
 """
 
+import math
 import os
 from argparse import Namespace
 from collections.abc import Callable, Collection
@@ -10,8 +11,9 @@ from copy import copy
 
 from megatron.core import accelerator
 from megatron.core.errors import ConfigError
+from megatron.training.data.batch import sends_attention_mask
 from megatron.training.global_vars import get_unread_flags
-from megatron.training.model_family import batch_shape, model_family, model_shape
+from megatron.training.model_family import batch_shape, memory_estimate, model_family
 
 GIB = 2**30
 # Bytes per sample of a built index: its position in the shuffled order, and the start of its tokens.
@@ -68,7 +70,7 @@ def _device_bytes(args: Namespace) -> float:
 
 def _parameters(args: Namespace) -> float:
     """Weights of linear layers and embeddings of the first pipeline stage, on one tensor-parallel rank."""
-    estimate = model_family(args).memory(model_shape(args), batch_shape(args, args.micro_batch_size))
+    estimate = memory_estimate(args)
     layers = args.num_layers // args.pipeline_model_parallel_size
     split = layers * estimate.layer_weights + estimate.table_parameters
     table = args.max_position_embeddings if args.position_embedding_type == "learned_absolute" else 0
@@ -87,20 +89,26 @@ def _bytes_per_parameter(args: Namespace) -> float:
 
 
 def _largest_activation(args: Namespace) -> float:
-    """Bytes of the largest among logits, MLP activations, residual stream and explicit masks."""
-    tokens = args.micro_batch_size * args.seq_length / args.context_parallel_size
-    element = 2 if args.fp16 or args.bf16 else 4
-    split = args.tensor_model_parallel_size
-    sizes = [
-        tokens * args.hidden_size * element / (split if args.sequence_parallel else 1),
-        tokens * args.ffn_hidden_size * element / split,
-        8 * args.micro_batch_size * args.seq_length,
+    """Bytes of the largest among residual stream, MLP activations, logits and a micro-batch's tensors."""
+    estimate, split = memory_estimate(args), args.tensor_model_parallel_size
+    computed = [
+        estimate.residual_stream / (split if args.sequence_parallel else 1),
+        estimate.mlp_activations / split,
     ]
     if args.pipeline_model_parallel_size == 1:
-        sizes.append(tokens * args.padded_vocab_size * element / split)
-    if args.reset_attention_mask and args.create_attention_mask_in_dataloader:
-        sizes.append(args.micro_batch_size * args.seq_length**2)
-    return max(sizes)
+        computed.append(estimate.logits / split)
+    element = 2 if args.fp16 or args.bf16 else 4
+    return max(max(computed) * element / args.context_parallel_size, _largest_batch_tensor(args))
+
+
+def _largest_batch_tensor(args: Namespace) -> float:
+    """Bytes of the largest tensor of a micro-batch, which every rank reads or receives whole."""
+    shape, with_mask = batch_shape(args, args.micro_batch_size), sends_attention_mask(args)
+    return max(
+        math.prod(tensor.shape(shape)) * tensor.dtype.itemsize
+        for tensor in model_family(args).batch.values()
+        if with_mask or not tensor.is_attention_mask
+    )
 
 
 def _host_bytes(args: Namespace) -> float:

@@ -2,7 +2,13 @@
 
 from argparse import Namespace
 
-from megatron.core.models.family import BatchShape, ModelFamily, ModelShape, get_model_family
+from megatron.core.models.family import (
+    BatchShape,
+    MemoryEstimate,
+    ModelFamily,
+    ModelShape,
+    get_model_family,
+)
 
 # Of scripts that do not say which.
 DEFAULT_FAMILY = "gpt"
@@ -32,14 +38,19 @@ def model_shape(args: Namespace) -> ModelShape:
         num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
         kv_channels=args.kv_channels,
         gated_linear_unit=args.swiglu or getattr(args, "glu_gate_last", False),
-        vocab_size=args.padded_vocab_size,
+        vocab_size=args.padded_vocab_size or 0,
         **experts,
     )
 
 
 def batch_shape(args: Namespace, sequences: int) -> BatchShape:
     """Sizes of a batch of so many sequences."""
-    return BatchShape(sequences, args.seq_length)
+    return BatchShape(sequences, args.seq_length, getattr(args, "decoder_seq_length", None))
+
+
+def memory_estimate(args: Namespace) -> MemoryEstimate:
+    """What the formulas of the family say of the model and one micro-batch; all ranks together."""
+    return model_family(args).memory(model_shape(args), batch_shape(args, args.micro_batch_size))
 
 
 def _num_moe_layers(args: Namespace) -> int:

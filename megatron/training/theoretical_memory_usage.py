@@ -7,8 +7,7 @@ module divides them among ranks.
 from argparse import Namespace
 from dataclasses import dataclass
 
-from megatron.core.models.family import MemoryEstimate
-from megatron.training.model_family import batch_shape, model_family, model_shape
+from megatron.training.model_family import memory_estimate
 
 MEBIBYTE = 2**20
 # Name, size, and the smallest number that is printed in it: 0.01 billion is, as in the original.
@@ -37,14 +36,9 @@ class ParameterEstimate:
     other_shards: float
 
 
-def _estimate(args: Namespace) -> MemoryEstimate:
-    """What the model's formulas say of one micro-batch."""
-    return model_family(args).memory(model_shape(args), batch_shape(args, args.micro_batch_size))
-
-
 def estimate_parameters(args: Namespace) -> ParameterEstimate:
     """Numbers of parameters that the arguments imply."""
-    estimate = _estimate(args)
+    estimate = memory_estimate(args)
     block, table = estimate.block_parameters, estimate.table_parameters
     stages, tensor_ranks = args.pipeline_model_parallel_size, args.tensor_model_parallel_size
     untied = args.untie_embeddings_and_output_weights
@@ -101,7 +95,7 @@ def compute_activation_memory(args: Namespace, num_microbatches: int | None, ver
         verbose: print the parts.
     """
     stages, tensor_ranks = args.pipeline_model_parallel_size, args.tensor_model_parallel_size
-    estimate = _estimate(args)
+    estimate = memory_estimate(args)
     per_layer = estimate.layer_activations
     # The embedding keeps its inputs for every micro-batch in flight.
     total = per_layer * args.num_layers + estimate.input_activations * stages

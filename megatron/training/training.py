@@ -159,9 +159,8 @@ def pretrain(
         model_family: name in ``megatron.core.models.family.FAMILIES``, for batch keys and cost formulas.
     """
     family = get_model_family(model_family).name
-    _initialize(extra_args_provider, args_defaults, get_embedding_ranks, get_position_embedding_ranks)
+    _initialize(extra_args_provider, args_defaults, get_embedding_ranks, get_position_embedding_ranks, family)
     args, timers = get_args(), get_timers()
-    args.model_family = family
 
     timers("model-and-optimizer-setup", log_level=0).start(barrier=True)
     model, optimizer, scheduler = setup_model_and_optimizer(model_provider, model_type)
@@ -231,13 +230,14 @@ def _initialize(
     args_defaults: Mapping[str, Any],
     get_embedding_ranks: Callable | None,
     get_position_embedding_ranks: Callable | None,
+    model_family: str,
 ) -> None:
     """Everything before the model: arguments, process groups, the directory to save in."""
     if signals := stop_signals.installed():
         signals.describe = lambda: stop_signals.BEFORE_TRAINING
     finish = initialize_megatron(
         extra_args_provider,
-        args_defaults,
+        {**(args_defaults or {}), "model_family": model_family},
         get_embedding_ranks=get_embedding_ranks,
         get_position_embedding_ranks=get_position_embedding_ranks,
         on_validated=partial(record_reads, args_defaults or {}),

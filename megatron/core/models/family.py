@@ -34,7 +34,7 @@ class ModelShape:
     kv_channels: int
     gated_linear_unit: bool
     vocab_size: int
-    """Rows of the embedding, padding included."""
+    """Rows of the embedding, padding included; 0 before the tokenizer is known."""
     num_moe_layers: int = 0
     """How many of the layers have experts in place of an MLP."""
     num_moe_experts: int | None = None
@@ -51,6 +51,9 @@ class BatchShape:
 
     sequences: int
     sequence_length: int
+    """Of the encoder, in a model that has encoder and decoder."""
+    decoder_sequence_length: int | None = None
+    """Of such a model's decoder; None where the run names none."""
 
 
 class Stages(Flag):
@@ -80,7 +83,11 @@ class BatchTensor:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Parameters, and bytes of activations that one micro-batch keeps until backward; all ranks together."""
+    """Parameters and activations of one micro-batch; all ranks together.
+
+    Activations that are kept until backward are in bytes. Single tensors are in elements, because the run
+    decides their type.
+    """
 
     layer_weights: float
     """Weights of the linear layers in one layer without experts."""
@@ -94,6 +101,16 @@ class MemoryEstimate:
     """Of the embedding."""
     output_activations: float
     """Of the output layer and the loss."""
+    residual_stream: float
+    """Elements of what one layer hands to the next."""
+    attention_tensors: float
+    """Elements of queries, keys, values and the output of attention, in one layer."""
+    mlp_activations: float
+    """Elements of the output of the MLP's activation function, in one layer without experts."""
+    linear_inputs: float
+    """Elements of the inputs of all linear layers, in one layer without experts."""
+    logits: float
+    """Elements of the output layer's result."""
 
 
 @dataclass(frozen=True)

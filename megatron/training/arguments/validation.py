@@ -83,10 +83,11 @@ def _check(args: Namespace, defaults: Mapping[str, Any]) -> Outcome:
     broken = [problem for rule in (*checks.RULES, *RULES) for problem in rule(args, given)]
     outcome.problems = refused + [problem for problem in broken if problem.flag not in refused_flags]
     outcome.problems = _as_typed(outcome.problems, given)
-    outcome.notes += checks.notices_about(args, given)
-    outcome.notes += checks.warnings_about(args, given).values()
     if not outcome.problems:
         outcome.problems = _config_problems(args)
+    if not outcome.problems:
+        outcome.notes += checks.notices_about(args, given)
+        outcome.notes += checks.warnings_about(args, given).values()
     for flag in ALL_FLAGS:
         if isinstance(flag.refusal, Withdrawn):
             vars(args).pop(flag.dest, None)

@@ -97,6 +97,8 @@ def memory(shape: ModelShape, batch: BatchShape) -> MemoryEstimate:
     Transformer Models", section 5, for an MLP of width f instead of 4h.
     """
     tokens, h = batch.sequences * batch.sequence_length, shape.hidden_size
+    attention_width = shape.num_attention_heads * shape.kv_channels
+    key_width = shape.num_query_groups * shape.kv_channels
     weights = _layer_weights(shape, moe=False)
     block = (shape.num_layers - shape.num_moe_layers) * weights
     if shape.num_moe_layers:
@@ -113,6 +115,12 @@ def memory(shape: ModelShape, batch: BatchShape) -> MemoryEstimate:
         input_activations=8 * tokens + tokens * h,
         # The input of the output layer, and the logits, kept as fp32 for the loss.
         output_activations=tokens * h * 4 * (1 + shape.vocab_size / h),
+        residual_stream=tokens * h,
+        attention_tensors=tokens * 2 * (attention_width + key_width),
+        mlp_activations=tokens * shape.ffn_hidden_size,
+        # Of queries, keys and values; of the projection; and of the two layers of the MLP.
+        linear_inputs=tokens * (2 * h + attention_width + shape.ffn_hidden_size),
+        logits=tokens * shape.vocab_size,
     )
 
 
