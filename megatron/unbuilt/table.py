@@ -45,14 +45,6 @@ FEATURES = [
         "a mixture of experts",
         "Train a dense model: leave out --num-experts.",
         """
-        megatron.core.distributed.finalize_model_grads: _update_router_expert_bias
-        megatron.core.transformer.moe.moe_utils: MoEAuxLossAutoScaler clear_aux_losses_tracker
-            get_capacity get_updated_expert_bias group_limited_topk maybe_move_tensor_to_cpu permute
-            reduce_aux_losses_tracker_across_ranks save_to_aux_losses_tracker
-            sequence_load_balancing_loss_func sinkhorn sort_chunks_by_idxs
-            switch_load_balancing_loss_func topk_softmax_with_capacity track_moe_metrics unpermute
-            z_loss_func
-        megatron.core.transformer.moe.router: MoEAuxLossAutoScaler Router TopKRouter
         megatron.core.transformer.moe.upcycling_utils: load_and_upcycle_model upcycle_state_dict
         """,
     ),

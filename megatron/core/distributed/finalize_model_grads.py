@@ -10,6 +10,8 @@ from megatron import unbuilt
 from megatron.core import accelerator, parallel_state
 from megatron.core.errors import NotBuiltYetError, UsageError
 from megatron.core.timers import timed
+from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 
@@ -24,7 +26,8 @@ def finalize_model_grads(model: list[torch.nn.Module], num_tokens: Tensor | None
     token.
 
     In order: data-parallel reduction; sums over tensor-parallel ranks of what each of them computed from a
-    part of the sequence, or from its heads; sums over the copies of tied embeddings; division by tokens.
+    part of the sequence, or from its heads; sums over the copies of tied embeddings; the biases of
+    experts; division by tokens.
 
     Args:
         model: DDP-wrapped chunks of this rank.
@@ -55,6 +58,8 @@ def finalize_model_grads(model: list[torch.nn.Module], num_tokens: Tensor | None
         with timed(config, "embedding-grads-all-reduce"):
             _allreduce_word_embedding_grads(model, config)
             _allreduce_position_embedding_grads(model, config)
+    if config.moe_router_enable_expert_bias:
+        _update_router_expert_bias(model, config)
     if num_tokens is not None:
         # Without any token the gradients are zero, and stay so.
         mean = 1.0 / _sum_tokens(num_tokens).clamp(min=1).float()
@@ -90,6 +95,26 @@ def _allreduce_layernorm_grads(model: list[torch.nn.Module], config: Transformer
         dist.all_reduce(flat, group=group)
         pieces = flat.split([grad.numel() for grad in members])
         torch._foreach_copy_(members, [p.view_as(g) for p, g in zip(pieces, members, strict=True)])
+
+
+def _update_router_expert_bias(model: list[torch.nn.Module], config: TransformerConfig) -> None:
+    """Moves the bias of every expert towards an even load, by the tokens of this step on all ranks."""
+    routers = [
+        module
+        for chunk in model
+        for module in chunk.modules()
+        if isinstance(module, TopKRouter) and module.expert_bias is not None
+    ]
+    if not routers:
+        return
+    counts, biases = (
+        torch.stack([getattr(router, name) for router in routers])
+        for name in ("local_tokens_per_expert", "expert_bias")
+    )
+    updated = get_updated_expert_bias(counts, biases, config.moe_router_bias_update_rate)
+    for router, bias in zip(routers, updated, strict=True):
+        router.expert_bias.copy_(bias)
+        router.local_tokens_per_expert.zero_()
 
 
 def _allreduce_conditional_embedding_grads(model: list[torch.nn.Module], config: TransformerConfig) -> None:

@@ -53,7 +53,7 @@ def topk_routing(
     scores = wide.sigmoid() if score_function == "sigmoid" else wide.softmax(-1) if pre_softmax else wide
     ranked = scores.detach() if expert_bias is None else scores.detach() + expert_bias
     if num_groups is not None and group_topk is not None:
-        ranked = _within_best_groups(ranked, num_groups, group_topk, topk // group_topk)
+        ranked = limit_to_best_groups(ranked, num_groups, group_topk, topk // group_topk)
     experts = ranked.topk(topk, dim=-1).indices
     weights = scores.gather(-1, experts)
     if score_function == "sigmoid":
@@ -66,7 +66,7 @@ def topk_routing(
     return weights.to(logits.dtype), experts
 
 
-def _within_best_groups(scores: Tensor, num_groups: int, group_topk: int, best: int) -> Tensor:
+def limit_to_best_groups(scores: Tensor, num_groups: int, group_topk: int, best: int) -> Tensor:
     """-inf for experts outside the ``group_topk`` groups of which the ``best`` experts sum up highest."""
     groups = scores.unflatten(-1, (num_groups, -1))  # [t, E] -> [t, groups, E/groups]
     chosen = groups.topk(best, dim=-1).values.sum(-1).topk(group_topk, dim=-1).indices

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from megatron.core import parallel_state
+from megatron.core import accelerator, parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.errors import UsageError
 from megatron.core.pipeline_parallel.compat import (
@@ -41,6 +41,7 @@ from megatron.core.pipeline_parallel.transport import Shapes, get_tensor_shapes
 from megatron.core.tensor_parallel import deferred_gradients
 from megatron.core.tensor_parallel.replica_streams import replica_streams
 from megatron.core.timers import timed
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 __all__ = [
@@ -258,6 +259,8 @@ def forward_step(
         arguments = (data_iterator, model)
         if checkpoint_activations_microbatch is not None:
             arguments += (checkpoint_activations_microbatch,)
+        if getattr(config, "num_moe_experts", None):
+            MoEAuxLossAutoScaler.set_loss_scale(_auxiliary_loss_scale(num_microbatches, config))
         with _autocast(model, config):
             output, loss_func = forward_step_func(*arguments)
         num_tokens = torch.zeros((), dtype=torch.int64)
@@ -270,6 +273,20 @@ def forward_step(
     if isinstance(input_tensor, list) and not isinstance(output, list):
         output = [output]
     return output, num_tokens
+
+
+def _auxiliary_loss_scale(num_microbatches: int, config: Any) -> Tensor:
+    """What the loss of one micro-batch is multiplied by before backward, for losses inside the layers.
+
+    The factors are those of :func:`_loss_and_report` and :func:`backward_step`.
+    """
+    scale = torch.ones((), device=accelerator.current_device())
+    if config.grad_scale_func is not None:
+        scale = config.grad_scale_func(scale)
+    if averages_per_token(config):
+        return scale
+    parts = parallel_state.get_context_parallel_world_size() if parallel_state.is_initialized() else 1
+    return scale * (max(parts, 1) / num_microbatches)
 
 
 def _autocast(model: torch.nn.Module, config: Any) -> contextlib.AbstractContextManager[Any]:

@@ -125,6 +125,12 @@ class TransformerConfig(ModelParallelConfig):
     moe_router_score_function: str = "softmax"  # softmax or sigmoid scores
     moe_router_dtype: str | None = None  # routing precision fp32/fp64
     moe_router_enable_expert_bias: bool = False  # bias-based balancing without aux loss
+    moe_router_force_load_balancing: bool = False  # experts in turn, whatever the scores say (benchmarks)
+    norm_topk_prob: bool = False  # weights of a token's experts divided by their sum
+    seq_aux: bool = False  # balancing losses over each sequence, with types none and group_limited_greedy
+    moe_device_level_aux_loss_coeff: float = 0.0  # loss on the load of groups, with group_limited_greedy
+    moe_comm_aux_loss_coeff: float = 0.0  # loss on the traffic to groups, with group_limited_greedy
+    log_moe_balance: bool = False  # count the loads of experts
     moe_router_bias_update_rate: float = 0.001  # step of the expert bias
     moe_grouped_gemm: bool = False  # batch the experts' GEMMs
     moe_use_legacy_grouped_gemm: bool = False  # older grouped GEMM class
@@ -512,28 +518,48 @@ def _moe_dispatch(c: TransformerConfig) -> Rules:
 
 
 def _moe_routing(c: TransformerConfig, experts: int) -> Rules:
-    groups, kept = c.moe_router_num_groups, c.moe_router_group_topk
     yield (
         c.moe_router_enable_expert_bias and c.moe_router_score_function != "sigmoid",
         "moe_router_enable_expert_bias: set moe_router_score_function='sigmoid'",
     )
+    kind, topk = c.moe_router_load_balancing_type, c.moe_router_topk
     yield (
-        c.moe_router_topk == 1
+        topk == 1
         and c.moe_router_score_function == "softmax"
         and not c.moe_router_pre_softmax
-        and c.moe_router_load_balancing_type != "sinkhorn",
+        and kind in ("aux_loss", "seq_aux_loss", "none"),
         "moe_router_topk 1: a softmax over one score is always 1; set moe_router_pre_softmax=True",
     )
+    yield not 1 <= topk <= max(experts, 1), f"moe_router_topk {topk}: choose 1 to {experts} experts a token"
+    yield (
+        kind == "sinkhorn" and c.moe_aux_loss_coeff,
+        "moe_aux_loss_coeff: sinkhorn routing is even by itself; set it to 0",
+    )
+    yield from _moe_groups(c, experts)
+
+
+def _moe_groups(c: TransformerConfig, experts: int) -> Rules:
+    """Groups of experts to which a token's choice is limited."""
+    groups, kept, topk = c.moe_router_num_groups, c.moe_router_group_topk, c.moe_router_topk
+    greedy = c.moe_router_load_balancing_type == "group_limited_greedy"
+    if greedy:
+        groups = groups or c.expert_model_parallel_size
+        yield not kept, "moe_router_load_balancing_type group_limited_greedy: set moe_router_group_topk"
     yield kept is not None and not groups, "moe_router_group_topk: set moe_router_num_groups as well"
-    if groups:
-        yield (
-            experts % groups,
-            f"num_moe_experts {experts} is not divisible by moe_router_num_groups {groups}",
-        )
-        yield (
-            kept is not None and kept > groups,
-            f"moe_router_group_topk {kept} exceeds moe_router_num_groups {groups}",
-        )
+    if not groups:
+        return
+    yield experts % groups, f"num_moe_experts {experts} is not divisible by moe_router_num_groups {groups}"
+    if not kept:
+        return
+    yield kept > groups, f"moe_router_group_topk {kept} exceeds moe_router_num_groups {groups}"
+    yield (
+        topk > kept * (experts // groups),
+        f"moe_router_topk {topk}: {kept} groups of {experts // groups} experts have fewer",
+    )
+    yield (
+        not greedy and kept > topk,
+        f"moe_router_group_topk {kept} exceeds moe_router_topk {topk}: a token cannot use more groups",
+    )
 
 
 def _divisors(number: int) -> str:

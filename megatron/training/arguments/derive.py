@@ -77,6 +77,8 @@ def experts(args: Namespace, given: Collection[str]) -> list[str]:
         args.expert_model_parallel_size *= args.tensor_model_parallel_size
         args.expert_tensor_parallel_size = 1
         args.moe_tp_extend_ep = False
+    if args.router_gating_in_fp32:
+        args.moe_router_dtype = args.moe_router_dtype or "fp32"
     width = args.moe_ffn_hidden_size or args.ffn_hidden_size
     if args.n_shared_experts and args.moe_shared_expert_intermediate_size is None and width:
         args.moe_shared_expert_intermediate_size = args.n_shared_experts * width

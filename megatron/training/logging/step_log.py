@@ -14,12 +14,14 @@ import torch
 
 from megatron.core import accelerator
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.utils import get_model_config
 from megatron.training.global_vars import (
     get_args,
     get_tensorboard_writer,
     get_timers,
     get_wandb_writer,
 )
+from megatron.training.logging.expert_log import LoadLog, log_auxiliary_losses
 from megatron.training.model_family import batch_shape, model_family, model_shape
 from megatron.training.schedule_hooks import gathered_parameters
 from megatron.training.theoretical_memory_usage import report_theoretical_memory
@@ -303,6 +305,8 @@ class LoopLog:
         self._report_memory = True
         self._loss_scale = optimizer.get_loss_scale().item()
         self._steps = self._skipped = 0
+        self._config = get_model_config(model[0])
+        self._loads = LoadLog()
 
     def write(self, iteration: int, result: tuple[Any, ...]) -> None:
         """Count one step and print its line when that is due; all ranks call this together.
@@ -319,6 +323,8 @@ class LoopLog:
         if self._args.log_params_norm:
             with gathered_parameters(self._model):
                 params_norm = calc_params_l2_norm(self._model)
+        if self._config.num_moe_experts is not None:
+            self._log_auxiliary_losses(losses, iteration, bool(skipped))
         self._report_memory = training_log(
             losses,
             self._totals,
@@ -330,6 +336,16 @@ class LoopLog:
             grad_norm,
             params_norm,
             num_zeros,
+        )
+        if self._config.log_moe_balance and iteration % self._args.log_interval == 0:
+            self._loads.write(self._args, self._config, iteration)
+
+    def _log_auxiliary_losses(self, losses: dict[str, Any], iteration: int, skipped: bool) -> None:
+        for name in losses:
+            # The main loss comes first in the line.
+            self._totals.setdefault(name, 0.0)
+        log_auxiliary_losses(
+            self._config, iteration, None if skipped else self._totals, self._args.moe_per_layer_logging
         )
 
     def close(self) -> None:

@@ -45,7 +45,13 @@ class GoldenCase:
             if te_names
             else gpt_layer_specs.get_gpt_layer_local_spec
         )
-        spec = make(qk_layernorm=config.qk_layernorm, multi_latent_attention=config.multi_latent_attention)
+        options = {
+            "qk_layernorm": config.qk_layernorm,
+            "multi_latent_attention": config.multi_latent_attention,
+        }
+        spec = make(**options)
+        if config.num_moe_experts:
+            spec = gpt_layer_specs.get_gpt_decoder_block_spec(config, te_names)
         model = GPTModel(config, spec, VOCABULARY, MAX_SEQUENCE, **self.info["model"])
         weights = {self.te_name(name) if te_names else name: value for name, value in self.weights.items()}
         model.load_state_dict(weights, strict=True)

@@ -4,7 +4,9 @@ import pytest
 import torch
 from golden_gpt import GoldenCase
 
+from megatron.core.parallel_state import get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 
 CASES = [
     "gpt2_tied",
@@ -15,6 +17,7 @@ CASES = [
     "sqrelu_qkln",
     "mla_qlora",
 ]
+EXPERTS = ["moe_seq_top2", "moe_grouped", "moe_deepseek"]
 BACKENDS = [AttnBackend.auto, AttnBackend.unfused]
 RECOMPUTE = {
     "core": {"recompute_granularity": "selective"},
@@ -51,6 +54,7 @@ def check(golden, name, **overrides):
         assert float(gradient.sum()) == pytest.approx(case.info["grad_sum"][parameter], abs=tolerance), (
             parameter
         )
+    return case
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
@@ -58,6 +62,18 @@ def check(golden, name, **overrides):
 @pytest.mark.parametrize("name", CASES)
 def test_attention_paths(golden, name, backend, layout):
     check(golden, name, attention_backend=backend, attention_layout=layout)
+
+
+@pytest.mark.parametrize("modules", [None, ["moe"], ["moe", "layernorm"]], ids=str)
+@pytest.mark.parametrize("dispatcher", ["allgather", "alltoall", "alltoall_seq", "flex"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_give_logits_gradients_and_logged_losses(golden, name, dispatcher, modules):
+    recompute = {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
+    clear_aux_losses_tracker()
+    case = check(golden, name, moe_token_dispatcher_type=dispatcher, **recompute)
+    for loss, by_layer in case.info["aux"].items():
+        found = get_moe_layer_wise_logging_tracker()[loss]["values"]
+        torch.testing.assert_close(found, torch.tensor(by_layer), atol=0, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)

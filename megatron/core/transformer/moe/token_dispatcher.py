@@ -7,7 +7,6 @@ parts of the same ones, so that each of them needs the rows of all, and has a pa
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,6 +24,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.moe.moe_utils import rows_per_expert
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 if TYPE_CHECKING:
@@ -102,8 +102,9 @@ class MoETokenDispatcher(ABC):
         if not config.moe_pad_expert_input_to_capacity:
             return None
         assert config.num_moe_experts is not None and config.moe_expert_capacity_factor is not None
-        rows = tokens * config.moe_router_topk
-        return math.ceil(rows / config.num_moe_experts * config.moe_expert_capacity_factor)
+        return rows_per_expert(
+            tokens, config.moe_router_topk, config.num_moe_experts, config.moe_expert_capacity_factor
+        )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from megatron.training.arguments.flag import (
     Accepted,
     Alias,
     Group,
-    NotBuilt,
     Notice,
     Withdrawn,
     alike,
@@ -69,11 +68,6 @@ RECOMPUTE = Group(
         value(
             "--recompute-modules",
             nargs="*",
-            status=NotBuilt(
-                "recompute of latent projections",
-                "choose among core_attn, layernorm, mlp, moe and moe_act",
-                asks=lambda modules: "mla_up_proj" in (modules or ()),
-            ),
             no_effect=(
                 without("--recompute-granularity"),
                 unless(

@@ -1,14 +1,20 @@
 """Mixture of experts."""
 
+from argparse import Namespace
 from dataclasses import replace
 
 from megatron.training.arguments.flag import (
+    Accepted,
     Alias,
     Flag,
     Group,
+    NoEffect,
     NotBuilt,
+    Refused,
+    above,
     alike,
     at_least,
+    between,
     need,
     off_switch,
     switch,
@@ -19,7 +25,8 @@ from megatron.training.arguments.flag import (
 from megatron.training.arguments.flags.shared import ALWAYS_SO, OWN_KERNEL
 from megatron.training.arguments.values import moe_freq_type
 
-EXPERTS = NotBuilt("mixture of experts")
+UPCYCLING = NotBuilt("a mixture of experts from a dense checkpoint")
+SCORES_IN_FP32 = Accepted("scores are computed in fp32 through the top-k in any case")
 
 
 def of_experts(*flags: Flag) -> tuple[Flag, ...]:
@@ -54,7 +61,8 @@ PARALLEL_AND_LAYERS = (
     value(
         "--num-experts",
         type=int,
-        status=NotBuilt("mixture of experts", asks=bool),
+        bounds=at_least(0),
+        most=10**6,
         help="experts per MoE layer (0 counts as unset)",
     ),
     *of_experts(
@@ -126,46 +134,169 @@ PARALLEL_AND_LAYERS = (
     ),
 )
 
+
+def _has_balancing_loss(args: Namespace) -> bool:
+    kind = args.moe_router_load_balancing_type
+    return kind not in ("none", "softmax_topk") or (kind == "none" and args.seq_aux)
+
+
+def _of_type(*kinds: str) -> NoEffect:
+    return without(
+        f"--moe-router-load-balancing-type {' or '.join(kinds)}",
+        lambda a: a.moe_router_load_balancing_type in kinds,
+    )
+
+
+ROUTING = of_experts(
+    value(
+        "--moe-router-load-balancing-type",
+        default="aux_loss",
+        choices=(
+            "aux_loss",
+            "seq_aux_loss",
+            "sinkhorn",
+            "none",
+            "softmax_topk",
+            "pai_megatron_aux_loss",
+            "group_limited_greedy",
+            "sparsemixer_topk",
+        ),
+        status=Refused(
+            "sparsemixer_topk draws experts at random, with a gradient of its own",
+            "use aux_loss with --moe-router-topk 2",
+            values=("sparsemixer_topk",),
+        ),
+        help="how experts are chosen and their loads kept even; softmax_topk, pai_megatron_aux_loss and "
+        "group_limited_greedy are MindSpeed-LLM's",
+    ),
+    value("--moe-router-topk", type=int, default=2, bounds=at_least(1), most=10**6, help="experts per token"),
+    value(
+        "--moe-router-score-function",
+        default="softmax",
+        choices=("softmax", "sigmoid"),
+        help="softmax or sigmoid scores",
+    ),
+    switch("--moe-router-pre-softmax", help="softmax before the top-k"),
+    switch(
+        "--norm-topk-prob",
+        no_effect=_of_type("aux_loss", "softmax_topk", "group_limited_greedy"),
+        help="divide the weights of a token's experts by their sum",
+    ),
+    value(
+        "--moe-router-num-groups",
+        type=int,
+        bounds=at_least(1),
+        most=10**6,
+        no_effect=without("--moe-router-group-topk"),
+        help="expert groups for limited routing",
+    ),
+    value(
+        "--moe-router-group-topk",
+        type=int,
+        bounds=at_least(1),
+        most=10**6,
+        help="groups kept per token",
+    ),
+    value(
+        "--moe-router-topk-scaling-factor",
+        type=float,
+        bounds=above(0),
+        help="multiplier on routing probabilities",
+    ),
+    value("--moe-router-dtype", choices=("fp32", "fp64"), help="routing precision fp32/fp64"),
+    switch(
+        "--router-gating-in-fp32",
+        status=Alias("taken as --moe-router-dtype fp32"),
+        help="compute the router's logits in fp32",
+    ),
+    switch("--topk-softmax-in-fp32", status=SCORES_IN_FP32, help="keep scores in fp32 through the top-k"),
+    switch(
+        "--moe-revert-type-after-topk", status=SCORES_IN_FP32, help="keep scores in fp32 through the top-k"
+    ),
+    switch("--moe-router-enable-expert-bias", help="bias-based balancing without aux loss"),
+    value(
+        "--moe-router-bias-update-rate",
+        type=float,
+        default=0.001,
+        bounds=at_least(0),
+        no_effect=without("--moe-router-enable-expert-bias"),
+        help="step of the expert bias",
+    ),
+    value(
+        "--moe-aux-loss-coeff",
+        type=float,
+        default=0.0,
+        bounds=at_least(0),
+        no_effect=unless(_has_balancing_loss, "this --moe-router-load-balancing-type has no loss"),
+        help="weight of the balancing loss",
+    ),
+    switch(
+        "--seq-aux",
+        no_effect=_of_type("none", "group_limited_greedy"),
+        help="balancing losses over each sequence, instead of none or of the micro-batch",
+    ),
+    value(
+        "--moe-device-level-aux-loss-coeff",
+        type=float,
+        default=0.0,
+        bounds=at_least(0),
+        no_effect=_of_type("group_limited_greedy"),
+        help="weight of the loss on the load of groups of experts",
+    ),
+    value(
+        "--moe-comm-aux-loss-coeff",
+        type=float,
+        default=0.0,
+        bounds=at_least(0),
+        no_effect=_of_type("group_limited_greedy"),
+        help="weight of the loss on the traffic to groups of experts",
+    ),
+    value("--moe-z-loss-coeff", type=float, bounds=at_least(0), help="weight of the router z-loss"),
+    value(
+        "--moe-input-jitter-eps",
+        type=float,
+        bounds=between(0, 1),
+        help="multiplicative input noise for the router",
+    ),
+    switch(
+        "--moe-router-force-load-balancing",
+        help="give tokens to experts in turn, whatever the scores say; for benchmarks",
+    ),
+    value(
+        "--moe-expert-capacity-factor",
+        type=float,
+        bounds=at_least(-1),
+        help="capacity per expert over an even share (unset or negative: no token is dropped)",
+    ),
+    value(
+        "--moe-token-drop-policy",
+        default="probs",
+        choices=("probs", "position"),
+        no_effect=without("--moe-expert-capacity-factor"),
+        help="drop by probability or position",
+    ),
+    switch("--moe-per-layer-logging", help="write MoE losses per layer to TensorBoard"),
+    switch(
+        "--log-moe-balance",
+        help="print and write, for each layer, how evenly tokens were spread over experts since the last "
+        "line, how many were dropped, and the router's entropy; warn of experts without tokens",
+    ),
+    off_switch(
+        "--input-jitter",
+        "input_jitter",
+        status=Accepted("jitter follows --moe-input-jitter-eps alone"),
+        help="naming trap: giving the flag turns router jitter OFF",
+    ),
+)
+
 MOE = Group(
     "moe",
     (
         *PARALLEL_AND_LAYERS,
-        *alike(
-            EXPERTS,
-            switch("--moe-use-upcycling", help="turn a dense checkpoint into MoE and save it"),
-            value(
-                "--moe-router-load-balancing-type",
-                default="aux_loss",
-                choices=("aux_loss", "seq_aux_loss", "sinkhorn", "none"),
-                help="aux_loss, seq_aux_loss, sinkhorn, none",
-            ),
-            value("--moe-router-dtype", choices=("fp32", "fp64"), help="routing precision fp32/fp64"),
-            value(
-                "--moe-router-score-function",
-                default="softmax",
-                choices=("softmax", "sigmoid"),
-                help="softmax or sigmoid scores",
-            ),
-            value("--moe-router-topk", type=int, default=2, help="experts per token"),
-            switch("--moe-router-pre-softmax", help="softmax before the top-k"),
-            value("--moe-router-num-groups", type=int, help="expert groups for limited routing"),
-            value("--moe-router-group-topk", type=int, help="groups kept per token"),
-            value("--moe-router-topk-scaling-factor", type=float, help="multiplier on routing probabilities"),
-            switch("--moe-router-enable-expert-bias", help="bias-based balancing without aux loss"),
-            value("--moe-router-bias-update-rate", type=float, default=0.001, help="step of the expert bias"),
-            value("--moe-aux-loss-coeff", type=float, default=0.0, help="weight of the balancing loss"),
-            value("--moe-z-loss-coeff", type=float, help="weight of the router z-loss"),
-            value("--moe-input-jitter-eps", type=float, help="multiplicative input noise for the router"),
-            switch("--moe-per-layer-logging", help="write MoE losses per layer to TensorBoard"),
-            value("--moe-expert-capacity-factor", type=float, help="capacity per expert (unset = dropless)"),
-            value(
-                "--moe-token-drop-policy",
-                default="probs",
-                choices=("probs", "position"),
-                help="drop by probability or position",
-            ),
-            off_switch(
-                "--input-jitter", "input_jitter", help="naming trap: giving the flag turns router jitter OFF"
+        *ROUTING,
+        *of_experts(
+            switch(
+                "--moe-use-upcycling", status=UPCYCLING, help="turn a dense checkpoint into MoE and save it"
             ),
         ),
         switch("--moe-extended-tp", status=ALWAYS_SO, help="withdrawn; use --expert-tensor-parallel-size"),
