@@ -530,7 +530,10 @@ def _moe_routing(c: TransformerConfig, experts: int) -> Rules:
         and kind in ("aux_loss", "seq_aux_loss", "none"),
         "moe_router_topk 1: a softmax over one score is always 1; set moe_router_pre_softmax=True",
     )
-    yield not 1 <= topk <= max(experts, 1), f"moe_router_topk {topk}: choose 1 to {experts} experts a token"
+    yield (
+        experts > 0 and not 1 <= topk <= experts,
+        f"moe_router_topk {topk}: choose 1 to {experts} experts a token",
+    )
     yield (
         kind == "sinkhorn" and c.moe_aux_loss_coeff,
         "moe_aux_loss_coeff: sinkhorn routing is even by itself; set it to 0",
@@ -557,7 +560,7 @@ def _moe_groups(c: TransformerConfig, experts: int) -> Rules:
         f"moe_router_topk {topk}: {kept} groups of {experts // groups} experts have fewer",
     )
     yield (
-        not greedy and kept > topk,
+        not greedy and topk < kept <= groups,
         f"moe_router_group_topk {kept} exceeds moe_router_topk {topk}: a token cannot use more groups",
     )
 

@@ -126,7 +126,7 @@ SEQUENCE = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
         (UNEVEN, {"account_for_embedding_in_pipeline_split": True}, "not together with"),
         (UNEVEN, {"num_layers_in_last_pipeline_stage": 0}, "must be at least 1"),
         ({"cp_comm_type": ["p2p"]}, {"context_parallel_size": 2}, "1 words for 2 layers"),
-        ({**MOE, "num_moe_experts": 1}, {"num_moe_experts": 0}, "must be positive"),
+        ({**MOE, "num_moe_experts": 2}, {"num_moe_experts": 0}, "must be positive"),
         (PADDED, {"moe_expert_capacity_factor": None}, "set moe_expert_capacity_factor"),
         (PADDED, {"moe_router_load_balancing_type": "sinkhorn"}, "aux_loss"),
         (PADDED, {"moe_token_dispatcher_type": "flex"}, "not with moe_token_dispatcher_type flex"),

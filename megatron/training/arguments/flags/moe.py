@@ -147,7 +147,7 @@ def _of_type(*kinds: str) -> NoEffect:
     )
 
 
-ROUTING = of_experts(
+_ROUTING = of_experts(
     value(
         "--moe-router-load-balancing-type",
         default="aux_loss",
@@ -204,15 +204,6 @@ ROUTING = of_experts(
         help="multiplier on routing probabilities",
     ),
     value("--moe-router-dtype", choices=("fp32", "fp64"), help="routing precision fp32/fp64"),
-    switch(
-        "--router-gating-in-fp32",
-        status=Alias("taken as --moe-router-dtype fp32"),
-        help="compute the router's logits in fp32",
-    ),
-    switch("--topk-softmax-in-fp32", status=SCORES_IN_FP32, help="keep scores in fp32 through the top-k"),
-    switch(
-        "--moe-revert-type-after-topk", status=SCORES_IN_FP32, help="keep scores in fp32 through the top-k"
-    ),
     switch("--moe-router-enable-expert-bias", help="bias-based balancing without aux loss"),
     value(
         "--moe-router-bias-update-rate",
@@ -281,6 +272,21 @@ ROUTING = of_experts(
         help="print and write, for each layer, how evenly tokens were spread over experts since the last "
         "line, how many were dropped, and the router's entropy; warn of experts without tokens",
     ),
+)
+
+# Routers read them in every pass, by way of the config.
+ROUTING = tuple(replace(flag, read="in every step") for flag in _ROUTING)
+
+ROUTING_NOTICES = (
+    switch(
+        "--router-gating-in-fp32",
+        status=Alias("taken as --moe-router-dtype fp32"),
+        help="compute the router's logits in fp32",
+    ),
+    switch("--topk-softmax-in-fp32", status=SCORES_IN_FP32, help="keep scores in fp32 through the top-k"),
+    switch(
+        "--moe-revert-type-after-topk", status=SCORES_IN_FP32, help="keep scores in fp32 through the top-k"
+    ),
     off_switch(
         "--input-jitter",
         "input_jitter",
@@ -294,11 +300,8 @@ MOE = Group(
     (
         *PARALLEL_AND_LAYERS,
         *ROUTING,
-        *of_experts(
-            switch(
-                "--moe-use-upcycling", status=UPCYCLING, help="turn a dense checkpoint into MoE and save it"
-            ),
-        ),
+        *ROUTING_NOTICES,
+        switch("--moe-use-upcycling", status=UPCYCLING, help="turn a dense checkpoint into MoE and save it"),
         switch("--moe-extended-tp", status=ALWAYS_SO, help="withdrawn; use --expert-tensor-parallel-size"),
         *alike(
             OWN_KERNEL,

@@ -20,7 +20,6 @@ NUMBERS = [
 # Numbers that other rules check, or for which any number makes sense.
 UNBOUNDED = {
     "--logging-level",
-    "--num-experts",
     "--expert-tensor-parallel-size",
     "--num-layers-per-virtual-pipeline-stage",
     "--num-virtual-stages-per-pipeline-rank",

@@ -22,10 +22,20 @@ OWN_DEFAULTS = {
     "--local_rank": 0,
 }
 OWN_CHOICES = {"--shape-order": ["SBH", "BSH", "BSND", "BNSD"]}
-ADDED_CHOICES = {"--tokenizer-type": ["PretrainedFromHF"]}
+ADDED_CHOICES = {
+    "--tokenizer-type": ["PretrainedFromHF"],
+    "--moe-router-load-balancing-type": [
+        "softmax_topk",
+        "pai_megatron_aux_loss",
+        "group_limited_greedy",
+        "sparsemixer_topk",
+    ],
+}
 # One flag with two spellings, or one that must not be ignored and therefore stops the run.
 OWN_TIERS = {
     "--noop-layers": "core",
+    # Also without effect in MindSpeed-LLM 2.2.0, which the flag is from.
+    "--input-jitter": "accept",
     # Accepted at least, says the table; here they work.
     "--log-straggler": "core",
     "--moe-use-legacy-grouped-gemm": "core",
@@ -38,12 +48,21 @@ OWN_FLAGS = {
     "--disable-override",
     "--hccl-group-buffer",
     "--log-arguments",
+    "--log-moe-balance",
+    "--moe-comm-aux-loss-coeff",
+    "--moe-device-level-aux-loss-coeff",
     "--moe-intermediate-size",
+    "--moe-revert-type-after-topk",
+    "--moe-router-force-load-balancing",
     "--moe-tp-extend-ep",
     "--n-shared-experts",
+    "--norm-topk-prob",
     "--pipeline-schedule",
     "--rendezvous-timeout",
+    "--router-gating-in-fp32",
+    "--seq-aux",
     "--shared-expert-gate",
+    "--topk-softmax-in-fp32",
 }
 
 
