@@ -1,9 +1,11 @@
 """The model family of a run, and the sizes that its formulas take, from the arguments."""
 
 from argparse import Namespace
+from dataclasses import fields
 
 from megatron.core.models.family import (
     BatchShape,
+    LatentShape,
     MemoryEstimate,
     ModelFamily,
     ModelShape,
@@ -30,6 +32,9 @@ def model_shape(args: Namespace) -> ModelShape:
             "moe_router_topk": args.moe_router_topk,
             "moe_shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size,
         }
+    latent = None
+    if getattr(args, "multi_latent_attention", False):
+        latent = LatentShape(**{entry.name: getattr(args, entry.name) for entry in fields(LatentShape)})
     return ModelShape(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
@@ -39,6 +44,7 @@ def model_shape(args: Namespace) -> ModelShape:
         kv_channels=args.kv_channels,
         gated_linear_unit=args.swiglu or getattr(args, "glu_gate_last", False),
         vocab_size=args.padded_vocab_size or 0,
+        latent=latent,
         **experts,
     )
 

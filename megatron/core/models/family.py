@@ -23,6 +23,17 @@ FAMILIES: dict[str, str] = {
 
 
 @dataclass(frozen=True)
+class LatentShape:
+    """Sizes of multi-head latent attention, under the names of ``MLATransformerConfig``."""
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_head_dim: int
+    qk_pos_emb_head_dim: int
+    v_head_dim: int
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """Sizes of a model, under the names of ``TransformerConfig``; all ranks together."""
 
@@ -41,6 +52,8 @@ class ModelShape:
     moe_ffn_hidden_size: int | None = None
     """Width of one expert; None is ``ffn_hidden_size``."""
     moe_shared_expert_intermediate_size: int | None = None
+    latent: LatentShape | None = None
+    """Of models whose keys and values come from one latent; groups and ``kv_channels`` mean nothing there."""
     moe_router_topk: int = 0
     """Experts of one token."""
 

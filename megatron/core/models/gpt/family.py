@@ -71,21 +71,18 @@ def operations(shape: ModelShape, batch: BatchShape) -> float:
 
         batch * s * (12 h f m L + 12 L h^2 r (1 + g/a + s/(2h)) + 6 h V)
 
+    With latent attention 6 L (weights of the projections + s a (dn + dr + dv) / 2) stands in the middle.
     The factor 12 is 3 passes (forward, input gradient, weight gradient) x 2 products x 2 operations. In a
     layer with experts, f is what one token goes through: k experts of their width, and the shared ones.
     """
-    s, h, layers, heads = (
-        batch.sequence_length,
-        shape.hidden_size,
-        shape.num_layers,
-        shape.num_attention_heads,
-    )
-    projection = shape.kv_channels * heads / h
+    s, h, layers = batch.sequence_length, shape.hidden_size, shape.num_layers
     gate = 1.5 if shape.gated_linear_unit else 1.0
     widths = (layers - shape.num_moe_layers) * shape.ffn_hidden_size
     widths += shape.num_moe_layers * _width_of_experts(shape, shape.moe_router_topk)
     mlp = 12 * h * gate * widths
-    attention = 12 * layers * h * h * projection * (1 + shape.num_query_groups / heads + s / (2 * h))
+    # A query meets half of the keys, in the scores and in the sum of values.
+    met = shape.num_attention_heads * sum(_head_widths(shape)) * s / 2
+    attention = 6 * layers * (_attention_weights(shape) + met)
     logits = 6 * h * shape.vocab_size
     return batch.sequences * s * (mlp + attention + logits)
 
@@ -97,8 +94,11 @@ def memory(shape: ModelShape, batch: BatchShape) -> MemoryEstimate:
     Transformer Models", section 5, for an MLP of width f instead of 4h.
     """
     tokens, h = batch.sequences * batch.sequence_length, shape.hidden_size
-    attention_width = shape.num_attention_heads * shape.kv_channels
-    key_width = shape.num_query_groups * shape.kv_channels
+    key_width, value_width = (shape.num_attention_heads * width for width in _head_widths(shape))
+    if shape.latent is None:
+        keys_and_values = 2 * shape.num_query_groups * shape.kv_channels
+    else:
+        keys_and_values = key_width + value_width
     weights = _layer_weights(shape, moe=False)
     block = (shape.num_layers - shape.num_moe_layers) * weights
     if shape.num_moe_layers:
@@ -116,29 +116,46 @@ def memory(shape: ModelShape, batch: BatchShape) -> MemoryEstimate:
         # The input of the output layer, and the logits, kept as fp32 for the loss.
         output_activations=tokens * h * 4 * (1 + shape.vocab_size / h),
         residual_stream=tokens * h,
-        attention_tensors=tokens * 2 * (attention_width + key_width),
+        # Queries, keys, values and the result.
+        attention_tensors=tokens * (key_width + keys_and_values + value_width),
         mlp_activations=tokens * shape.ffn_hidden_size,
         # Of queries, keys and values; of the projection; and of the two layers of the MLP.
-        linear_inputs=tokens * (2 * h + attention_width + shape.ffn_hidden_size),
+        linear_inputs=tokens * (2 * h + value_width + shape.ffn_hidden_size),
         logits=tokens * shape.vocab_size,
     )
 
 
 def _layer_weights(shape: ModelShape, moe: bool) -> float:
-    """Weights of the linear layers in one layer: 2h²r(1 + g/a) attention, 2hf·m MLP.
-
-    r = kv_channels·a/h, g/a = share of key-value heads, m = 3/2 for gated MLPs.
-    """
-    h = shape.hidden_size
-    projection_ratio = shape.kv_channels * shape.num_attention_heads / h
-    group_ratio = shape.num_query_groups / shape.num_attention_heads
+    """Weights of the linear layers in one layer: attention's, and 2hf·m of the MLP (m = 3/2 if gated)."""
     gate = 1.5 if shape.gated_linear_unit else 1.0
-    attention = 2 * h * h * projection_ratio * (1 + group_ratio)
     width = shape.ffn_hidden_size
     if moe:
-        experts = shape.num_moe_experts or 0
-        width = _width_of_experts(shape, experts)
-    return attention + 2 * h * gate * width
+        width = _width_of_experts(shape, shape.num_moe_experts or 0)
+    return _attention_weights(shape) + 2 * shape.hidden_size * gate * width
+
+
+def _attention_weights(shape: ModelShape) -> float:
+    """Weights of attention's projections: 2hd(a + g), or those to and from latents.
+
+    The vectors of the latents' norms are counted with them, as the original counts them.
+    """
+    h, heads, latent = shape.hidden_size, shape.num_attention_heads, shape.latent
+    if latent is None:
+        return 2 * h * shape.kv_channels * (heads + shape.num_query_groups)
+    rank, turned = latent.kv_lora_rank, latent.qk_pos_emb_head_dim
+    query_width = heads * (latent.qk_head_dim + turned)
+    query = h * query_width
+    if latent.q_lora_rank is not None:
+        query = latent.q_lora_rank * (h + query_width + 1)
+    expanded = heads * (latent.qk_head_dim + latent.v_head_dim)
+    return query + rank * (h + expanded + 1) + h * turned + heads * latent.v_head_dim * h
+
+
+def _head_widths(shape: ModelShape) -> tuple[int, int]:
+    """Of a head's query and key, and of its value."""
+    if shape.latent is None:
+        return shape.kv_channels, shape.kv_channels
+    return shape.latent.qk_head_dim + shape.latent.qk_pos_emb_head_dim, shape.latent.v_head_dim
 
 
 def _width_of_experts(shape: ModelShape, experts: int) -> int:

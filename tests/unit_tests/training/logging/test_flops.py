@@ -6,6 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.logging.step_log import num_floating_point_operations
 
 
@@ -69,3 +74,42 @@ def torch_count(args, batch):
 def test_formula_counts_every_product(changes):
     args = shape(**changes)
     assert num_floating_point_operations(args, 3) == pytest.approx(torch_count(args, 3), rel=1e-9)
+
+
+@pytest.mark.parametrize("rank_q", [None, 24])
+def test_latent_attention_counts_what_its_modules_compute(rank_q):
+    """Torch counts whole squares of causal attention, and neither norms nor rotations."""
+    config = MLATransformerConfig(
+        num_layers=1,
+        hidden_size=32,
+        num_attention_heads=4,
+        q_lora_rank=rank_q,
+        kv_lora_rank=20,
+        qk_head_dim=8,
+        qk_pos_emb_head_dim=4,
+        v_head_dim=6,
+        add_bias_linear=False,
+        attention_backend=AttnBackend.unfused,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+    latent = {
+        field: getattr(config, field)
+        for field in ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+    }
+    args = shape(num_layers=1, multi_latent_attention=True, **latent)
+    batch, s, heads = 3, args.seq_length, 4
+    model_parallel_cuda_manual_seed(1)
+    spec = get_gpt_layer_local_spec(multi_latent_attention=True, qk_layernorm=True)
+    attention = build_module(spec.submodules.self_attention, config=config, layer_number=1)
+    with FlopCounterMode(display=False) as counter:
+        output, _ = attention(torch.randn(s, batch, 32, requires_grad=True), None)
+        output.sum().backward()
+    other_half = 3 * batch * heads * s * s * (8 + 4 + 6)
+    norms = 6 * batch * s * (20 + (rank_q or 0))
+    without_attention = num_floating_point_operations(
+        shape(num_layers=0, multi_latent_attention=True, **latent), batch
+    )
+    mlp = 12 * batch * s * 32 * 128
+    counted = num_floating_point_operations(args, batch) - without_attention - mlp
+    assert counted - norms == counter.get_total_flops() - other_half
