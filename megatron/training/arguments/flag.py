@@ -224,6 +224,7 @@ class Flag:
         read: when its argument is first read, where that is after set-up or before it is recorded; not to
             have been read by the end of set-up then says nothing.
         read_as: the name that is read so late, if it is not ``dest``: a config field.
+        added: the table of the original's flags, ``tests/golden/cli/cli_flags.tsv``, lacks it.
     """
 
     names: tuple[str, ...]
@@ -238,6 +239,7 @@ class Flag:
     saving: Saving | None = None
     read: str = ""
     read_as: str = ""
+    added: bool = False
 
     @property
     def name(self) -> str:

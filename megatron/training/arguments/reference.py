@@ -100,6 +100,8 @@ def _meaning(flag: Flag) -> str:
         facts.append(f"the notice estimates what is not saved: {flag.saving.what}")
     if flag.read:
         facts.append(f"read {flag.read}")
+    if flag.added:
+        facts.append("added to the flags of the original")
     return ". ".join(fact[0].upper() + fact[1:] for fact in (flag.options["help"], *facts)) + "."
 
 

@@ -133,6 +133,7 @@ DISTRIBUTED = Group(
         ),
         value(
             "--pipeline-schedule",
+            added=True,
             choices=SCHEDULES,
             read="by the pipeline's schedule",
             help="order of forward and backward passes (default: interleaved with virtual stages, else "
@@ -155,6 +156,7 @@ DISTRIBUTED = Group(
         ),
         value(
             "--coc-parallel-num",
+            added=True,
             type=int,
             default=4,
             choices=(1, 2, 4, 8),
@@ -190,6 +192,7 @@ DISTRIBUTED = Group(
         value("--distributed-backend", default="nccl", choices=("nccl", "gloo"), help="collective backend"),
         value(
             "--hccl-group-buffer",
+            added=True,
             no_effect=without(
                 "a device whose collectives take sizes of buffers", lambda a: _takes_sizes_of_buffers()
             ),
@@ -214,6 +217,7 @@ DISTRIBUTED = Group(
         ),
         value(
             "--rendezvous-timeout",
+            added=True,
             type=float,
             default=120.0,
             bounds=at_least(1),

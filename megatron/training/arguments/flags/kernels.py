@@ -249,6 +249,7 @@ KERNELS = Group(
         ),
         value(
             "--disable-override",
+            added=True,
             type=names_of_overrides,
             help="NAME[,NAME...]: put the eager default of these device kernels back",
         ),

@@ -216,6 +216,7 @@ LOGGING = Group(
     (
         value(
             "--log-arguments",
+            added=True,
             default="changed",
             choices=("changed", "all", "none"),
             help="arguments to print at the start: those that differ from their defaults, all, or none",

@@ -52,6 +52,7 @@ PARALLEL_AND_LAYERS = (
     ),
     switch(
         "--moe-tp-extend-ep",
+        added=True,
         status=Alias(
             "taken as --expert-tensor-parallel-size 1 and --expert-model-parallel-size times "
             "--tensor-model-parallel-size: whole experts, spread over the tensor-parallel ranks too"
@@ -88,12 +89,14 @@ PARALLEL_AND_LAYERS = (
         ),
         value(
             "--n-shared-experts",
+            added=True,
             type=int,
             bounds=at_least(0),
             help="shared experts, each as wide as a routed one",
         ),
         switch(
             "--shared-expert-gate",
+            added=True,
             dest="moe_shared_expert_gate",
             needs=need(
                 "shared experts",
@@ -179,6 +182,7 @@ _ROUTING = of_experts(
     switch("--moe-router-pre-softmax", help="softmax before the top-k"),
     switch(
         "--norm-topk-prob",
+        added=True,
         no_effect=_of_type("aux_loss", "softmax_topk", "group_limited_greedy"),
         help="divide the weights of a token's experts by their sum",
     ),
@@ -223,11 +227,13 @@ _ROUTING = of_experts(
     ),
     switch(
         "--seq-aux",
+        added=True,
         no_effect=_of_type("none", "group_limited_greedy"),
         help="balancing losses over each sequence, instead of none or of the micro-batch",
     ),
     value(
         "--moe-device-level-aux-loss-coeff",
+        added=True,
         type=float,
         default=0.0,
         bounds=at_least(0),
@@ -236,6 +242,7 @@ _ROUTING = of_experts(
     ),
     value(
         "--moe-comm-aux-loss-coeff",
+        added=True,
         type=float,
         default=0.0,
         bounds=at_least(0),
@@ -251,6 +258,7 @@ _ROUTING = of_experts(
     ),
     switch(
         "--moe-router-force-load-balancing",
+        added=True,
         help="give tokens to experts in turn, whatever the scores say; for benchmarks",
     ),
     value(
@@ -269,6 +277,7 @@ _ROUTING = of_experts(
     switch("--moe-per-layer-logging", help="write MoE losses per layer to TensorBoard"),
     switch(
         "--log-moe-balance",
+        added=True,
         help="print and write, for each layer, how evenly tokens were spread over experts since the last "
         "line, how many were dropped, and the router's entropy; warn of experts without tokens",
     ),
@@ -280,12 +289,21 @@ ROUTING = tuple(replace(flag, read="in every step") for flag in _ROUTING)
 ROUTING_NOTICES = (
     switch(
         "--router-gating-in-fp32",
+        added=True,
         status=Alias("taken as --moe-router-dtype fp32"),
         help="compute the router's logits in fp32",
     ),
-    switch("--topk-softmax-in-fp32", status=SCORES_IN_FP32, help="keep scores in fp32 through the top-k"),
     switch(
-        "--moe-revert-type-after-topk", status=SCORES_IN_FP32, help="keep scores in fp32 through the top-k"
+        "--topk-softmax-in-fp32",
+        added=True,
+        status=SCORES_IN_FP32,
+        help="keep scores in fp32 through the top-k",
+    ),
+    switch(
+        "--moe-revert-type-after-topk",
+        added=True,
+        status=SCORES_IN_FP32,
+        help="keep scores in fp32 through the top-k",
     ),
     off_switch(
         "--input-jitter",
