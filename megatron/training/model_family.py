@@ -15,6 +15,14 @@ from megatron.core.models.family import (
 # Of scripts that do not say which.
 DEFAULT_FAMILY = "gpt"
 
+# Arguments each of which gives the MLP a gate.
+_GATES = ("swiglu", "geglu", "gelu_tanh", "glu_gate_last")
+
+
+def is_gated(args: Namespace) -> bool:
+    """Whether the first layer of an MLP gives two halves, one of them activated."""
+    return any(getattr(args, gate, False) for gate in _GATES)
+
 
 def model_family(args: Namespace) -> ModelFamily:
     """The family that the entry point named to ``pretrain``."""
@@ -42,7 +50,7 @@ def model_shape(args: Namespace) -> ModelShape:
         num_attention_heads=args.num_attention_heads,
         num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
         kv_channels=args.kv_channels,
-        gated_linear_unit=args.swiglu or getattr(args, "glu_gate_last", False),
+        gated_linear_unit=is_gated(args),
         vocab_size=args.padded_vocab_size or 0,
         latent=latent,
         **experts,

@@ -1,6 +1,7 @@
 """Choosing how the ranks that share a sequence exchange it."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -97,7 +98,8 @@ class ContextParallelAttention:
             with _stream_of(seed, dropout_p):
                 return from_heads(whole(q, k, v, mask, causal, dropout_p), group)
         band = visible_band(causal, self.config.window_size)
-        split = SplitAttention(band, attention_mask, softmax_scale, dropout_p, seed)
+        cap = self.config.attn_logit_softcapping
+        split = SplitAttention(band, attention_mask, softmax_scale, dropout_p, seed, cap)
         if self.kind == A2A_P2P:
             return _hierarchical(query, key, value, split)
         attend = ring_attention if self.kind == P2P else gather_attention
@@ -109,7 +111,7 @@ def _hierarchical(query: Tensor, key: Tensor, value: Tensor, split: SplitAttenti
     inner, outer = _two_levels()
     q, k, v = to_heads(query, key, value, inner)
     mask = None if split.attention_mask is None else gather_mask(split.attention_mask, inner)
-    inside = SplitAttention(split.band, mask, split.softmax_scale, split.dropout_p, split.seed)
+    inside = dataclasses.replace(split, attention_mask=mask)
     return from_heads(ring_attention(q, k, v, inside, outer).flatten(2), inner)
 
 

@@ -27,6 +27,7 @@ class SplitAttention:
         softmax_scale: factor in front of the scores.
         dropout_p: probability of dropping a weight.
         seed: of this rank's dropout masks.
+        softcap: c turns scaled scores x into ``c * tanh(x / c)``; or None.
     """
 
     band: Band
@@ -34,6 +35,7 @@ class SplitAttention:
     softmax_scale: float
     dropout_p: float
     seed: int
+    softcap: float | None = None
 
     def block_arguments(self, task: Task) -> dict[str, Any]:
         """Keyword arguments of the block functions for ``task``; the same in forward and backward."""
@@ -48,6 +50,7 @@ class SplitAttention:
             "softmax_scale": self.softmax_scale,
             "dropout_p": self.dropout_p,
             "dropout_seed": mixed_seed(self.seed, task.query_position, task.key_position),
+            "softcap": self.softcap,
         }
 
 

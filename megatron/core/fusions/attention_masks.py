@@ -75,6 +75,12 @@ class Band(NamedTuple):
         return self.left is None and self.right == 0 and sq == sk
 
 
+def whole_band(sq: int, sk: int, causal: bool, window: tuple[int, int] | None) -> Band:
+    """Causality and window, whose last query stands at the last key, from the upper left corner."""
+    left, right = (None if side < 0 else side for side in window or (-1, -1))
+    return Band(left, 0 if causal else right).moved(sk - sq, 0)
+
+
 class Stripe(NamedTuple):
     """Some queries of a block, the keys that any of them may see, and the band between the two."""
 

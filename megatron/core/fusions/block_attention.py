@@ -7,7 +7,7 @@ gradient of one block needs only its operands and the merged result: nothing of 
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ def block_attention(
     softmax_scale: float,
     dropout_p: float,
     dropout_seed: int,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``dropout(softmax(masked(scale * Q K^T))) V`` over the keys of one block.
 
@@ -47,14 +48,15 @@ def block_attention(
         dropout_p: probability of dropping a weight. Dropping does not change the second result.
         dropout_seed: the mask is a pure function of this number and the shapes, so that backward can make
             it again; no random stream is touched.
+        softcap: c turns scaled scores x into ``c * tanh(x / c)``, before masking; None leaves them.
 
     Returns:
         Output [sq, b, n, dv] in the dtype of ``query`` or wider, and the log-sum-exp of the scores
         [b, n, sq] in fp32 (fp64 operands: fp64). A query that sees nothing here has output 0 and
         log-sum-exp ``NOTHING_VISIBLE``.
     """
-    shape = BlockShape(band, attention_mask, softmax_scale, dropout_p, dropout_seed)
-    if not _has_flash(query, value, dropout_p):
+    shape = BlockShape(band, attention_mask, softmax_scale, dropout_p, dropout_seed, softcap)
+    if not _has_flash(query, value, shape):
         return forward_in_steps(query, key, value, shape)
     compute = accelerator.matmul_compute_dtype(query.dtype, query.device)
     q, k, v = (_heads_first(t.to(compute)) for t in (query, key, value))
@@ -95,24 +97,26 @@ def block_attention_backward(
     softmax_scale: float,
     dropout_p: float,
     dropout_seed: int,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This block's share in the gradients of its operands.
 
     With ``P = exp(scale * Q K^T - lse)``: ``dS = P * (dropout(dO V^T) - rowsum(dO * O))``, where ``O`` and
-    ``lse`` are those of the whole sequence (Dao et al., 2022, appendix B).
+    ``lse`` are those of the whole sequence (Dao et al., 2022, appendix B). Behind a soft cap, whose result is
+    s, the gradient of a score is ``dS * (1 - (s / cap)^2)``.
 
     Args:
         grad_out: gradient of the merged output, [sq, b, n, dv].
         query, key, value: as in forward.
         out: merged output, [sq, b, n, dv].
         lse: merged log-sum-exp, [b, n, sq].
-        band, attention_mask, softmax_scale, dropout_p, dropout_seed: as in forward.
+        band, attention_mask, softmax_scale, dropout_p, dropout_seed, softcap: as in forward.
 
     Returns:
         Gradients of query, key and value in their shapes, in the dtype of the operands or wider.
     """
-    shape = BlockShape(band, attention_mask, softmax_scale, dropout_p, dropout_seed)
-    if not _has_flash(query, value, dropout_p):
+    shape = BlockShape(band, attention_mask, softmax_scale, dropout_p, dropout_seed, softcap)
+    if not _has_flash(query, value, shape):
         return backward_in_steps(grad_out, query, key, value, out, lse, shape)
     compute = accelerator.matmul_compute_dtype(query.dtype, query.device)
     grad, q, k, v, merged = (_heads_first(t.to(compute)) for t in (grad_out, query, key, value, out))
@@ -164,10 +168,11 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def _has_flash(query: Tensor, value: Tensor, dropout_p: float) -> bool:
-    """torch's CPU kernel also returns log-sum-exps; it knows no dropout and one width of heads only."""
-    on_cpu = not accelerator.draws_in_parallel(query.device)
-    return on_cpu and dropout_p == 0.0 and query.shape[-1] == value.shape[-1] and _flash_takes_any_strides()
+def _has_flash(query: Tensor, value: Tensor, shape: "BlockShape") -> bool:
+    """torch's CPU kernel also returns log-sum-exps; it has no dropout, no soft cap and one width of heads."""
+    if accelerator.draws_in_parallel(query.device) or query.shape[-1] != value.shape[-1]:
+        return False
+    return shape.dropout_p == 0.0 and shape.softcap is None and _flash_takes_any_strides()
 
 
 @functools.cache
@@ -203,6 +208,7 @@ class BlockShape(NamedTuple):
     scale: float
     dropout_p: float
     seed: int
+    softcap: float | None = None
 
 
 class _Tile(NamedTuple):
@@ -221,7 +227,7 @@ def forward_in_steps(q: Tensor, k: Tensor, v: Tensor, shape: BlockShape) -> tupl
     out = torch.zeros(sq, b, n, v.shape[-1], dtype=wide, device=q.device)
     lse = torch.full((b, n, sq), NOTHING_VISIBLE, dtype=wide, device=q.device)
     for tile in _tiles(q, k, shape):
-        scores = _scores(q, k, shape, tile)
+        scores, _ = _scores(q, k, shape, tile)
         peak = scores.amax(-1, keepdim=True).clamp_(min=NOTHING_VISIBLE)
         weights = scores.sub_(peak).exp_()
         total = weights.sum(-1, keepdim=True)
@@ -247,7 +253,8 @@ def backward_in_steps(
     for tile in _tiles(q, k, shape):
         # [G, r, rows] -> [G, r*rows, 1]
         row_lse = _lse_rows(lse, tile, groups).flatten(1).unsqueeze(-1)
-        weights = _scores(q, k, shape, tile).sub_(row_lse).exp_()
+        scores, slope = _scores(q, k, shape, tile, with_slope=True)
+        weights = scores.sub_(row_lse).exp_()
         grad, result = (_queries(t, tile, groups) for t in (grad_out, out))
         delta = (grad * result).sum(-1, keepdim=True)
         grad_weights = torch.bmm(grad, _keys(v, tile).transpose(1, 2))
@@ -259,11 +266,39 @@ def backward_in_steps(
         # [G, keys, dv] -> [keys, G, dv]
         _add_to_keys(grad_v, torch.bmm(dropped.transpose(1, 2), grad), tile)
         grad_scores = grad_weights.sub_(delta).mul_(weights).mul_(shape.scale)
+        if slope is not None:
+            grad_scores.mul_(slope)
         _add_to_keys(grad_k, torch.bmm(grad_scores.transpose(1, 2), _queries(q, tile, groups)), tile)
         dq = _split_rows(torch.bmm(grad_scores, _keys(k, tile)), tile)
         # Several stripes never share rows, so this is written once.
         _rows(grad_q, tile, groups).copy_(dq.permute(2, 0, 1, 3))
     return grad_q, grad_k, grad_v
+
+
+def attention_in_steps(query: Tensor, key: Tensor, value: Tensor, shape: BlockShape) -> Tensor:
+    """:func:`block_attention` over all keys there are, differentiable, by explicit steps on every device.
+
+    query [sq, b, n, d], key [sk, b, g, d], value [sk, b, g, dv] -> [sq, b, n, dv] in the dtype of ``query``
+    """
+    return _AttentionInSteps.apply(query, key, value, shape)
+
+
+class _AttentionInSteps(torch.autograd.Function):
+    """Keeps its operands, its result and the log-sum-exps."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shape: BlockShape) -> Tensor:
+        out, lse = forward_in_steps(q, k, v, shape)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.shape = shape
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = backward_in_steps(grad, q, k, v, out, lse, ctx.shape)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
 
 
 def replayable_keep_mask(
@@ -291,16 +326,23 @@ def _tiles(q: Tensor, k: Tensor, shape: BlockShape) -> Iterator[_Tile]:
                 number += 1
 
 
-def _scores(q: Tensor, k: Tensor, shape: BlockShape, tile: _Tile) -> Tensor:
-    """[G, r*rows, keys], masked ones minus infinity."""
+def _scores(
+    q: Tensor, k: Tensor, shape: BlockShape, tile: _Tile, with_slope: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """[G, r*rows, keys], masked ones minus infinity; and, if asked for, the derivative of their soft cap."""
     scores = torch.bmm(_queries(q, tile, k.shape[2]), _keys(k, tile).transpose(1, 2)).mul_(shape.scale)
+    slope = None
+    if shape.softcap is not None:
+        scores.div_(shape.softcap).tanh_()
+        slope = scores.square().neg_().add_(1.0) if with_slope else None
+        scores.mul_(shape.softcap)
     mask = shape.attention_mask
     if mask is not None and mask.shape[0] > 1:
         mask = mask[tile.sequence : tile.sequence + 1]
     masked = masked_in_stripe(tile.stripe, mask, q.device)
     if masked is not None:
         _split_rows(scores, tile).masked_fill_(masked, -torch.inf)
-    return scores
+    return scores, slope
 
 
 def _queries(t: Tensor, tile: _Tile, groups: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Attention in one operation, on operands in the layouts that fused kernels take, and of packed sequences.
 
 With dropout on a CPU, whose own kernel has none, it is computed exactly and in blocks: nothing of size
-sq x sk is kept for backward.
+sq x sk is kept for backward. So it is with a soft cap, which torch's kernels do not have, on every device.
 """
 
 import itertools
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.core import accelerator
-from megatron.core.fusions.attention_masks import band_mask, covers
+from megatron.core.fusions.attention_masks import band_mask, covers, whole_band
+from megatron.core.fusions.block_attention import BlockShape, attention_in_steps
 from megatron.core.fusions.fused_bias_dropout import drops_by_lanes, keep_mask
 from megatron.core.fusions.fused_softmax import MASKED_SCORE
 from megatron.core.overrides import overridable
@@ -39,6 +40,7 @@ def fused_attention(
     attention_mask: Tensor | None = None,
     softmax_scale: float = 1.0,
     dropout_p: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """``dropout(softmax(masked(scale * Q K^T))) V`` for every head.
 
@@ -54,6 +56,7 @@ def fused_attention(
         attention_mask: bool [b or 1, 1, sq, sk], True masks, in addition to the two above.
         softmax_scale: factor in front of the scores.
         dropout_p: probability of dropping an attention weight, drawn from the current random stream.
+        softcap: c turns scaled scores x into ``c * tanh(x / c)``, before masking; None leaves them.
 
     Returns:
         [sq, b, n*dv], [b, sq, n*dv] or [b, n, sq, dv], in the dtype of ``query``.
@@ -62,6 +65,14 @@ def fused_attention(
         split_heads(t, heads, layout)
         for t, heads in ((query, num_heads), (key, num_query_groups), (value, num_query_groups))
     )
+    if softcap is not None:
+        band = whole_band(q.shape[2], k.shape[2], causal, window)
+        seed = int(torch.randint(1 << 62, (), device=q.device)) if dropout_p > 0.0 else 0
+        shape = BlockShape(band, attention_mask, softmax_scale, dropout_p, seed, softcap)
+        # [b, n, s, d] -> [s, b, n, d] and back, views
+        q, k, v = (t.permute(2, 0, 1, 3) for t in (q, k, v))
+        out = attention_in_steps(q, k, v, shape)
+        return join_heads(out.permute(1, 2, 0, 3), layout)
     compute = accelerator.matmul_compute_dtype(query.dtype, query.device)
     q, k, v = q.to(compute), k.to(compute), v.to(compute)
     sizes = (q.shape[2], k.shape[2])
@@ -149,6 +160,7 @@ def packed_attention(
     window: Window | None,
     softmax_scale: float,
     dropout_p: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """``dropout(softmax(masked(scale * Q K^T))) V`` of every head, sequence by sequence.
 
@@ -162,6 +174,7 @@ def packed_attention(
         window: (left, right) as in ``fused_attention``.
         softmax_scale: factor in front of the scores.
         dropout_p: probability of dropping an attention weight.
+        softcap: as in ``fused_attention``.
 
     Returns:
         [t, n, dv] in the dtype of ``query``.
@@ -177,6 +190,7 @@ def packed_attention(
             window=window,
             softmax_scale=softmax_scale,
             dropout_p=dropout_p,
+            softcap=softcap,
         )
         for rows, keys in spans
         if rows.stop > rows.start

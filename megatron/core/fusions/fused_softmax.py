@@ -15,6 +15,11 @@ from megatron.core.transformer.enums import AttnMaskType
 MASKED_SCORE = -10000.0
 
 
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """``cap * tanh(x / cap)``: about x for small numbers, and never beyond the cap."""
+    return torch.tanh(x / cap) * cap
+
+
 @overridable
 def scaled_masked_softmax(scores: Tensor, mask: Tensor | None, scale: float, in_fp32: bool) -> Tensor:
     """``softmax(masked(scale * scores, mask))`` over the last dimension.

@@ -11,7 +11,7 @@ from megatron.core.context_parallel.attention import ContextParallelAttention, c
 from megatron.core.errors import ConfigError, NotBuiltYetError
 from megatron.core.fusions.fused_attention import fused_attention, masked_keys, packed_attention
 from megatron.core.fusions.fused_bias_dropout import dropout
-from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
+from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax, soft_cap
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
@@ -25,7 +25,9 @@ CAUSAL_TYPES = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
 
 class DotProductAttention(MegatronModule):
-    """``softmax(masked(scale * Q K^T)) V``, in one fused operation or in explicit steps.
+    """``softmax(masked(cap(scale * Q K^T))) V``, in one fused operation or in explicit steps.
+
+    The soft cap is ``config.attn_logit_softcapping``, applied in fp32 by both; without one there is none.
 
     ``config.attention_backend`` chooses: auto, flash and fused take the fused function of this device,
     unfused and local the steps. Both mask the same keys: those after the query (causal types), those outside
@@ -72,7 +74,8 @@ class DotProductAttention(MegatronModule):
             scaled_masked_softmax_fusion=config.masked_softmax_fusion,
             mask_func=attention_mask_func,
             softmax_in_fp32=config.attention_softmax_in_fp32,
-            scale=self.coefficient,
+            # Capped scores are small, and are so only once they have their true size.
+            scale=None if config.attn_logit_softcapping else self.coefficient,
         )
         self.split: ContextParallelAttention | None = None
         if config.context_parallel_size > 1:
@@ -168,6 +171,7 @@ class DotProductAttention(MegatronModule):
             window=self.config.window_size,
             softmax_scale=self.softmax_scale,
             dropout_p=dropout_p,
+            softcap=self.config.attn_logit_softcapping,
         )
         # [t, n, dv] -> [t, 1, n*dv]
         return out.flatten(1).unsqueeze(1)
@@ -188,6 +192,7 @@ class DotProductAttention(MegatronModule):
             attention_mask=mask,
             softmax_scale=self.softmax_scale,
             dropout_p=dropout_p,
+            softcap=self.config.attn_logit_softcapping,
         )
         # [b, sq, n*dv] -> [sq, b, n*dv]
         return out if layout == "SBH" else out.transpose(0, 1).contiguous()
@@ -208,17 +213,25 @@ class DotProductAttention(MegatronModule):
         # [sk, b, g, d] -> [b*g, sk, d]
         grouped_k, grouped_v = (t.to(compute).permute(1, 2, 0, 3).reshape(b * g, sk, -1) for t in (k, v))
         scale = self.softmax_scale / (self.coefficient or 1)
-        scores = torch.bmm(grouped_q * scale, grouped_k.transpose(1, 2))
+        scores = self._capped(torch.bmm(grouped_q * scale, grouped_k.transpose(1, 2)))
         # [b*g, (n/g)*sq, sk] -> [b, n, sq, sk]
         probs = self.scale_mask_softmax(
             scores.view(b, n, sq, sk),
             masked_keys(sq, sk, causal, self.config.window_size, mask, q.device),
-        )
+        ).to(compute)
         if dropout_p > 0.0:
             probs = dropout(probs, dropout_p)
         # [b*g, (n/g)*sq, sk] x [b*g, sk, dv] -> [b, n, sq, dv] -> [sq, b, n*dv]
         out = torch.bmm(probs.view(b * g, -1, sk), grouped_v).view(b, n, sq, -1)
         return out.permute(2, 0, 1, 3).flatten(2).to(dtype)
+
+    def _capped(self, scores: Tensor) -> Tensor:
+        """Scores of their true size, bounded, in fp32 at least; without a cap as they are."""
+        cap = self.config.attn_logit_softcapping
+        if cap is None:
+            return scores
+        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return soft_cap(wide if self.coefficient is None else wide * self.coefficient, cap)
 
 
 def _flatten_heads(t: Tensor, layout: str) -> Tensor:

@@ -172,6 +172,11 @@ class TransformerConfig(ModelParallelConfig):
     moe_shared_expert_gate: bool = False  # multiply shared experts' output by a sigmoid of the input
     attention_layout: str = "SBH"  # layout of the operands of fused attention: SBH or BSH
     glu_gate_last: bool = False  # gated MLP multiplies by the activated second half instead of the first
+    post_norm: bool = False  # two more norms per layer: of the attention's output and of the MLP's
+    embedding_multiplier_scale: float = 1.0  # factor of the word embedding's output
+    output_multiplier_scale: float | None = None  # factor of the logits
+    attn_logit_softcapping: float | None = None  # c: attention scores x become c * tanh(x / c)
+    output_logit_softcapping: float | None = None  # c: logits x become c * tanh(x / c)
 
     def __post_init__(self) -> None:
         refuse_unbuilt(self)
@@ -277,7 +282,7 @@ def refuse_unbuilt(config: TransformerConfig) -> None:
 
 def transformer_problems(config: TransformerConfig) -> list[str]:
     """Every broken rule of ``config``: what was set, and what to set instead."""
-    groups = (_precision, _attention, _mlp, _recompute, _pipeline_layout, _context_parallel, _moe)
+    groups = (_precision, _attention, _scales, _mlp, _recompute, _pipeline_layout, _context_parallel, _moe)
     return [sentence for group in groups for broken, sentence in group(config) if broken]
 
 
@@ -308,6 +313,14 @@ def _attention(c: TransformerConfig) -> Rules:
         f"window_size: {c.window_size} must be (left, right) with numbers of tokens >= 0, or -1 for no limit",
     )
     yield from _latent_attention(c)
+
+
+def _scales(c: TransformerConfig) -> Rules:
+    factor = c.embedding_multiplier_scale
+    yield factor <= 0, f"embedding_multiplier_scale: {factor}; it must be positive, 1 changes nothing"
+    for name in ("output_multiplier_scale", "attn_logit_softcapping", "output_logit_softcapping"):
+        number = getattr(c, name)
+        yield number is not None and number <= 0, f"{name}: {number}; it must be positive, or None for none"
 
 
 def _latent_attention(c: TransformerConfig) -> Rules:

@@ -39,6 +39,8 @@ class TransformerLayerSubmodules:
     mlp_bda: Spec | Callable[..., Any] = IdentityFuncOp
     # Prefixes of parameter names that distributed checkpoints spell differently
     sharded_state_dict_keys_map: dict[str, str] = field(default_factory=dict)
+    post_attn_norm: Spec = IdentityOp
+    post_mlp_layernorm: Spec = IdentityOp
 
 
 class BaseTransformerLayer(ABC):  # noqa: B024  (a marker)
@@ -50,6 +52,7 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
 
     h = x + dropout(attention(norm(x)) + bias);  y = h + dropout(mlp(norm(h)) + bias). With
     ``apply_residual_connection_post_layernorm`` the norms' outputs take the place of x and h as residuals.
+    Post norms, where the spec has them, act on the outputs of attention and MLP; biases come after them.
 
     Args:
         config: model config.
@@ -96,6 +99,8 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
         if isinstance(self.mlp, BaseMoELayer):
             self.mlp.set_layer_number(self.layer_number)
         self.mlp_bda = build_module(submodules.mlp_bda)
+        self.post_attn_norm = self._norm(submodules.post_attn_norm)
+        self.post_mlp_layernorm = self._norm(submodules.post_mlp_layernorm)
 
     def _norm(self, spec: Spec) -> Any:
         config = self.config
@@ -120,7 +125,7 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
         """[s, b, h] -> [s, b, h], and ``context`` as it came."""
 
         def attend(normed: Tensor) -> tuple[Tensor, Tensor | None]:
-            return self.self_attention(
+            output, bias = self.self_attention(
                 normed,
                 attention_mask=attention_mask,
                 inference_context=inference_context,
@@ -132,6 +137,7 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
                 sequence_len_offset=sequence_len_offset,
                 inference_params=inference_params,
             )
+            return self.post_attn_norm(output), bias
 
         hidden_states = self._sublayer(hidden_states, self.input_layernorm, attend, self.self_attn_bda)
         hidden_states = self._sublayer(hidden_states, self.pre_mlp_layernorm, self._run_mlp, self.mlp_bda)
@@ -163,9 +169,11 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
     def _run_mlp(self, normed: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.recompute_mlp and self.training:
             return tensor_parallel.checkpoint(self._mlp_with_bias, False, normed), None
-        return self.mlp(normed)
+        output, bias = self.mlp(normed)
+        return self.post_mlp_layernorm(output), bias
 
     def _mlp_with_bias(self, normed: Tensor) -> Tensor:
         """A parameter must not be an output of a recomputed function, so the bias is added inside."""
         output, bias = self.mlp(normed)
+        output = self.post_mlp_layernorm(output)
         return output if bias is None else output + bias

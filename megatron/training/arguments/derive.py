@@ -196,6 +196,24 @@ def positions(args: Namespace, given: Collection[str]) -> list[str]:
     return []
 
 
+def activation(args: Namespace, given: Collection[str]) -> list[str]:
+    """The GELU gates of MindSpeed win over --swiglu, which its scripts give beside them."""
+    for flag, on in (("--geglu", args.geglu), ("--gelu-tanh", args.gelu_tanh)):
+        if on and args.swiglu:
+            args.swiglu = False
+            return [f"WARNING: --swiglu gives way to {flag}"]
+    return []
+
+
+def layer_spec(args: Namespace, given: Collection[str]) -> list[str]:
+    """The Grok layer of MindSpeed-LLM is the local one, which --post-norm gives its norms."""
+    words = list(args.spec or ())
+    if len(words) != 2 or words[0].rpartition(".")[2] != "grok_spec" or words[1] != "layer_spec":
+        return []
+    args.spec = ["local"]
+    return [f"notice: --spec {' '.join(words)}: taken as --spec local; --post-norm adds the norms"]
+
+
 def biases(args: Namespace, given: Collection[str]) -> list[str]:
     """What linear biases imply, and which activation has a fused kernel."""
     if args.add_bias_linear:
@@ -323,6 +341,8 @@ STEPS: tuple[Derivation, ...] = (
     widths,
     experts,
     positions,
+    activation,
+    layer_spec,
     biases,
     attention,
     recompute,

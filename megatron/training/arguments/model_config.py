@@ -10,12 +10,22 @@ import torch.nn.functional as F
 
 from megatron.training.activations import squared_relu
 from megatron.training.arguments.flags import INERT_DESTS
+from megatron.training.model_family import is_gated
 
 
 def _activation(args: Namespace) -> Callable[..., torch.Tensor]:
     if args.swiglu:
         return F.silu
+    if args.geglu or args.gelu_tanh:
+        return F.gelu
     return squared_relu if args.squared_relu else F.gelu
+
+
+def _activation_fusion(args: Namespace) -> bool:
+    """Of GELU this chooses the tanh form."""
+    if args.geglu or args.gelu_tanh:
+        return args.gelu_tanh
+    return args.bias_swiglu_fusion if args.swiglu else args.bias_gelu_fusion
 
 
 def _initialiser(args: Namespace) -> Callable[..., Any] | None:
@@ -40,8 +50,8 @@ SPECIAL: dict[str, Callable[[Namespace], Any]] = {
     "num_layers_in_last_pipeline_stage": lambda a: a.decoder_last_pipeline_num_layers,
     "num_query_groups": lambda a: a.num_query_groups if a.group_query_attention else None,
     "activation_func": _activation,
-    "gated_linear_unit": lambda a: a.swiglu or a.glu_gate_last or getattr(a, "gated_linear_unit", False),
-    "bias_activation_fusion": lambda a: a.bias_swiglu_fusion if a.swiglu else a.bias_gelu_fusion,
+    "gated_linear_unit": lambda a: is_gated(a) or getattr(a, "gated_linear_unit", False),
+    "bias_activation_fusion": _activation_fusion,
     "init_method": _initialiser,
     "output_layer_init_method": _initialiser,
     "cp_comm_type": _cp_comm_type,

@@ -39,7 +39,9 @@ FORCE = (
 
 # Also part of the model, although the original leaves them to the command line.
 FORCE_EXTENSION = (
-    "norm_epsilon", "qk_layernorm", "openai_gelu", "is_x_model", "glu_gate_last",
+    "norm_epsilon", "qk_layernorm", "openai_gelu", "is_x_model", "glu_gate_last", "geglu", "gelu_tanh",
+    "post_norm", "embedding_multiplier_scale", "output_multiplier_scale",
+    "attn_logit_softcapping", "output_logit_softcapping",
     "use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor",
     "multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim",
     "v_head_dim", "rotary_scaling_factor", "mscale", "mscale_all_dim", "mtp_num_layers",

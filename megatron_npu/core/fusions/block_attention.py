@@ -13,15 +13,19 @@ from megatron.core.fusions.attention_masks import Band, masked_by_band
 from megatron.core.fusions.block_attention import NOTHING_VISIBLE
 from megatron_npu import chip
 from megatron_npu.core.fusions.attention_masks import empty_rows, mask_arguments
-from megatron_npu.core.fusions.fused_attention import WIDEST_HEAD, why_not_shape
+from megatron_npu.core.fusions.fused_attention import SOFT_CAP, WIDEST_HEAD, why_not_shape
 from megatron_npu.registry import replaces
 
-_LIMITS = f"dropout, heads wider than {WIDEST_HEAD}, values wider than keys"
+_LIMITS = f"dropout, a soft cap, heads wider than {WIDEST_HEAD}, values wider than keys"
 _BOUND = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 _COPIES = 8
 
 
-def _unsuitable(query: Tensor, key: Tensor, value: Tensor, *, dropout_p: float, **_: Any) -> str | None:
+def _unsuitable(
+    query: Tensor, key: Tensor, value: Tensor, *, dropout_p: float, softcap: float | None = None, **_: Any
+) -> str | None:
+    if softcap is not None:
+        return SOFT_CAP
     if dropout_p > 0.0:
         # The mask must be a function of a seed given here; the operator draws from a generator.
         return "dropout"
@@ -29,9 +33,9 @@ def _unsuitable(query: Tensor, key: Tensor, value: Tensor, *, dropout_p: float, 
 
 
 def _unsuitable_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Tensor, dropout_p: float, **__: Any
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Tensor, **settings: Any
 ) -> str | None:
-    return _unsuitable(query, key, value, dropout_p=dropout_p)
+    return _unsuitable(query, key, value, **settings)
 
 
 @replaces(
@@ -53,6 +57,7 @@ def block_attention(
     softmax_scale: float,
     dropout_p: float,
     dropout_seed: int,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """[s, b, n, d] without its last border is the operator's SBH."""
     sq, sk, heads = query.shape[0], key.shape[0], query.shape[2]
@@ -92,6 +97,7 @@ def block_attention_backward(
     softmax_scale: float,
     dropout_p: float,
     dropout_seed: int,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator's own backward, told the log-sum-exp of the whole sequence instead of this block's."""
     sq, sk, heads = query.shape[0], key.shape[0], query.shape[2]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.core.fusions.attention_masks import Band
+from megatron.core.fusions.attention_masks import whole_band
 from megatron.core.fusions.fused_attention import Window
 from megatron_npu import chip
 from megatron_npu.core.fusions.attention_masks import (
@@ -17,6 +17,7 @@ from megatron_npu.core.fusions.attention_masks import (
 from megatron_npu.registry import replaces
 
 WIDEST_HEAD = 512
+SOFT_CAP = "a soft cap on scores"
 _MOST_HEADS = 256
 
 
@@ -31,13 +32,16 @@ def _unsuitable(
     causal: bool = True,
     window: Window | None = None,
     dropout_p: float = 0.0,
+    softcap: float | None = None,
     **_: Any,
 ) -> str | None:
+    if softcap is not None:
+        return SOFT_CAP
     sq, sk = (_length(t, layout) for t in (query, key))
     width = query.shape[-1] // (1 if layout == "BNSD" else num_heads)
     value_width = value.shape[-1] // (1 if layout == "BNSD" else num_query_groups)
     return why_not_shape(num_heads, width, value_width, dropout_p) or (
-        "queries without visible keys" if empty_rows(sq, sk, _band(sq, sk, causal, window)) else None
+        "queries without visible keys" if empty_rows(sq, sk, whole_band(sq, sk, causal, window)) else None
     )
 
 
@@ -58,7 +62,8 @@ def why_not_shape(heads: int, width: int, value_width: int, dropout_p: float) ->
     since="5.0.rc3",
     chips=chip.FROM_910B,
     unless=_unsuitable,
-    limits=f"heads wider than {WIDEST_HEAD}, values wider than keys, queries without visible keys",
+    limits=f"heads wider than {WIDEST_HEAD}, values wider than keys, queries without visible keys, "
+    "a soft cap",
     bound={torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2},
 )
 def fused_attention(
@@ -74,13 +79,14 @@ def fused_attention(
     attention_mask: Tensor | None = None,
     softmax_scale: float = 1.0,
     dropout_p: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """Keys and values of fewer groups than heads go in as they are; layouts are the operator's own.
 
     Dropout draws from the NPU's default generator, and backward draws the same mask again.
     """
     sq, sk = (_length(t, layout) for t in (query, key))
-    band = _band(sq, sk, causal, window)
+    band = whole_band(sq, sk, causal, window)
     return torch.ops.npu.npu_fusion_attention(
         query,
         key,
@@ -97,12 +103,6 @@ def _length(t: Tensor, layout: str) -> int:
     return t.shape[{"SBH": 0, "BSH": 1, "BNSD": 2}[layout]]
 
 
-def _band(sq: int, sk: int, causal: bool, window: Window | None) -> Band:
-    """Causality and window, whose last query stands at the last key, from the upper left corner."""
-    left, right = (None if side < 0 else side for side in window or (-1, -1))
-    return Band(left, 0 if causal else right).moved(sk - sq, 0)
-
-
 _MOST_SEQUENCES = 1024
 
 
@@ -114,8 +114,11 @@ def _unsuitable_packed(
     query_ends: list[int],
     key_ends: list[int],
     dropout_p: float,
+    softcap: float | None = None,
     **_: Any,
 ) -> str | None:
+    if softcap is not None:
+        return SOFT_CAP
     if len(query_ends) > _MOST_SEQUENCES:
         return f"more than {_MOST_SEQUENCES} sequences"
     lengths = zip(
@@ -133,7 +136,7 @@ def _unsuitable_packed(
     chips=chip.FROM_910B,
     unless=_unsuitable_packed,
     limits=f"heads wider than {WIDEST_HEAD}, values wider than keys, over {_MOST_SEQUENCES} sequences, "
-    "sequences with more queries than keys",
+    "sequences with more queries than keys, a soft cap",
     bound={torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2},
 )
 def packed_attention(
@@ -147,6 +150,7 @@ def packed_attention(
     window: Window | None,
     softmax_scale: float,
     dropout_p: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """One call for all sequences: layout TND, with the ends as lists on the host."""
     return torch.ops.npu.npu_fusion_attention(

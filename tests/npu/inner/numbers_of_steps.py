@@ -15,6 +15,7 @@ from megatron.core.fusions.block_attention import (
 from megatron.core.fusions.fused_attention import fused_attention
 from megatron.core.fusions.fused_softmax import scaled_masked_softmax
 from megatron.core.optimizer.adamw import Adam
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -83,6 +84,25 @@ def test_attention_with_dropout_is_differentiated_with_the_mask_it_drew(one_rank
     output(leaf).backward()
     slope = output(v + direction) - output(v)
     torch.testing.assert_close((leaf.grad * direction).sum(), slope, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_soft_cap_goes_to_the_default(one_rank, packed: bool) -> None:
+    """The operator has no cap: its result would not be that of the definition."""
+    cap, layer = 0.5, attention_layer(0.0, attn_logit_softcapping=0.5)
+    qkv = [t[:, :1] for t in operands()]
+    ends = torch.tensor([0, 16], dtype=torch.int32)
+    params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends) if packed else None
+    found = layer(*qkv, None, packed_seq_params=params)
+    wide = [t.detach().double().requires_grad_() for t in qkv]
+    scores = cap * torch.tanh(torch.einsum("qbnd,kbnd->bnqk", *wide[:2]) / 4 / cap)
+    scores = scores.masked_fill(torch.ones(16, 16, dtype=torch.bool).triu(1), -torch.inf)
+    wanted = torch.einsum("bnqk,kbnd->qbnd", scores.softmax(-1), wide[2]).flatten(2)
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5)
+    direction = torch.linspace(-1, 1, found.numel()).view_as(found)
+    gradients = torch.autograd.grad(found, qkv, direction)
+    for f, w in zip(gradients, torch.autograd.grad(wanted, wide, direction.double()), strict=True):
+        torch.testing.assert_close(f.double(), w, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["SBH", "BSH"])

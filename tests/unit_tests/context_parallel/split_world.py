@@ -112,11 +112,15 @@ def hidden_keys(case: Case, length: int) -> torch.Tensor:
     return hidden | document_mask(length) if case.mask else hidden
 
 
-def dense(q, k, v, hidden, keep=None):
-    """[s, b, n, d] -> [s, b, n*dv] by the definition; ``keep`` [b, n, s, s] multiplies the weights."""
+def dense(q, k, v, hidden, keep=None, cap=None):
+    """[s, b, n, d] -> [s, b, n*dv] by the definition; ``keep`` [b, n, s, s] multiplies the weights, scores
+    go through ``cap * tanh(score / cap)``.
+    """
     repeat = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
     scores = torch.einsum("qbnd,kbnd->bnqk", q, k) * q.shape[-1] ** -0.5
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
     weights = torch.softmax(scores.masked_fill(hidden, -1e30), -1)
     if keep is not None:
         weights = weights * keep
@@ -126,7 +130,8 @@ def dense(q, k, v, hidden, keep=None):
 def reference(case: Case, size: int, keep: torch.Tensor | None = None) -> list[torch.Tensor]:
     """Output and gradients of the whole sequence in float64."""
     q, k, v, grad = (t.double().requires_grad_() for t in operands(case, size))
-    out = dense(q, k, v, hidden_keys(case, q.shape[0]), keep)
+    cap = dict(case.config).get("attn_logit_softcapping")
+    out = dense(q, k, v, hidden_keys(case, q.shape[0]), keep, cap)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad.detach())]
 
 

@@ -74,6 +74,19 @@ def test_documents_and_widths(world):
     hold(world, cases)
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_soft_caps(world):
+    capped = (("attn_logit_softcapping", 1.5),)
+    cases = [
+        Case(kind, window=window, groups=2, backend=backend, dtype=dtype, config=capped, hierarchy=hierarchy)
+        for kind, hierarchy in (*((kind, None) for kind in KINDS), ("a2a+p2p", (2, world // 2)))
+        for backend, window in (("fused", None), ("unfused", None), ("fused", (4, 0)))
+        for dtype in ("float64", "bfloat16")
+    ]
+    cases += [Case(kind, mask="documents", config=capped) for kind in KINDS]
+    hold(world, cases)
+
+
 def test_two_level_split_equals_one_rank():
     shapes = [
         Case("a2a+p2p", causal, window, groups, mask=mask, hierarchy=(2, 2))

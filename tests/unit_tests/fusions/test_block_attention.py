@@ -40,11 +40,13 @@ def by_rule(band, sq, sk):
     return hidden[None, None]
 
 
-def dense(q, k, v, hidden, keep=1.0):
+def dense(q, k, v, hidden, keep=1.0, cap=None):
     """Output [sq, b, n, dv] and log-sum-exp [b, n, sq] in float64; 0 and the constant for nothing seen."""
     q, k, v = q.double(), k.double(), v.double()
     k, v = (t.repeat_interleave(N // t.shape[2], 2) for t in (k, v))
     scores = torch.einsum("qbnd,kbnd->bnqk", q, k) * SCALE
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
     scores = scores.masked_fill(hidden, -torch.inf)
     lse = torch.logsumexp(scores, -1)
     weights = torch.exp(scores - lse.clamp(min=NOTHING_VISIBLE)[..., None]) * keep
@@ -73,7 +75,7 @@ def random_mask(sq, sk, batch=B):
 
 def check(q, k, v, grad, hidden, settings, bound=6e-6, keep=1.0):
     wide = [t.double().requires_grad_() for t in (q, k, v)]
-    wanted_out, wanted_lse = dense(*wide, hidden, keep)
+    wanted_out, wanted_lse = dense(*wide, hidden, keep, settings.get("softcap"))
     out, lse = block_attention(q, k, v, **settings)
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse.double(), wanted_lse.detach(), rtol=1e-5, atol=1e-5)
@@ -115,6 +117,17 @@ def test_masks(width, batch):
         q, k, v, grad = operands(sq, sk, 2, width)
         mask = random_mask(sq, sk, batch)
         check(q, k, v, grad, mask | by_rule(band, sq, sk), arguments(band, mask))
+
+
+@pytest.mark.parametrize("cap", [0.5, 3.0])
+def test_soft_cap(cap):
+    """Scores reach about 20, so that most of them are bent."""
+    for (sq, sk), band in (((7, 7), Band(None, 0)), ((5, 11), Band()), ((300, 270), Band(20, 3))):
+        q, k, v, grad = operands(sq, sk, 2, spread=3.0)
+        mask = random_mask(sq, sk)
+        hidden = by_rule(band, sq, sk)
+        check(q, k, v, grad, hidden, arguments(band) | {"softcap": cap}, bound=2e-5)
+        check(q, k, v, grad, mask | hidden, arguments(band, mask) | {"softcap": cap}, bound=2e-5)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2.5e-2), (torch.float16, 3e-3)])

@@ -8,6 +8,7 @@ from megatron.core.fusions import attention_masks
 from megatron.core.fusions.fused_attention import fused_attention
 from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -39,11 +40,13 @@ def operands(groups=HEADS, dtype=torch.float32, length=S):
     )
 
 
-def dense(q, k, v, hidden):
-    """[s, b, n, d] -> [s, b, n*d], by the definition."""
+def dense(q, k, v, hidden, cap=None):
+    """[s, b, n, d] -> [s, b, n*d], by the definition; scores go through ``cap * tanh(score / cap)``."""
     repeat = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
     scores = torch.einsum("qbnd,kbnd->bnqk", q, k) * q.shape[-1] ** -0.5
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
     weights = torch.softmax(scores.masked_fill(hidden, -1e30), -1)
     return torch.einsum("bnqk,kbnd->qbnd", weights, v).flatten(2)
 
@@ -58,7 +61,7 @@ def hidden_by_rule(left=None, right=0, length=S):
 def check(layer, hidden, mask=None, groups=HEADS, dtype=torch.float32):
     narrow = operands(groups, dtype)
     wide = [t.detach().double().requires_grad_() for t in narrow]
-    out, expected = layer(*narrow, mask), dense(*wide, hidden)
+    out, expected = layer(*narrow, mask), dense(*wide, hidden, layer.config.attn_logit_softcapping)
     assert out.dtype == dtype
     assert out.shape == (S, B, HEADS * WIDTH)
     scale = float(expected.detach().abs().max())
@@ -110,6 +113,71 @@ def test_half_precision(backend, dtype, scaling):
     fields = {"bf16": dtype is torch.bfloat16, "fp16": dtype is torch.float16, "params_dtype": dtype}
     layer = attention(backend, layer_number=7, apply_query_key_layer_scaling=scaling, **fields)
     check(layer, hidden_by_rule(), dtype=dtype)
+
+
+@pytest.mark.parametrize("layout", ["SBH", "BSH"])
+@pytest.mark.parametrize("groups", [HEADS, 2])
+@pytest.mark.parametrize("window", [None, (3, 0)])
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+def test_soft_cap(backend, window, groups, layout):
+    """Scores reach about 20 times their cap."""
+    layer = attention(
+        backend, groups=groups, window_size=window, attention_layout=layout, attn_logit_softcapping=1.5
+    )
+    check(layer, hidden_by_rule(window and window[0]), groups=groups)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scaling", [False, True], ids=["plain", "layer scaling"])
+def test_soft_cap_acts_on_scores_of_their_true_size(backend, dtype, scaling):
+    fields = {"bf16": dtype is torch.bfloat16, "fp16": dtype is torch.float16, "params_dtype": dtype}
+    layer = attention(
+        backend,
+        layer_number=7,
+        apply_query_key_layer_scaling=scaling,
+        attn_logit_softcapping=2.0,
+        **fields,
+    )
+    check(layer, hidden_by_rule(), dtype=dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+def test_soft_cap_leaves_masked_keys_masked(backend):
+    document = torch.tensor([[0] * S, [0] * 6 + [1] * 7])
+    mask = document[:, None, :, None] != document[:, None, None, :]
+    check(attention(backend, attn_logit_softcapping=0.1), mask | hidden_by_rule(), mask)
+
+
+def test_soft_cap_of_packed_sequences_and_of_fewer_queries_than_keys():
+    layer = attention(AttnBackend.fused, attn_logit_softcapping=1.5)
+    q, k, v = (t[:, :1] for t in operands())
+    ends = torch.tensor([0, 4, S], dtype=torch.int32)
+    params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
+    packed = layer(q, k, v, None, packed_seq_params=params)
+    apart = [layer(q[part], k[part], v[part], None) for part in (slice(0, 4), slice(4, S))]
+    torch.testing.assert_close(packed, torch.cat(apart))
+    # The last query sits at the last key.
+    torch.testing.assert_close(layer(q[-3:], k, v, None), layer(q, k, v, None)[-3:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+def test_dropout_behind_a_soft_cap(backend):
+    """Zero queries weigh all keys alike: with values that name their key, outputs show which were dropped."""
+    length, p = 256, 0.25
+    model_parallel_cuda_manual_seed(3)
+    layer = attention(backend, AttnMaskType.no_mask, attn_logit_softcapping=1.5)
+    layer.attention_dropout = p
+    q, k = torch.zeros(length, 1, HEADS, length), torch.zeros(length, 1, HEADS, length)
+    v = torch.eye(length)[:, None, None].expand(length, 1, HEADS, length).contiguous().requires_grad_()
+    out = layer(q, k, v, None).view(length, HEADS, length)
+    kept = out > 0
+    assert abs(float(kept.double().mean()) - (1 - p)) < 0.01
+    torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / length / (1 - p)))
+    out.sum().backward()
+    # dV of key j is the sum of its weights over the queries, for every channel.
+    wanted = out.detach().sum(0).t()[:, None, :, None].expand_as(v)
+    torch.testing.assert_close(v.grad, wanted)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)

@@ -56,6 +56,7 @@ def layer_spec(
         "moe_use_legacy_grouped_gemm": config.moe_use_legacy_grouped_gemm,
         "qk_layernorm": config.qk_layernorm,
         "multi_latent_attention": config.multi_latent_attention,
+        "post_norm": config.post_norm,
     }
     if with_transformer_engine_names:
         return get_gpt_layer_with_transformer_engine_spec(**common)

@@ -47,15 +47,18 @@ def get_gpt_layer_with_transformer_engine_spec(
     fp8: str | None = None,
     moe_use_legacy_grouped_gemm: bool | None = False,
     qk_l2_norm: bool | None = False,
+    post_norm: bool = False,
 ) -> ModuleSpec:
     """A layer with TransformerEngine's parameter names: each norm lives in the linear layer after it.
 
-    The modules are this package's own and run on any device.
+    The modules are this package's own and run on any device. Norms of the outputs of attention and MLP
+    (``post_norm``) have no linear layer after them and stand alone.
     """
     _warn_about_fp8(fp8)
     mlp = get_mlp_module_spec(True, num_experts, moe_grouped_gemm, None, moe_use_legacy_grouped_gemm)
     # Router and experts share the norm's output, so it cannot be part of a linear layer.
     norms = {} if num_experts is None else {"pre_mlp_layernorm": TENorm}
+    norms |= _post_norms(TENorm, post_norm)
     if multi_latent_attention:
         # The norm of a latent is part of the projection after it; that of the input stands alone.
         up = TELayerNormColumnParallelLinear if qk_layernorm else TEColumnParallelLinear
@@ -93,6 +96,7 @@ def get_gpt_layer_local_spec(
     moe_use_legacy_grouped_gemm: bool | None = False,
     normalization: str | None = None,
     qk_l2_norm: bool | None = False,
+    post_norm: bool = False,
 ) -> ModuleSpec:
     """A layer with separate norms; ``config.normalization`` chooses their kind, not the argument."""
     _warn_about_fp8(fp8)
@@ -122,6 +126,7 @@ def get_gpt_layer_local_spec(
         norms={
             "input_layernorm": WrappedTorchNorm,
             "pre_mlp_layernorm": WrappedTorchNorm,
+            **_post_norms(WrappedTorchNorm, post_norm),
             "sharded_state_dict_keys_map": dict(
                 LOCAL_TO_TE_KEYS_OF_LATENT_ATTENTION if multi_latent_attention else LOCAL_TO_TE_KEYS
             ),
@@ -174,6 +179,10 @@ def _head_norms(norm: type, qk_layernorm: bool | None, qk_l2_norm: bool | None) 
     return {} if chosen is None else {"q_layernorm": chosen, "k_layernorm": chosen}
 
 
+def _post_norms(norm: type, post_norm: bool) -> dict[str, type]:
+    return {"post_attn_norm": norm, "post_mlp_layernorm": norm} if post_norm else {}
+
+
 def _warn_about_fp8(fp8: str | None) -> None:
     # Launch scripts pass an unrelated flag's False in this position.
     if fp8:
@@ -206,6 +215,7 @@ def get_gpt_decoder_block_spec(
         "qk_layernorm": config.qk_layernorm,
         "multi_latent_attention": config.multi_latent_attention,
         "qk_l2_norm": qk_l2_norm,
+        "post_norm": config.post_norm,
     }
     experts = {
         "num_experts": config.num_moe_experts,

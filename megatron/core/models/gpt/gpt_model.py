@@ -8,6 +8,7 @@ from megatron.core import tensor_parallel
 from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
 from megatron.core.enums import ModelType
 from megatron.core.errors import ConfigError, NotBuiltYetError, UsageError
+from megatron.core.fusions.fused_softmax import soft_cap
 from megatron.core.inference_params import InferenceParams
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -188,10 +189,19 @@ class GPTModel(LanguageModule):
             # The loss is made of logits that are split over ranks, whoever wants them whole otherwise.
             runtime_gather_output = False
         logits, _ = self.output_layer(hidden_states, weight, runtime_gather_output)
+        logits = _scaled_and_capped(logits, self.config)
         if labels is None:
             # [s, b, v] -> [b, s, v]
             return logits.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels, logits)
+
+
+def _scaled_and_capped(logits: Tensor, config: TransformerConfig) -> Tensor:
+    """Logits times their factor, then bounded.  [s, b, v] -> [s, b, v]"""
+    if config.output_multiplier_scale is not None:
+        logits = logits * config.output_multiplier_scale
+    cap = config.output_logit_softcapping
+    return logits if cap is None else soft_cap(logits, cap)
 
 
 def _check_supported(config: TransformerConfig, position_embedding_type: str, mtp_block_spec: Any) -> None:

@@ -54,7 +54,7 @@ def gpt_parameter_count(
         if isinstance(config, MLATransformerConfig)
         else _attention(config, tp)
     )
-    layers = len(pattern) * (attention + 2 * _norm(config, hidden))
+    layers = len(pattern) * (attention + (4 if config.post_norm else 2) * _norm(config, hidden))
     layers += pattern.count(False) * _mlp(config, tp)
     if any(pattern):
         layers += pattern.count(True) * _moe(config, tp, expert_parallel_size, expert_tensor_parallel_size)

@@ -17,7 +17,12 @@ from megatron.training.arguments.flag import (
     value,
     without,
 )
-from megatron.training.arguments.flags.shared import IN_FUSED_ATTENTION, NO_MEMORY_SAVER, OWN_KERNEL
+from megatron.training.arguments.flags.shared import (
+    IN_FUSED_ATTENTION,
+    NO_MEMORY_SAVER,
+    OWN_KERNEL,
+    is_gated_by_flag,
+)
 from megatron.training.arguments.values import names_of_overrides
 
 NO_TE_OVERLAP = Accepted(
@@ -158,7 +163,7 @@ KERNELS = Group(
             "bias_gelu_fusion",
             no_effect=without(
                 "a GELU with a bias: it chooses between the tanh form of GELU and the exact one",
-                lambda a: not (a.swiglu or a.squared_relu) and a.add_bias_linear,
+                lambda a: not (is_gated_by_flag(a) or a.squared_relu) and a.add_bias_linear,
             ),
             help="do not fuse bias+GELU",
         ),
@@ -260,7 +265,11 @@ KERNELS = Group(
                 needs=need("--normalization RMSNorm"),
                 help="the device's fused RMSNorm",
             ),
-            switch("--use-fused-swiglu", needs=need("--swiglu"), help="the device's fused SwiGLU"),
+            switch(
+                "--use-fused-swiglu",
+                needs=need("--swiglu", is_gated_by_flag),
+                help="the device's fused SwiGLU",
+            ),
             switch(
                 "--use-fused-rotary-pos-emb",
                 needs=need("--position-embedding-type rope"),

@@ -4,6 +4,7 @@ from megatron.training.arguments.flag import (
     Accepted,
     Group,
     NotBuilt,
+    Notice,
     Refused,
     above,
     alike,
@@ -15,14 +16,22 @@ from megatron.training.arguments.flag import (
     value,
     without,
 )
-from megatron.training.arguments.flags.shared import ALWAYS_SO, ENCODER_MODELS, OLDER_CLASSES, OWN_KERNEL
+from megatron.training.arguments.flags.shared import (
+    ALWAYS_SO,
+    ENCODER_MODELS,
+    OLDER_CLASSES,
+    OWN_KERNEL,
+    is_gated_by_flag,
+)
 from megatron.training.arguments.values import attention_backend
 
 NO_LAYER_FILE = Refused(
     "per-layer architectures from a file are not part of this project", "give the sizes as flags"
 )
 MULTI_TOKEN = NotBuilt("multi-token prediction")
-GROK_LAYER = NotBuilt("the Grok layer")
+OWN_LAYERS = unless(
+    lambda a: a.spec is None or list(a.spec) == ["local"], "the layers are those that --spec names"
+)
 RELATIVE_BIAS = NotBuilt("relative position bias")
 
 NETWORK = Group(
@@ -209,8 +218,8 @@ NETWORK = Group(
                 "in the tanh form without"
             ),
             no_effect=unless(
-                lambda a: not (a.swiglu or a.squared_relu),
-                "an MLP with --swiglu or --squared-relu has no GELU",
+                lambda a: not (is_gated_by_flag(a) or a.squared_relu),
+                "an MLP with --swiglu or --squared-relu has no GELU; --geglu and --gelu-tanh say which",
             ),
             help="tanh-style GELU of legacy models",
         ),
@@ -237,21 +246,49 @@ NETWORK = Group(
         ),
         switch(
             "--qk-layernorm",
-            no_effect=unless(
-                lambda a: a.spec is None or list(a.spec) == ["local"],
-                "the layers are those that --spec names",
-            ),
+            no_effect=OWN_LAYERS,
             help="norm on queries and keys",
         ),
         switch(
             "--is-x-model",
             help="gated MLP whose --ffn-hidden-size counts both halves a, b; output a * gelu(b)",
         ),
-        *alike(
-            GROK_LAYER,
-            switch("--post-norm", help="extra norm after attention and after MLP"),
-            value("--embedding-multiplier-scale", type=float, default=1.0, help="multiply embedding output"),
-            value("--output-multiplier-scale", type=float, help="multiply logits"),
+        switch("--geglu", added=True, help="gated MLP: exact GELU of the first half times the second"),
+        switch(
+            "--gelu-tanh",
+            added=True,
+            help="gated MLP: GELU, in its tanh form, of the first half times the second",
+        ),
+        switch(
+            "--post-norm",
+            no_effect=OWN_LAYERS,
+            help="extra norm after attention and after MLP, before the residual is added",
+        ),
+        value(
+            "--embedding-multiplier-scale",
+            type=float,
+            default=1.0,
+            bounds=above(0),
+            help="multiply embedding output",
+        ),
+        value("--output-multiplier-scale", type=float, bounds=above(0), help="multiply logits"),
+        value(
+            "--attn-logit-softcapping",
+            type=float,
+            added=True,
+            bounds=above(0),
+            status=Notice(
+                "scores are capped in fp32 in every --attention-backend; no fused kernel does that, so "
+                "attention is computed block by block"
+            ),
+            help="C: attention scores x become C tanh(x/C), before the mask",
+        ),
+        value(
+            "--output-logit-softcapping",
+            type=float,
+            added=True,
+            bounds=above(0),
+            help="C: logits x become C tanh(x/C), after their multiplier",
         ),
         value(
             "--noop-layers", status=NotBuilt("identity layers"), help="comma list of layers that do nothing"
@@ -369,7 +406,6 @@ EXPERIMENTAL = Group(
         value(
             "--spec",
             nargs="*",
-            status=NotBuilt("the Grok layer", asks=lambda words: "grok" in " ".join(words or ()).lower()),
             help="module path and name of a layer/block spec, or the word local",
         ),
         value("--yaml-cfg", help="take all settings from a YAML file"),

@@ -9,6 +9,11 @@ def _without_fused_attention(args: Namespace) -> bool:
     return getattr(args.attention_backend, "name", args.attention_backend) in ("unfused", "local")
 
 
+def is_gated_by_flag(args: Namespace) -> bool:
+    """Whether a flag with a gated activation of its own is on."""
+    return args.swiglu or args.geglu or args.gelu_tanh
+
+
 def loads(args: Namespace) -> object:
     """Whether weights are read from a checkpoint."""
     return args.load or args.pretrained_checkpoint

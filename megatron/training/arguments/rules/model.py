@@ -70,7 +70,13 @@ def heads_fit(args: Namespace, given: Collection[str]) -> list[Problem]:
 
 def one_activation(args: Namespace, given: Collection[str]) -> list[Problem]:
     """At most one kind of MLP is asked for, and its halves are whole."""
-    kinds = {"--swiglu": args.swiglu, "--squared-relu": args.squared_relu, "--is-x-model": args.is_x_model}
+    kinds = {
+        "--swiglu": args.swiglu,
+        "--geglu": args.geglu,
+        "--gelu-tanh": args.gelu_tanh,
+        "--squared-relu": args.squared_relu,
+        "--is-x-model": args.is_x_model,
+    }
     asked = [flag for flag, on in kinds.items() if on]
     problems = []
     if len(asked) > 1:

@@ -26,6 +26,11 @@ DERIVED = [
     ("--is-x-model --ffn-hidden-size 100", "ffn_hidden_size", 50),
     ("--is-x-model", "ffn_hidden_size", 128),
     ("--is-x-model", "glu_gate_last", True),
+    # layers of others by their names
+    ("--spec mindspeed_llm.tasks.models.spec.grok_spec layer_spec", "spec", ["local"]),
+    ("--spec modellink.tasks.models.spec.grok_spec layer_spec", "spec", ["local"]),
+    ("--spec a.module layer_spec", "spec", ["a.module", "layer_spec"]),
+    ("--swiglu --gelu-tanh", "swiglu", False),
     # sizes with two names
     ("", "encoder_num_layers", 2),
     ("", "encoder_seq_length", 32),

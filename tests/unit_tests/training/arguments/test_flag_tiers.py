@@ -31,7 +31,6 @@ COMPANIONS = {
 }
 SAMPLES = {
     "--inference-batch-times-seqlen-threshold": "-1",
-    "--spec": "mindspeed_llm.tasks.models.spec.grok_spec layer_spec",
     "--recompute-modules": "core_attn mla_up_proj",
     "--position-embedding-type": "relative",
     "--non-persistent-ckpt-type": "global",

@@ -54,6 +54,36 @@ CASES = [
         "--is-x-model --ffn-hidden-size 96",
         {"activation_func": F.gelu, "gated_linear_unit": True, "glu_gate_last": True, "ffn_hidden_size": 48},
     ),
+    (
+        "--geglu --disable-bias-linear",
+        {"activation_func": F.gelu, "gated_linear_unit": True, "bias_activation_fusion": False},
+    ),
+    (
+        "--gelu-tanh --disable-bias-linear --no-bias-gelu-fusion",
+        {"activation_func": F.gelu, "gated_linear_unit": True, "bias_activation_fusion": True},
+    ),
+    ("--swiglu --geglu", {"activation_func": F.gelu, "gated_linear_unit": True}),
+    (
+        "--post-norm --embedding-multiplier-scale 78.4 --output-multiplier-scale 0.6 "
+        "--attn-logit-softcapping 30 --output-logit-softcapping 20",
+        {
+            "post_norm": True,
+            "embedding_multiplier_scale": 78.4,
+            "output_multiplier_scale": 0.6,
+            "attn_logit_softcapping": 30.0,
+            "output_logit_softcapping": 20.0,
+        },
+    ),
+    (
+        "",
+        {
+            "post_norm": False,
+            "embedding_multiplier_scale": 1.0,
+            "output_multiplier_scale": None,
+            "attn_logit_softcapping": None,
+            "output_logit_softcapping": None,
+        },
+    ),
     ("--coc-parallel-num 8", {"tp_comm_chunks": 1, "tp_comm_fused_matmul": False}),
     ("--use-ascend-coc", {"tp_comm_chunks": 4, "tp_comm_fused_matmul": False}),
     ("--use-ascend-coc --coc-parallel-num 8", {"tp_comm_chunks": 8}),

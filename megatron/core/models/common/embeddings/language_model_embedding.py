@@ -28,7 +28,7 @@ class _Table(torch.nn.Module):
 
 
 class LanguageModelEmbedding(MegatronModule):
-    """Sum of word, learned position and token-type embeddings, and dropout.
+    """Sum of word embeddings, times a factor of the config, learned positions and token types; and dropout.
 
     Args:
         config: model config.
@@ -83,6 +83,8 @@ class LanguageModelEmbedding(MegatronModule):
     ) -> Tensor:
         """Token ids [b, s], positions [b, s], types [b, s] or None -> [s, b, h], or [s/TP, b, h]."""
         embeddings = self.word_embeddings(input_ids)
+        if self.config.embedding_multiplier_scale != 1.0:
+            embeddings = embeddings * self.config.embedding_multiplier_scale
         if self.position_embeddings is not None:
             embeddings = embeddings + self._positions(position_ids)
         if self.tokentype_embeddings is not None:
