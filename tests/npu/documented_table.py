@@ -1,10 +1,16 @@
-"""The table of ``docs/npu.md``, made from what the replacements declare. ``python -m`` this to print it."""
+"""The tables of ``docs/npu.md``, made from what the replacements declare.
+
+``python -m tests.npu.documented_table`` writes them into the page.
+"""
 
 from megatron.core import overrides
 from megatron_npu import activation
 from megatron_npu.checking.cases import CASES
 from megatron_npu.kept_defaults import KEPT_DEFAULTS
 from megatron_npu.registry import Replacement, replacements
+from tests.npu.ground import ROOT
+
+PAGE = ROOT / "docs" / "npu.md"
 
 SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -40,5 +46,15 @@ def kept_lines() -> list[str]:
     ]
 
 
+def page() -> str:
+    """The text of ``docs/npu.md`` with the tables as they should be."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    for table in (replaced_lines(), kept_lines()):
+        start = lines.index(table[0])
+        end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
+        lines[start:end] = table
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
-    print("\n".join([*replaced_lines(), "", *kept_lines()]))
+    PAGE.write_text(page(), encoding="utf-8")
