@@ -74,7 +74,12 @@ def _parameters(args: Namespace) -> float:
     layers = args.num_layers // args.pipeline_model_parallel_size
     split = layers * estimate.layer_weights + estimate.table_parameters
     table = args.max_position_embeddings if args.position_embedding_type == "learned_absolute" else 0
-    return split / args.tensor_model_parallel_size + args.hidden_size * table
+    experts = 0.0
+    if estimate.expert_parameters:
+        shares = args.expert_model_parallel_size * args.expert_tensor_parallel_size
+        # Some stage has at least as many as the stages have on average.
+        experts = estimate.expert_parameters / args.pipeline_model_parallel_size / shares
+    return split / args.tensor_model_parallel_size + args.hidden_size * table + experts
 
 
 def _bytes_per_parameter(args: Namespace) -> float:

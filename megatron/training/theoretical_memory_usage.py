@@ -28,12 +28,14 @@ class ParameterEstimate:
         embedding: word embeddings, with an untied output layer.
         most_loaded_shard: on the fullest (tensor, pipeline) rank.
         other_shards: on a rank of a stage without embeddings.
+        experts: those of both kinds of shards that belong to experts.
     """
 
     block: float
     embedding: float
     most_loaded_shard: float
     other_shards: float
+    experts: float = 0.0
 
 
 def estimate_parameters(args: Namespace) -> ParameterEstimate:
@@ -42,15 +44,24 @@ def estimate_parameters(args: Namespace) -> ParameterEstimate:
     block, table = estimate.block_parameters, estimate.table_parameters
     stages, tensor_ranks = args.pipeline_model_parallel_size, args.tensor_model_parallel_size
     untied = args.untie_embeddings_and_output_weights
-    first_stage = block / stages + table
+    of_experts = estimate.expert_parameters
+    dense = (block - of_experts) / stages
+    experts = of_experts / stages / _expert_ranks(args) if of_experts else 0.0
+    first_stage = dense + table
     if untied and stages == 1:
         first_stage += table
     return ParameterEstimate(
         block=block,
         embedding=2 * table if untied else table,
-        most_loaded_shard=first_stage / tensor_ranks,
-        other_shards=block / stages / tensor_ranks,
+        most_loaded_shard=first_stage / tensor_ranks + experts,
+        other_shards=dense / tensor_ranks + experts,
+        experts=experts,
     )
+
+
+def _expert_ranks(args: Namespace) -> int:
+    """Ranks that share the experts of a layer."""
+    return args.expert_model_parallel_size * args.expert_tensor_parallel_size
 
 
 def _print_parameters(count: ParameterEstimate, has_other_shards: bool) -> None:
@@ -80,10 +91,19 @@ def compute_weight_and_optimizer_memory(args: Namespace, verbose: bool = False) 
     count = estimate_parameters(args)
     if verbose:
         _print_parameters(count, has_other_shards=args.pipeline_model_parallel_size > 1)
-    bytes_each: float = BYTES_PER_PARAMETER
-    if args.use_distributed_optimizer:
-        bytes_each = REPLICATED_BYTES_PER_PARAMETER + SHARDABLE_BYTES_PER_PARAMETER / args.data_parallel_size
-    return count.most_loaded_shard * bytes_each
+    if not args.use_distributed_optimizer:
+        return count.most_loaded_shard * BYTES_PER_PARAMETER
+    replicas = args.data_parallel_size
+    total = (count.most_loaded_shard - count.experts) * _bytes_each(replicas)
+    if count.experts:
+        stage = args.data_parallel_size * args.context_parallel_size * args.tensor_model_parallel_size
+        total += count.experts * _bytes_each(stage / _expert_ranks(args))
+    return total
+
+
+def _bytes_each(replicas: float) -> float:
+    """Bytes of a parameter whose optimizer state is shared by so many ranks."""
+    return REPLICATED_BYTES_PER_PARAMETER + SHARDABLE_BYTES_PER_PARAMETER / replicas
 
 
 def compute_activation_memory(args: Namespace, num_microbatches: int | None, verbose: bool = False) -> float:

@@ -42,13 +42,6 @@ class Feature:
 
 FEATURES = [
     Feature(
-        "a mixture of experts",
-        "Train a dense model: leave out --num-experts.",
-        """
-        megatron.core.transformer.moe.upcycling_utils: load_and_upcycle_model upcycle_state_dict
-        """,
-    ),
-    Feature(
         "DeepEP kernels",
         "Use --moe-token-dispatcher-type flex without --moe-enable-deepep, which exchanges tokens itself.",
         """

@@ -103,7 +103,7 @@ class MemoryEstimate:
     """
 
     layer_weights: float
-    """Weights of the linear layers in one layer without experts."""
+    """Weights of the linear layers in one layer, routed experts left out; of the lightest layer."""
     block_parameters: float
     """All layers and the final norm."""
     table_parameters: float
@@ -119,11 +119,13 @@ class MemoryEstimate:
     attention_tensors: float
     """Elements of queries, keys, values and the output of attention, in one layer."""
     mlp_activations: float
-    """Elements of the output of the MLP's activation function, in one layer without experts."""
+    """Elements of the output of the MLP's activation function, in one layer, routed experts left out."""
     linear_inputs: float
     """Elements of the inputs of all linear layers, in one layer without experts."""
     logits: float
     """Elements of the output layer's result."""
+    expert_parameters: float = 0.0
+    """Those of the block that are dealt out among expert-parallel ranks."""
 
 
 @dataclass(frozen=True)

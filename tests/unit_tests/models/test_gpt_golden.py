@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from golden_gpt import GoldenCase
+from golden_gpt import GoldenCase, check
 
 from megatron.core.parallel_state import get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.enums import AttnBackend
@@ -32,29 +32,6 @@ RECOMPUTE = {
     },
     "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
 }
-
-
-def check(golden, name, **overrides):
-    case = GoldenCase(golden / "model" / name)
-    te_names = overrides.pop("te_names", False)
-    mask = overrides.pop("mask", None)
-    model = case.model(te_names, **overrides)
-    logits, per_token, loss = case.run(model, mask)
-    torch.testing.assert_close(logits, case.io["logits"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(per_token, case.io["loss_per_token"], atol=1e-5, rtol=0)
-    assert float(loss) == pytest.approx(case.info["loss"], abs=1e-5)
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    rename = case.te_name if te_names else str
-    assert gradients.keys() == {rename(name) for name in case.info["grad_norm"]}
-    for parameter, norm in case.info["grad_norm"].items():
-        gradient = gradients[rename(parameter)].double()
-        assert float(gradient.norm()) == pytest.approx(norm, rel=1e-5), parameter
-        # A sum of n elements of either sign: rounding is measured by the norm.
-        tolerance = 1e-5 * norm * gradient.numel() ** 0.5
-        assert float(gradient.sum()) == pytest.approx(case.info["grad_sum"][parameter], abs=tolerance), (
-            parameter
-        )
-    return case
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)

@@ -153,6 +153,89 @@ def test_formula_of_latent_attention(te_names, ranks, request):
         assert expected == sum(parameter.numel() for parameter in model.parameters()), values
 
 
+EXPERT_SWITCHES = {
+    "gated_linear_unit": [False, True],
+    "moe_grouped_gemm": [False, True],
+    "moe_layer_freq": [1, 2, [0, 0, 1]],
+    "moe_shared_expert_intermediate_size": [None, 6],
+    "moe_shared_expert_gate": [False, True],
+}
+
+
+@pytest.mark.parametrize("te_names", [False, True])
+def test_formula_with_experts(te_names):
+    for values in itertools.product(*EXPERT_SWITCHES.values()):
+        fields = dict(zip(EXPERT_SWITCHES, values, strict=True))
+        if fields["moe_shared_expert_gate"] and fields["moe_shared_expert_intermediate_size"] is None:
+            continue
+        config = TransformerConfig(
+            num_layers=3,
+            hidden_size=16,
+            num_attention_heads=4,
+            ffn_hidden_size=20,
+            moe_ffn_hidden_size=12,
+            num_moe_experts=4,
+            add_bias_linear=False,
+            activation_func=F.silu,
+            perform_initialization=False,
+            init_model_with_meta_device=True,
+            **fields,
+        )
+        model = GPTModel(config, get_gpt_decoder_block_spec(config, te_names), VOCABULARY, MAX_SEQUENCE)
+        built = sum(parameter.numel() for parameter in model.parameters())
+        assert gpt_parameter_count(config, VOCABULARY, MAX_SEQUENCE) == built, fields
+
+
+def test_a_rank_has_its_part_of_the_experts():
+    config = TransformerConfig(
+        num_layers=4,
+        hidden_size=16,
+        num_attention_heads=4,
+        num_moe_experts=8,
+        moe_layer_freq=[0, 1, 1, 0],
+        add_bias_linear=False,
+    )
+    part = {"first_layer": 2, "num_layers": 2, "has_embedding": False, "has_output": False}
+    whole = gpt_parameter_count(config, VOCABULARY, MAX_SEQUENCE, "none", **part)
+    experts = 8 * 2 * 16 * 64
+    for ep, etp in ((2, 1), (1, 2), (4, 2)):
+        sizes = {"expert_parallel_size": ep, "expert_tensor_parallel_size": etp}
+        mine = gpt_parameter_count(config, VOCABULARY, MAX_SEQUENCE, "none", **sizes, **part)
+        assert whole - mine == experts - experts // (ep * etp)
+
+
+def test_published_sizes_with_experts():
+    common = {
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "num_attention_heads": 32,
+    }
+    mixtral_8x7b = TransformerConfig(
+        num_layers=32,
+        hidden_size=4096,
+        num_query_groups=8,
+        ffn_hidden_size=14336,
+        num_moe_experts=8,
+        **common,
+    )
+    assert gpt_parameter_count(mixtral_8x7b, 32000, 32768, "rope", False) == 46_702_792_704
+    qwen3_30b_a3b = TransformerConfig(
+        num_layers=48,
+        hidden_size=2048,
+        num_query_groups=4,
+        kv_channels=128,
+        qk_layernorm=True,
+        ffn_hidden_size=6144,
+        moe_ffn_hidden_size=768,
+        num_moe_experts=128,
+        moe_router_topk=8,
+        **common,
+    )
+    assert gpt_parameter_count(qwen3_30b_a3b, 151936, 32768, "rope", False) == 30_532_122_624
+
+
 def test_published_sizes():
     gpt2 = TransformerConfig(num_layers=12, hidden_size=768, num_attention_heads=12)
     assert gpt_parameter_count(gpt2, 50257, 1024, "learned_absolute", True) == 124_439_808

@@ -21,6 +21,8 @@ def arguments(**changes) -> Namespace:
         "num_experts": None,
         "moe_layer_freq": 1,
         "moe_ffn_hidden_size": None,
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": 1,
         "moe_shared_expert_intermediate_size": None,
         "padded_vocab_size": 51200,
         "untie_embeddings_and_output_weights": False,
@@ -71,6 +73,29 @@ def test_parameters_of_experts(frequency, moe_layers: int):
     dense, experts = 2 * 768 * 3072, 8 * 2 * 768 * 512
     expected = 12 * attention_and_norms + moe_layers * experts + (12 - moe_layers) * dense + 2 * 768
     assert theory.estimate_parameters(args).block == expected
+
+
+def test_experts_are_shared_by_ranks_of_their_own():
+    """Of 8 ranks: tensor 2 x data 4 for dense weights; expert 4 x expert tensor 1, so 2 replicas each."""
+    args = arguments(
+        num_experts=8,
+        moe_layer_freq=1,
+        moe_ffn_hidden_size=512,
+        moe_router_topk=2,
+        tensor_model_parallel_size=2,
+        data_parallel_size=4,
+        context_parallel_size=1,
+        expert_model_parallel_size=4,
+        expert_tensor_parallel_size=1,
+    )
+    count = theory.estimate_parameters(args)
+    experts = 12 * 8 * 2 * 768 * 512
+    dense = count.block - experts + count.embedding
+    assert count.most_loaded_shard == dense / 2 + experts / 4
+    args.use_distributed_optimizer = True
+    assert theory.compute_weight_and_optimizer_memory(args) == pytest.approx(
+        dense / 2 * (6 + 12 / 4) + experts / 4 * (6 + 12 / 2)
+    )
 
 
 @pytest.mark.parametrize(

@@ -100,15 +100,17 @@ def memory(shape: ModelShape, batch: BatchShape) -> MemoryEstimate:
         keys_and_values = 2 * shape.num_query_groups * shape.kv_channels
     else:
         keys_and_values = key_width + value_width
-    weights = _layer_weights(shape, moe=False)
-    block = (shape.num_layers - shape.num_moe_layers) * weights
-    if shape.num_moe_layers:
-        block += shape.num_moe_layers * _layer_weights(shape, moe=True)
+    dense, mixed, experts = (
+        _layer_weights(shape, moe=False),
+        _layer_weights(shape, moe=True),
+        _expert_weights(shape),
+    )
+    block = (shape.num_layers - shape.num_moe_layers) * dense + shape.num_moe_layers * mixed
     block += (
         shape.num_layers * 4 * h + 2 * h
     )  # two norms with scale and shift in each layer, and the final one
     return MemoryEstimate(
-        layer_weights=weights,
+        layer_weights=min(dense, mixed - experts) if shape.num_moe_layers else dense,
         block_parameters=block,
         table_parameters=h * shape.vocab_size,
         layer_activations=tokens * h * (18 + 4 * shape.ffn_hidden_size / h),
@@ -119,10 +121,11 @@ def memory(shape: ModelShape, batch: BatchShape) -> MemoryEstimate:
         residual_stream=tokens * h,
         # Queries, keys, values and the result.
         attention_tensors=tokens * (key_width + keys_and_values + value_width),
-        mlp_activations=tokens * shape.ffn_hidden_size,
+        mlp_activations=tokens * _narrowest_mlp(shape),
         # Of queries, keys and values; of the projection; and of the two layers of the MLP.
         linear_inputs=tokens * (2 * h + value_width + shape.ffn_hidden_size),
         logits=tokens * shape.vocab_size,
+        expert_parameters=shape.num_moe_layers * experts,
     )
 
 
@@ -157,6 +160,19 @@ def _head_widths(shape: ModelShape) -> tuple[int, int]:
     if shape.latent is None:
         return shape.kv_channels, shape.kv_channels
     return shape.latent.qk_head_dim + shape.latent.qk_pos_emb_head_dim, shape.latent.v_head_dim
+
+
+def _narrowest_mlp(shape: ModelShape) -> int:
+    """Inner width of a dense layer's MLP, or of the shared experts where all layers have experts."""
+    if shape.num_moe_layers < shape.num_layers:
+        return shape.ffn_hidden_size
+    return shape.moe_shared_expert_intermediate_size or 0
+
+
+def _expert_weights(shape: ModelShape) -> float:
+    """Weights of all routed experts of a layer."""
+    width = shape.moe_ffn_hidden_size or shape.ffn_hidden_size
+    return (3 if shape.gated_linear_unit else 2) * shape.hidden_size * (shape.num_moe_experts or 0) * width
 
 
 def _width_of_experts(shape: ModelShape, experts: int) -> int:

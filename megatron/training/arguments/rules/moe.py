@@ -60,10 +60,8 @@ def layers_with_experts_are_named_once(args: Namespace, given: Collection[str]) 
     if isinstance(frequency, int) and frequency < 1:
         rule = "is no number of layers"
         problems.append(Problem("--moe-layer-freq", frequency, rule, "use 1 or more, or -1 for every layer"))
-    if isinstance(frequency, list) and (len(frequency) != layers or set(frequency) - {0, 1}):
-        rule = (
-            f"says 0 or 1 for {len(frequency)} layers" if len(frequency) != layers else "is not 0 and 1 only"
-        )
+    if isinstance(frequency, list) and len(frequency) != layers:
+        rule = f"says 0 or 1 for {len(frequency)} layers"
         remedy = f"give 0 (dense) or 1 (experts) for each of the {layers} layers"
         problems.append(Problem("--moe-layer-freq", frequency, rule, remedy))
     if dense is not None and dense >= layers:

@@ -35,6 +35,15 @@ def shape(**changes):
     )
 
 
+def widths_of_layer(args, layer, tokens):
+    """(rows, inner width) of each MLP of a layer; every expert has its share of the tokens' copies."""
+    experts = getattr(args, "num_experts", None)
+    if not experts or layer % args.moe_layer_freq:
+        return [(tokens, args.ffn_hidden_size)]
+    routed = [(tokens * args.moe_router_topk // experts, args.moe_ffn_hidden_size)] * experts
+    return [*routed, (tokens, args.moe_shared_expert_intermediate_size)]
+
+
 def torch_count(args, batch):
     """Operations of forward and backward of the same products, written as bare matrix products."""
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
@@ -46,7 +55,7 @@ def torch_count(args, batch):
     with FlopCounterMode(display=False) as counter:
         x = torch.randn(batch * s, h, requires_grad=True)
         total = (x @ weight(h, args.padded_vocab_size)).sum()
-        for _ in range(args.num_layers):
+        for layer in range(args.num_layers):
             total = total + (x @ weight(h, (heads + 2 * groups) * d)).sum()
             q, k, v = (torch.randn(batch * heads, s, d, requires_grad=True) for _ in range(3))
             context = torch.bmm(torch.bmm(q, k.transpose(1, 2)), v)
@@ -54,9 +63,10 @@ def torch_count(args, batch):
             total = (
                 total + (torch.randn(batch * s, heads * d, requires_grad=True) @ weight(heads * d, h)).sum()
             )
-            width = args.ffn_hidden_size
-            total = total + (x @ weight(h, width * (2 if args.swiglu else 1))).sum()
-            total = total + (torch.randn(batch * s, width, requires_grad=True) @ weight(width, h)).sum()
+            for rows, width in widths_of_layer(args, layer, batch * s):
+                inner = torch.randn(rows, width, requires_grad=True)
+                total = total + (x[:rows] @ weight(h, width * (2 if args.swiglu else 1))).sum()
+                total = total + (inner @ weight(width, h)).sum()
         total.backward()
     # Causal attention counts half of its square: take the other half off.
     return counter.get_total_flops() - args.num_layers * 6 * batch * heads * s * s * d
@@ -69,6 +79,14 @@ def torch_count(args, batch):
         {"swiglu": True, "ffn_hidden_size": 96},
         {"group_query_attention": True, "num_query_groups": 2},
         {"kv_channels": 12},
+        {
+            "swiglu": True,
+            "num_experts": 4,
+            "moe_layer_freq": 2,
+            "moe_router_topk": 2,
+            "moe_ffn_hidden_size": 24,
+            "moe_shared_expert_intermediate_size": 40,
+        },
     ],
 )
 def test_formula_counts_every_product(changes):
