@@ -211,4 +211,4 @@ def main(device: torch.device, points: list[str] | None, dtypes: list[str] | Non
 
 
 def _line(point: str, case: str, dtype: str, numbers: tuple[str, ...], verdict: str) -> str:
-    return f"{point:25}{case:37}{dtype:10}" + "".join(f"{number:>9}" for number in numbers) + f"  {verdict}"
+    return f"{point:36}{case:37}{dtype:10}" + "".join(f"{number:>9}" for number in numbers) + f"  {verdict}"

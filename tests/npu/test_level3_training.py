@@ -27,6 +27,12 @@ MODELS = {
     " --ffn-hidden-size 96 --untie-embeddings-and-output-weights --disable-bias-linear",
     "gpt": "--num-layers 4 --hidden-size 64 --num-attention-heads 8",
 }
+# The loss of each sequence does not depend on how a batch is spread over ranks and micro-batches.
+MODELS["moe"] = MODELS["llama"].replace("--num-layers 4", "--num-layers 2") + (
+    " --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 32 --moe-grouped-gemm"
+    " --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type seq_aux_loss"
+    " --moe-aux-loss-coeff 0.01"
+)
 COMMON = f"""
     --seq-length {SEQUENCE} --max-position-embeddings {SEQUENCE} --global-batch-size {GLOBAL_BATCH}
     --train-iters {STEPS} --lr 2e-3 --lr-decay-style constant --init-method-std 0.1
@@ -145,6 +151,41 @@ def test_defaults_train_as_well(npus, words, on_cpu, tmp_path: Path, report) -> 
     report(f"one NPU, nothing replaced, fp32: losses differ by {difference:.1e} (bound {bound:.0e})")
     assert difference < bound
     assert operators(tmp_path, 0) == {"npu_fusion_attention_v3", "npu_fusion_attention_grad_v3"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(Layout(model="moe"), marks=pytest.mark.slow), Layout(dp=2, ep=2, model="moe")],
+    ids=str,
+)
+def test_experts_on_npus(npus, words, on_cpu, tmp_path, layout, precision, report) -> None:
+    """With an operator of Ascend's in the place of every part of a layer of experts, at every call."""
+    flags, bound = PRECISIONS[precision]
+    fused = precision != "fp32"
+    # Ascend has no operator that adds gradients of fp32 weights, so these are computed apart.
+    flags += "" if fused else " --no-gradient-accumulation-fusion"
+    found = npus.pretrain_gpt(layout.world_size, words(layout, flags), tmp_path)
+    difference = worst(found[-1], on_cpu("moe", precision))
+    report(f"{layout}, {precision}: losses differ by {difference:.1e} (bound {bound:.0e})")
+    assert difference < bound
+    for point in ("topk_routing", "permute_tokens", "unpermute_tokens", "grouped_mm"):
+        assert re.search(rf"> replaced for this device: .*\b{point}\b", found[0].output)
+    layers = 2
+    backward = layers * STEPS * layout.microbatches
+    forward = backward + layers * 2 * layout.microbatches  # two evaluations
+    # Two matmuls forward; the gradients of either's input and, if not added at once, of its weights.
+    wanted = {
+        "npu_moe_gating_top_k": forward,
+        "npu_moe_token_permute_with_routing_map": forward + backward,
+        "npu_moe_token_permute_with_routing_map_grad": backward,
+        "_npu_moe_token_unpermute_with_routing_map": forward,
+        "npu_grouped_matmul": 2 * (forward + backward * (1 if fused else 2)),
+        "npu_grouped_matmul_add_": 2 * backward if fused else 0,
+    }
+    for rank in range(layout.world_size):
+        calls = json.loads((tmp_path / f"calls_{rank}.json").read_text())
+        assert {name: calls.get(name, 0) for name in wanted} == wanted
 
 
 LAYOUTS = {
