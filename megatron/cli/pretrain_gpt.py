@@ -12,6 +12,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.utils import StragglerDetector
@@ -20,7 +21,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.data.batch import stage_needs_data
 from megatron.training.entry import run_main
 from megatron.training.memory_limits import check_memory
-from megatron.training.model_setup import layer_spec_from_args
+from megatron.training.model_setup import has_transformer_engine_names, layer_spec_from_args
 from megatron.training.shared_storage import storage_domain
 from megatron.training.tokenizer import num_token_ids
 from megatron.training.utils import (
@@ -40,9 +41,10 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> GPTMo
     check_memory(args)
     print_rank_0("building GPT model ...")
     config = core_transformer_config_from_args(args)
+    layers, has_te_names = layer_spec_from_args(args, config), has_transformer_engine_names(args)
     return GPTModel(
         config=config,
-        transformer_layer_spec=layer_spec_from_args(args, config),
+        transformer_layer_spec=layers,
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         pre_process=pre_process,
@@ -56,6 +58,7 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> GPTMo
         rope_scaling=args.use_rope_scaling,
         rope_scaling_factor=args.rope_scaling_factor,
         seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        mtp_block_spec=get_gpt_mtp_block_spec(config, layers, has_te_names),
     )
 
 
@@ -119,7 +122,7 @@ def forward_step(data_iterator, model: GPTModel):
         tokens, labels, loss_mask, attention_mask, position_ids = get_batch(data_iterator)
     timers("batch-generator").stop()
     with detector:
-        losses = model(tokens, position_ids, attention_mask, labels=labels)
+        losses = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
     return losses, partial(loss_func, loss_mask)
 
 

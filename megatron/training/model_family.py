@@ -33,8 +33,10 @@ def model_shape(args: Namespace) -> ModelShape:
     """Sizes of the model. Flags about experts are read only where there are some."""
     experts = {}
     if getattr(args, "num_experts", None):
+        pattern = _moe_layer_pattern(args)
         experts = {
-            "num_moe_layers": _num_moe_layers(args),
+            "num_moe_layers": sum(pattern),
+            "last_layer_has_experts": pattern[-1],
             "num_moe_experts": args.num_experts,
             "moe_ffn_hidden_size": args.moe_ffn_hidden_size,
             "moe_router_topk": args.moe_router_topk,
@@ -53,6 +55,7 @@ def model_shape(args: Namespace) -> ModelShape:
         gated_linear_unit=is_gated(args),
         vocab_size=args.padded_vocab_size or 0,
         latent=latent,
+        mtp_num_layers=getattr(args, "mtp_num_layers", None) or 0,
         **experts,
     )
 
@@ -67,8 +70,8 @@ def memory_estimate(args: Namespace) -> MemoryEstimate:
     return model_family(args).memory(model_shape(args), batch_shape(args, args.micro_batch_size))
 
 
-def _num_moe_layers(args: Namespace) -> int:
-    """How many layers have experts: every ``moe_layer_freq``-th from the first on, or the ones of a list."""
+def _moe_layer_pattern(args: Namespace) -> list[bool]:
+    """Which layers have experts: every ``moe_layer_freq``-th from the first on, or the ones of a list."""
     if isinstance(args.moe_layer_freq, list):
-        return sum(args.moe_layer_freq)
-    return sum(layer % args.moe_layer_freq == 0 for layer in range(args.num_layers))
+        return [bool(chosen) for chosen in args.moe_layer_freq]
+    return [layer % args.moe_layer_freq == 0 for layer in range(args.num_layers)]

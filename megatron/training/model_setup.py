@@ -65,8 +65,12 @@ def layer_spec_from_args(args: Namespace, config: TransformerConfig) -> Any:
     """The spec that ``--spec`` names; without it, the family's for ``--transformer-impl``."""
     if args.spec is not None and args.spec != ["local"]:
         return spec_by_name(args.spec)
-    has_te_names = args.transformer_impl == "transformer_engine" and args.spec is None
-    return model_family(args).layer_spec(config, has_te_names)
+    return model_family(args).layer_spec(config, has_transformer_engine_names(args))
+
+
+def has_transformer_engine_names(args: Namespace) -> bool:
+    """Whether the layers that this project makes have the parameter names of ``transformer_engine``."""
+    return args.transformer_impl == "transformer_engine" and args.spec is None
 
 
 def spec_by_name(words: Sequence[str]) -> Any:

@@ -25,6 +25,7 @@ class ParameterEstimate:
 
     Attributes:
         block: all transformer layers and the final norm.
+        further: layers that predict further tokens.
         embedding: word embeddings, with an untied output layer.
         most_loaded_shard: on the fullest (tensor, pipeline) rank.
         other_shards: on a rank of a stage without embeddings.
@@ -32,6 +33,7 @@ class ParameterEstimate:
     """
 
     block: float
+    further: float
     embedding: float
     most_loaded_shard: float
     other_shards: float
@@ -41,21 +43,26 @@ class ParameterEstimate:
 def estimate_parameters(args: Namespace) -> ParameterEstimate:
     """Numbers of parameters that the arguments imply."""
     estimate = memory_estimate(args)
-    block, table = estimate.block_parameters, estimate.table_parameters
+    block, table, further = estimate.block_parameters, estimate.table_parameters, estimate.mtp_parameters
     stages, tensor_ranks = args.pipeline_model_parallel_size, args.tensor_model_parallel_size
     untied = args.untie_embeddings_and_output_weights
     of_experts = estimate.expert_parameters
     dense = (block - of_experts) / stages
-    experts = of_experts / stages / _expert_ranks(args) if of_experts else 0.0
-    first_stage = dense + table
+    expert_ranks = _expert_ranks(args) if of_experts else 1
+    experts = of_experts / stages / expert_ranks
+    of_further = estimate.mtp_expert_parameters
+    most_experts = experts + of_further / expert_ranks
+    # As the original counts: the embedding and what predicts further tokens as if on one stage.
+    fullest = dense + further - of_further + table
     if untied and stages == 1:
-        first_stage += table
+        fullest += table
     return ParameterEstimate(
         block=block,
+        further=further,
         embedding=2 * table if untied else table,
-        most_loaded_shard=first_stage / tensor_ranks + experts,
+        most_loaded_shard=fullest / tensor_ranks + most_experts,
         other_shards=dense / tensor_ranks + experts,
-        experts=experts,
+        experts=most_experts,
     )
 
 
@@ -68,15 +75,16 @@ def _print_parameters(count: ParameterEstimate, has_other_shards: bool) -> None:
     """A line for each part, in billions, or in a smaller unit where that would be 0.00."""
     parts = [
         ("Number of parameters in transformer block", count.block, 2),
+        *([("Number of parameters in mtp block", count.further, 2)] if count.further else []),
         ("Number of parameters in embedding layers", count.embedding, 2),
-        ("Total number of parameters", count.block + count.embedding, 2),
+        ("Total number of parameters", count.block + count.further + count.embedding, 2),
         ("Number of parameters in most loaded shard", count.most_loaded_shard, 4),
     ]
     if has_other_shards:
         parts.append(("Number of parameters in other shards", count.other_shards, 4))
     for label, number, digits in parts:
         unit, size, _ = next(unit for unit in _UNITS if number >= unit[2])
-        # The line of the block has two blanks in the original; readers of logs may count on them.
+        # The lines of blocks have two blanks in the original; readers of logs may count on them.
         blanks = "  " if label.endswith("block") else " "
         print(f"{label} in {unit}:{blanks}{number / size:.{digits}f}", flush=True)
 

@@ -24,6 +24,7 @@ from megatron.core.rerun_state_machine import (
     destroy_rerun_state_machine,
     get_rerun_state_machine,
 )
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.utils import get_model_config
 from megatron.training.agreement import failing_together
 from megatron.training.checkpointing import check_save_directory
@@ -446,6 +447,8 @@ def train_step(
     while machine.should_run_forward_backward(data_iterator):
         for chunk in model:
             chunk.zero_grad_buffer()
+        # A repeated step must not count twice.
+        MTPLossLoggingHelper.clean_loss_in_tracker()
         optimizer.zero_grad()
         timers("forward-backward", log_level=1).start(barrier=args.barrier_with_L1_time)
         reports = get_forward_backward_func()(

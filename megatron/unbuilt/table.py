@@ -50,17 +50,6 @@ FEATURES = [
         """,
     ),
     Feature(
-        "multi-token prediction",
-        "Leave out --mtp-num-layers.",
-        """
-        megatron.core.transformer.multi_token_prediction: MTPLossAutoScaler MTPLossLoggingHelper
-            MultiTokenPredictionBlock MultiTokenPredictionBlockSubmodules MultiTokenPredictionLayer
-            MultiTokenPredictionLayerSubmodules SUPPORTED_ATTN_MASK get_mtp_layer_offset
-            get_mtp_layer_spec get_mtp_num_layers_to_build roll_tensor tie_output_layer_state_dict
-            tie_word_embeddings_state_dict
-        """,
-    ),
-    Feature(
         "distributed checkpoints",
         "Use --ckpt-format torch, or save_checkpoint and load_checkpoint of megatron.training.checkpointing.",
         """
@@ -124,6 +113,8 @@ FEATURES = [
             validate_integrity_and_strict_load validate_sharded_objects_handling
             validate_sharding_integrity verify_checkpoint_and_load_strategy
         megatron.core.transformer.mlp: apply_swiglu_sharded_factory
+        megatron.core.transformer.multi_token_prediction: tie_output_layer_state_dict
+            tie_word_embeddings_state_dict
         megatron.core.transformer.utils: make_sharded_object_for_checkpoint
             make_sharded_tensors_for_checkpoint sharded_state_dict_default
         megatron.core.utils: make_sharded_tensor_for_checkpoint make_tp_sharded_tensor_for_checkpoint

@@ -25,6 +25,8 @@ LATENT = (
 )
 QUERY_RANK = "--q-lora-rank 16"
 TE_NAMES = "--transformer-impl transformer_engine"
+FURTHER_TOKENS = "--mtp-num-layers 2 --mtp-loss-scaling-factor 0.3"
+TIED_ROTARY = f"{FURTHER_TOKENS} --position-embedding-type rope"
 
 CASES = {
     # Worlds that are no powers of two, for which the batch and the sequence change.
@@ -90,6 +92,44 @@ CASES = {
             ("heads-exchanged", Layout(cp=2, tp=2, context="a2a", model="llama"), ""),
             ("keys-gathered", Layout(cp=4, context="all_gather", model="llama"), ""),
             ("whole-queries", Layout(tp=2, pp=2, vpp=2, model="llama"), None),
+        )
+    },
+    **{
+        f"further-tokens-{name}": Case(layout, alone, TIED_ROTARY if layout.model == "gpt" else both)
+        for name, layout, alone, both in (
+            ("tensor-parallel", Layout(tp=2, model="llama"), "", FURTHER_TOKENS),
+            (
+                "sequence-parallel",
+                Layout(tp=2, sequence_parallel=True, model="llama"),
+                "",
+                f"{FURTHER_TOKENS} {TE_NAMES}",
+            ),
+            ("stages", Layout(pp=2, model="llama"), "", f"{FURTHER_TOKENS} --mtp-before-norm"),
+            ("stages-tied", Layout(tp=2, pp=2, sequence_parallel=True), "", ""),
+            ("virtual-stages", Layout(pp=2, vpp=2, tp=2, model="llama"), "", FURTHER_TOKENS),
+            ("virtual-stages-tied", Layout(pp=2, vpp=2, dp=2, reduction="sharded-overlap-both"), "", ""),
+            ("late-weight-gradients", Layout(pp=2, pipeline="zb-h1", model="llama"), "", FURTHER_TOKENS),
+            ("replicas", Layout(dp=2, reduction="sharded-overlap-both", model="llama"), "", FURTHER_TOKENS),
+            ("ring", Layout(cp=2, dp=2, model="llama", reduction="sharded"), "", FURTHER_TOKENS),
+            ("heads-exchanged", Layout(cp=2, pp=2, context="a2a"), "", ""),
+            (
+                "masked-tokens",
+                Layout(cp=2, dp=2, pp=2, model="llama"),
+                "",
+                f"{FURTHER_TOKENS} --eod-mask-loss --micro-batch-size 1",
+            ),
+            (
+                "per-token-loss",
+                Layout(pp=2, cp=2, dp=2, reduction="overlap-reduce", model="llama"),
+                "",
+                f"{FURTHER_TOKENS} --eod-mask-loss --calculate-per-token-loss",
+            ),
+            (
+                "recomputed",
+                Layout(tp=2, pp=2, sequence_parallel=True, model="llama"),
+                "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+                FURTHER_TOKENS,
+            ),
         )
     },
     "q-and-k-norms": Case(Layout(tp=2, cp=2, model="llama"), both="--qk-layernorm"),

@@ -130,17 +130,17 @@ def test_a_placeholder_class_serves_as_annotation_and_as_base() -> None:
 
 
 def test_attributes_of_a_placeholder_are_missing_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron.core.transformer.multi_token_prediction import SUPPORTED_ATTN_MASK, MTPLossAutoScaler
+    from megatron.core.ssm.mamba_hybrid_layer_allocation import Symbols
 
-    assert not hasattr(MTPLossAutoScaler, "set_loss_scale")
-    assert getattr(MTPLossAutoScaler, "set_loss_scale", 5) == 5
-    with pytest.raises(NotBuiltYetError, match=r"MTPLossAutoScaler\.set_loss_scale .* is not built yet"):
-        MTPLossAutoScaler.set_loss_scale(torch.ones(1))
-    with pytest.raises(NotBuiltYetError, match="SUPPORTED_ATTN_MASK"):
-        _ = 1 in SUPPORTED_ATTN_MASK
+    assert not hasattr(Symbols, "parse")
+    assert getattr(Symbols, "parse", 5) == 5
+    with pytest.raises(NotBuiltYetError, match=r"Symbols\.parse .* is not built yet"):
+        Symbols.parse("M*-")
+    with pytest.raises(NotBuiltYetError, match="Symbols"):
+        _ = 1 in Symbols
     # Other projects patch methods onto classes.
-    monkeypatch.setattr(MTPLossAutoScaler, "set_loss_scale", lambda scale: scale, raising=False)
-    assert MTPLossAutoScaler.set_loss_scale(3) == 3
+    monkeypatch.setattr(Symbols, "parse", lambda text: text, raising=False)
+    assert Symbols.parse(3) == 3
 
 
 def test_exceptions_enumerations_and_constants_are_what_they_are_called() -> None:

@@ -27,7 +27,8 @@ def comm_type_of_layer(config: Any, layer_number: int) -> str:
     """``config.cp_comm_type`` of a layer, counted from 1 over the whole model; p2p where nothing is set."""
     kinds = config.cp_comm_type
     if isinstance(kinds, list | tuple):
-        kinds = kinds[0] if len(kinds) == 1 else kinds[layer_number - 1]
+        # Layers behind the last one predict further tokens, and do as it does.
+        kinds = kinds[0] if len(kinds) == 1 else kinds[min(layer_number, len(kinds)) - 1]
     return kinds or P2P
 
 

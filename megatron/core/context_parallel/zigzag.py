@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.core import parallel_state
+from megatron.core import collectives, parallel_state
 from megatron.core.errors import ConfigError
 
 
@@ -83,3 +83,26 @@ def to_rank_order(whole: Tensor, size: int) -> Tensor:
     """The inverse of :func:`to_sequence_order`.  [s, ..] -> [size, s/size, ..]"""
     first, second = whole.unflatten(0, (2, size, -1))
     return torch.cat((first, second.flip(0)), dim=1)
+
+
+def shift_left(part: Tensor) -> Tensor:
+    """This rank's part of the sequence moved by one position; 0 follows the last.  [.., s/size] -> the same
+
+    The ranks exchange the first elements of their chunks.
+    """
+    group = parallel_state.get_context_parallel_group()
+    rank, size = own_place()
+    chunks = part.chunk(2, dim=-1)
+    # [2, ..] of this rank, [2 * size, ..] of all chunks in the order of the sequence
+    starts = torch.stack([chunk[..., 0] for chunk in chunks])
+    gathered = starts.new_empty(size, *starts.shape)
+    collectives.all_gather(gathered.flatten(0, 1), starts, group)
+    ordered = to_sequence_order(gathered)
+    following = torch.cat((ordered[1:], torch.zeros_like(ordered[:1])))
+    return torch.cat(
+        [
+            torch.cat((chunk[..., 1:], following[number].unsqueeze(-1)), dim=-1)
+            for chunk, number in zip(chunks, chunks_of_rank(rank, size), strict=True)
+        ],
+        dim=-1,
+    )

@@ -146,7 +146,10 @@ def _get_main_grad_attr(param: torch.nn.Parameter, use_custom_fsdp: bool = False
 
 
 def _allreduce_word_embedding_grads(model: list[torch.nn.Module], config: TransformerConfig) -> None:
-    """Sums the gradients of a tied embedding's copies on the first and the last stage."""
+    """Sums the gradients of an embedding's copies on the first and the last stage.
+
+    There are two where it is tied to the output layer, or where further tokens are predicted.
+    """
     if not parallel_state.is_rank_in_embedding_group(ignore_virtual=True):
         return
     group = parallel_state.get_embedding_group()
@@ -156,7 +159,8 @@ def _allreduce_word_embedding_grads(model: list[torch.nn.Module], config: Transf
     is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     chunk = model[-1] if is_last and not is_first else model[0]
     model_itself = _innermost(chunk)
-    if getattr(model_itself, "share_embeddings_and_output_weights", False):
+    tied = getattr(model_itself, "share_embeddings_and_output_weights", False)
+    if tied or getattr(config, "mtp_num_layers", None):
         weight = model_itself.shared_embedding_or_output_weight()
         dist.all_reduce(getattr(weight, _get_main_grad_attr(weight)), group=group)
 

@@ -54,6 +54,9 @@ class ModelShape:
     moe_shared_expert_intermediate_size: int | None = None
     latent: LatentShape | None = None
     """Of models whose keys and values come from one latent; groups and ``kv_channels`` mean nothing there."""
+    mtp_num_layers: int = 0
+    """Layers behind the last one that predict further tokens; each is of the last one's kind."""
+    last_layer_has_experts: bool = False
     moe_router_topk: int = 0
     """Experts of one token."""
 
@@ -92,6 +95,8 @@ class BatchTensor:
     shape: Callable[[BatchShape], tuple[int, ...]] = one_per_token
     is_attention_mask: bool = False
     """Present only in runs that keep the documents of a sample apart; absent, a mask is causal."""
+    embeds_further_tokens: bool = False
+    """Needed on the last stage too in runs that predict further tokens."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ class MemoryEstimate:
     layer_weights: float
     """Weights of the linear layers in one layer, routed experts left out; of the lightest layer."""
     block_parameters: float
-    """All layers and the final norm."""
+    """All layers and the final norm, without those that predict further tokens."""
     table_parameters: float
     """One embedding table; an untied output layer is another."""
     layer_activations: float
@@ -126,6 +131,10 @@ class MemoryEstimate:
     """Elements of the output layer's result."""
     expert_parameters: float = 0.0
     """Those of the block that are dealt out among expert-parallel ranks."""
+    mtp_parameters: float = 0
+    """Layers that predict further tokens, all on the last stage."""
+    mtp_expert_parameters: float = 0.0
+    """Those of them that are dealt out among expert-parallel ranks."""
 
 
 @dataclass(frozen=True)

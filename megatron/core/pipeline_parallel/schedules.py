@@ -42,6 +42,7 @@ from megatron.core.tensor_parallel import deferred_gradients
 from megatron.core.tensor_parallel.replica_streams import replica_streams
 from megatron.core.timers import timed
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.mtp_losses import MTPLossAutoScaler
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 __all__ = [
@@ -259,8 +260,10 @@ def forward_step(
         arguments = (data_iterator, model)
         if checkpoint_activations_microbatch is not None:
             arguments += (checkpoint_activations_microbatch,)
-        if getattr(config, "num_moe_experts", None):
-            MoEAuxLossAutoScaler.set_loss_scale(_auxiliary_loss_scale(num_microbatches, config))
+        if getattr(config, "num_moe_experts", None) or getattr(config, "mtp_num_layers", None):
+            scale = _auxiliary_loss_scale(num_microbatches, config)
+            MoEAuxLossAutoScaler.set_loss_scale(scale)
+            MTPLossAutoScaler.set_loss_scale(scale)
         with _autocast(model, config):
             output, loss_func = forward_step_func(*arguments)
         num_tokens = torch.zeros((), dtype=torch.int64)
@@ -276,7 +279,7 @@ def forward_step(
 
 
 def _auxiliary_loss_scale(num_microbatches: int, config: Any) -> Tensor:
-    """What the loss of one micro-batch is multiplied by before backward, for losses inside the layers.
+    """What a loss of one micro-batch is multiplied by before backward, for losses that no loss function sees.
 
     The factors are those of :func:`_loss_and_report` and :func:`backward_step`.
     """
@@ -285,8 +288,7 @@ def _auxiliary_loss_scale(num_microbatches: int, config: Any) -> Tensor:
         scale = config.grad_scale_func(scale)
     if averages_per_token(config):
         return scale
-    parts = parallel_state.get_context_parallel_world_size() if parallel_state.is_initialized() else 1
-    return scale * (max(parts, 1) / num_microbatches)
+    return scale * (_context_parallel_size() / num_microbatches)
 
 
 def _autocast(model: torch.nn.Module, config: Any) -> contextlib.AbstractContextManager[Any]:
@@ -294,6 +296,10 @@ def _autocast(model: torch.nn.Module, config: Any) -> contextlib.AbstractContext
     if not config.enable_autocast:
         return contextlib.nullcontext()
     return torch.autocast(next(model.parameters()).device.type, config.autocast_dtype)
+
+
+def _context_parallel_size() -> int:
+    return max(parallel_state.get_context_parallel_world_size(), 1) if parallel_state.is_initialized() else 1
 
 
 def _loss_and_report(result: tuple, num_microbatches: int, config: Any) -> tuple[Any, Tensor, Any]:
@@ -320,9 +326,8 @@ def _loss_and_report(result: tuple, num_microbatches: int, config: Any) -> tuple
         num_tokens = torch.as_tensor(counted).detach()
         if not per_token:
             loss = loss / num_tokens.clamp(min=1) / num_microbatches
-    if not per_token and parallel_state.is_initialized():
-        parts = parallel_state.get_context_parallel_world_size()
-        loss = loss if parts <= 1 else loss * parts
+    parts = 1 if per_token else _context_parallel_size()
+    loss = loss if parts <= 1 else loss * parts
     return loss, num_tokens, report
 
 

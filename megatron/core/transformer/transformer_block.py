@@ -111,8 +111,12 @@ class TransformerBlock(MegatronModule):
         sequence_len_offset: Tensor | None = None,
         *,
         inference_params: Any = None,
+        apply_final_norm: bool = True,
     ) -> Tensor:
-        """[s, b, h] -> [s, b, h]; a stage other than the first takes its input from ``set_input_tensor``."""
+        """[s, b, h] -> [s, b, h]; a stage other than the first takes its input from ``set_input_tensor``.
+
+        Without ``apply_final_norm`` the caller wants the output of the last layer, and norms it itself.
+        """
         if isinstance(hidden_states, WrappedTensor):
             hidden_states = hidden_states.unwrap()
         if not self.pre_process:
@@ -137,7 +141,9 @@ class TransformerBlock(MegatronModule):
                 hidden_states = self._run_recomputed(hidden_states, first, last, arguments)
             for layer in self.layers[self._num_recomputed() :]:
                 hidden_states, _ = layer(hidden_states, **arguments)
-        return hidden_states if self.final_layernorm is None else self.final_layernorm(hidden_states)
+        if self.final_layernorm is None or not apply_final_norm:
+            return hidden_states
+        return self.final_layernorm(hidden_states)
 
     def _random_stream(self) -> contextlib.AbstractContextManager[None]:
         """Under sequence parallelism ranks hold different activations and must drop different elements."""

@@ -46,6 +46,8 @@ class TransformerConfig(ModelParallelConfig):
     num_layers: int = 0  # depth of the (encoder or decoder-only) transformer; also fills encoder-num-layers
     mtp_num_layers: int | None = None  # number of multi-token-prediction layers
     mtp_loss_scaling_factor: float | None = None  # weight of the averaged MTP loss
+    # predict further tokens from the output of the final norm, as Megatron does, or from its input
+    mtp_after_norm: bool = True
     num_layers_in_first_pipeline_stage: int | None = None  # own depth of the first stage (decoder)
     num_layers_in_last_pipeline_stage: int | None = None  # own depth of the last stage (decoder)
     account_for_embedding_in_pipeline_split: bool = False  # count the embedding as one layer when splitting
@@ -282,7 +284,8 @@ def refuse_unbuilt(config: TransformerConfig) -> None:
 
 def transformer_problems(config: TransformerConfig) -> list[str]:
     """Every broken rule of ``config``: what was set, and what to set instead."""
-    groups = (_precision, _attention, _scales, _mlp, _recompute, _pipeline_layout, _context_parallel, _moe)
+    groups = (_precision, _attention, _scales, _mlp, _recompute, _pipeline_layout, _context_parallel)
+    groups += (_further_tokens, _moe)
     return [sentence for group in groups for broken, sentence in group(config) if broken]
 
 
@@ -435,6 +438,13 @@ def _context_parallel(c: TransformerConfig) -> Rules:
         f"cp_comm_type: {len(kinds) if isinstance(kinds, list) else 1} words for {c.num_layers} layers; "
         "give one word, or one per layer",
     )
+
+
+def _further_tokens(c: TransformerConfig) -> Rules:
+    depths, factor = c.mtp_num_layers or 0, c.mtp_loss_scaling_factor
+    yield depths < 0, f"mtp_num_layers: {depths}; it must be at least 1, or None"
+    yield depths > 0 and factor is None, "mtp_loss_scaling_factor: needed with mtp_num_layers; set it to 0.1"
+    yield factor is not None and factor < 0, f"mtp_loss_scaling_factor: {factor}; it must be at least 0"
 
 
 def _moe(c: TransformerConfig) -> Rules:

@@ -57,6 +57,7 @@ SPECIAL: dict[str, Callable[[Namespace], Any]] = {
     "cp_comm_type": _cp_comm_type,
     "tp_comm_chunks": lambda a: a.coc_parallel_num if a.use_ascend_coc else 1,
     "tp_comm_fused_matmul": lambda a: a.use_ascend_mc2,
+    "mtp_after_norm": lambda a: not getattr(a, "mtp_before_norm", False),
     "use_cpu_initialization": lambda a: bool(a.use_cpu_initialization),
 }
 

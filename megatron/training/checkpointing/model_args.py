@@ -45,6 +45,7 @@ FORCE_EXTENSION = (
     "use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor",
     "multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim",
     "v_head_dim", "rotary_scaling_factor", "mscale", "mscale_all_dim", "mtp_num_layers",
+    "mtp_before_norm",
 )
 
 # Arguments of a feature, by the argument that switches it on. The values that a model without the feature

@@ -34,11 +34,13 @@ def stage_needs_data(args: Namespace) -> bool:
 def stage_tensors(args: Namespace) -> Layout:
     """Types and shapes of the tensors that this stage needs, in the order of the broadcast."""
     stage, with_mask = _current_stage(), sends_attention_mask(args)
+    further = bool(stage & Stages.LAST and getattr(args, "mtp_num_layers", None))
     shape = batch_shape(args, args.micro_batch_size)
     wanted = {
         key: (tensor.dtype, tensor.shape(shape))
         for key, tensor in model_family(args).batch.items()
-        if tensor.stages & stage and (with_mask or not tensor.is_attention_mask)
+        if (tensor.stages & stage or (further and tensor.embeds_further_tokens))
+        and (with_mask or not tensor.is_attention_mask)
     }
     # Long elements first: each tensor then starts at a multiple of its own element size in the message.
     return dict(sorted(wanted.items(), key=lambda entry: -entry[1][0].itemsize))

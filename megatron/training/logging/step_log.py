@@ -14,6 +14,7 @@ import torch
 
 from megatron.core import accelerator
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.utils import get_model_config
 from megatron.training.global_vars import (
     get_args,
@@ -152,6 +153,7 @@ def training_log(
         batch_size=args.micro_batch_size * args.data_parallel_size * get_num_microbatches(),
     )
     _accumulate(loss_dict, total_loss_dict, bool(skipped_iter), figures.batch_size)
+    _note_further_losses(total_loss_dict, iteration, bool(skipped_iter))
     # Fewer than the interval in the first line after a checkpoint, and where iterations were passed over.
     counted = total_loss_dict[ADVANCED] + total_loss_dict[SKIPPED]
     if iteration % args.tensorboard_log_interval == 0:
@@ -199,6 +201,17 @@ def _accumulate(
     if not skipped:
         for name, value in loss_dict.items():
             total[name] = total.get(name, 0.0) + float(value)
+
+
+def _note_further_losses(total: dict[str, Any], iteration: int, skipped: bool) -> None:
+    """Count and write the losses of layers that predict further tokens, on the ranks that have some."""
+    MTPLossLoggingHelper.track_mtp_metrics(
+        1 / get_num_microbatches(),
+        iteration,
+        get_tensorboard_writer(),
+        get_wandb_writer(),
+        None if skipped else total,
+    )
 
 
 def _write_points(

@@ -43,7 +43,8 @@ class GoldenCase:
         model_parallel_cuda_manual_seed(1)
         config = self.config(**overrides)
         spec = layer_spec(config, te_names)
-        model = GPTModel(config, spec, VOCABULARY, MAX_SEQUENCE, **self.info["model"])
+        further = gpt_layer_specs.get_gpt_mtp_block_spec(config, spec, te_names)
+        model = GPTModel(config, spec, VOCABULARY, MAX_SEQUENCE, mtp_block_spec=further, **self.info["model"])
         weights = {self.te_name(name) if te_names else name: value for name, value in self.weights.items()}
         model.load_state_dict(weights, strict=True)
         return model.train()
@@ -68,8 +69,8 @@ class GoldenCase:
         tokens, positions, labels = (self.io[name] for name in ("tokens", "position_ids", "labels"))
         with torch.no_grad():
             logits = model(tokens, positions, mask)
-        per_token = model(tokens, positions, mask, labels=labels)
         loss_mask = self.io["loss_mask"].float()
+        per_token = model(tokens, positions, mask, labels=labels, loss_mask=loss_mask)
         loss = (per_token * loss_mask).sum() / loss_mask.sum()
         model.zero_grad(set_to_none=True)
         loss.backward()

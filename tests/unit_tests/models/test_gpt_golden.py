@@ -16,6 +16,7 @@ CASES = [
     "rope_interleaved_scaled",
     "sqrelu_qkln",
     "mla_qlora",
+    "mtp1",
 ]
 EXPERTS = ["moe_seq_top2", "moe_grouped", "moe_deepseek"]
 BACKENDS = [AttnBackend.auto, AttnBackend.unfused]
@@ -55,7 +56,7 @@ def test_experts_give_logits_gradients_and_logged_losses(golden, name, dispatche
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
 @pytest.mark.parametrize("how", RECOMPUTE)
-@pytest.mark.parametrize("name", ["gpt2_tied", "gqa_partial_rope", "mla_qlora"])
+@pytest.mark.parametrize("name", ["gpt2_tied", "gqa_partial_rope", "mla_qlora", "mtp1"])
 def test_recompute(golden, name, how, backend):
     check(golden, name, attention_backend=backend, **RECOMPUTE[how])
 

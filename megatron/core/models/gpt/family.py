@@ -33,7 +33,7 @@ def _token_pairs(batch: BatchShape) -> tuple[int, ...]:
 
 
 BATCH = {
-    "tokens": BatchTensor(torch.int64, Stages.FIRST),
+    "tokens": BatchTensor(torch.int64, Stages.FIRST, embeds_further_tokens=True),
     "labels": BatchTensor(torch.int64, Stages.LAST),
     "loss_mask": BatchTensor(torch.float32, Stages.LAST),
     "attention_mask": BatchTensor(torch.bool, Stages.ALL, _token_pairs, is_attention_mask=True),
@@ -70,22 +70,25 @@ def operations(shape: ModelShape, batch: BatchShape) -> float:
     look-ups, norms and routing count nothing. With s, h, L, a, g, f, V for sequence, hidden, layers, heads,
     query groups, MLP width, vocabulary, r = kv_channels * a / h and m = 3/2 for gated MLPs (else 1)::
 
-        batch * s * (12 h f m L + 12 L h^2 r (1 + g/a + s/(2h)) + 6 h V)
+        batch * s * (12 h f m L + 12 L h^2 r (1 + g/a + s/(2h)) + 6 h V (M + 1) + 6 M (3h + 2h^2))
 
     With latent attention 6 L (weights of the projections + s a (dn + dr + dv) / 2) stands in the middle.
     The factor 12 is 3 passes (forward, input gradient, weight gradient) x 2 products x 2 operations. In a
-    layer with experts, f is what one token goes through: k experts of their width, and the shared ones.
+    layer with experts, f is what one token goes through: k experts of their width, and the shared ones. L
+    counts the M layers that predict further tokens; each has logits, a projection and three norms of its own.
     """
-    s, h, layers = batch.sequence_length, shape.hidden_size, shape.num_layers
+    s, h, further = batch.sequence_length, shape.hidden_size, shape.mtp_num_layers
+    layers = shape.num_layers + further
+    moe_layers = shape.num_moe_layers + further * shape.last_layer_has_experts
     gate = 1.5 if shape.gated_linear_unit else 1.0
-    widths = (layers - shape.num_moe_layers) * shape.ffn_hidden_size
-    widths += shape.num_moe_layers * _width_of_experts(shape, shape.moe_router_topk)
+    widths = (layers - moe_layers) * shape.ffn_hidden_size
+    widths += moe_layers * _width_of_experts(shape, shape.moe_router_topk)
     mlp = 12 * h * gate * widths
     # A query meets half of the keys, in the scores and in the sum of values.
     met = shape.num_attention_heads * sum(_head_widths(shape)) * s / 2
     attention = 6 * layers * (_attention_weights(shape) + met)
-    logits = 6 * h * shape.vocab_size
-    return batch.sequences * s * (mlp + attention + logits)
+    logits = 6 * h * shape.vocab_size * (further + 1)
+    return batch.sequences * s * (mlp + attention + logits + 6 * further * (3 * h + 2 * h * h))
 
 
 def memory(shape: ModelShape, batch: BatchShape) -> MemoryEstimate:
@@ -117,7 +120,7 @@ def memory(shape: ModelShape, batch: BatchShape) -> MemoryEstimate:
         # Ids of 8 bytes, and the mask of the embedding's dropout.
         input_activations=8 * tokens + tokens * h,
         # The input of the output layer, and the logits, kept as fp32 for the loss.
-        output_activations=tokens * h * 4 * (1 + shape.vocab_size / h),
+        output_activations=(1 + shape.mtp_num_layers) * tokens * h * 4 * (1 + shape.vocab_size / h),
         residual_stream=tokens * h,
         # Queries, keys, values and the result.
         attention_tensors=tokens * (key_width + keys_and_values + value_width),
@@ -126,6 +129,10 @@ def memory(shape: ModelShape, batch: BatchShape) -> MemoryEstimate:
         linear_inputs=tokens * (2 * h + value_width + shape.ffn_hidden_size),
         logits=tokens * shape.vocab_size,
         expert_parameters=shape.num_moe_layers * experts,
+        # A layer, the projection of two states to one, and three norms with scale and shift.
+        mtp_parameters=shape.mtp_num_layers
+        * (_layer_weights(shape, moe=shape.last_layer_has_experts) + 2 * h * h + (4 + 6) * h),
+        mtp_expert_parameters=shape.mtp_num_layers * shape.last_layer_has_experts * experts,
     )
 
 

@@ -3,7 +3,7 @@
 import warnings
 from functools import partial
 
-from megatron.core.errors import NotBuiltYetError
+from megatron.core.errors import ConfigError
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelLinear,
     TEDotProductAttention,
@@ -20,6 +20,11 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlockSubmodules,
+    get_mtp_layer_spec,
+    get_mtp_num_layers_to_build,
+)
 from megatron.core.transformer.pipeline_layout import get_num_layers_to_build, get_transformer_layer_offset
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm, WrappedTorchNorm
@@ -189,21 +194,6 @@ def _warn_about_fp8(fp8: str | None) -> None:
         warnings.warn(f"the fp8 argument of layer specs ({fp8!r}) has no effect", DeprecationWarning)
 
 
-# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
-
-
-def _get_mlp_module_spec(
-    use_te: bool | None = True,
-    num_experts: int | None = None,
-    moe_grouped_gemm: bool | None = False,
-    fp8: str | None = None,
-    moe_use_legacy_grouped_gemm: bool | None = False,
-) -> ModuleSpec:
-    """Older name of :func:`get_mlp_module_spec`."""
-    warnings.warn("_get_mlp_module_spec() is now get_mlp_module_spec()", DeprecationWarning, stacklevel=2)
-    return get_mlp_module_spec(use_te, num_experts, moe_grouped_gemm, fp8, moe_use_legacy_grouped_gemm)
-
-
 def get_gpt_decoder_block_spec(
     config: TransformerConfig,
     use_transformer_engine: bool,
@@ -238,9 +228,41 @@ def get_gpt_mtp_block_spec(
     config: TransformerConfig,
     spec: TransformerBlockSubmodules | ModuleSpec,
     use_transformer_engine: bool,
-) -> None:
-    """Layers that predict further tokens: None without any; with some, not built yet."""
-    if config.mtp_num_layers:
-        raise NotBuiltYetError(
-            "multi-token prediction", f"mtp_num_layers {config.mtp_num_layers}", "Leave it out."
-        )
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """Layers that predict further tokens, each like the last layer of ``spec``; None on stages without any.
+
+    Args:
+        config: model config; ``mtp_num_layers`` says how many there are.
+        spec: of one layer, of a block, or of all layers of this stage.
+        use_transformer_engine: have TransformerEngine's parameter names.
+
+    Raises:
+        ConfigError: the last stage has no layer to copy.
+    """
+    count = get_mtp_num_layers_to_build(config)
+    if not count:
+        return None
+    layers = spec if isinstance(spec, TransformerBlockSubmodules) else spec.submodules
+    if isinstance(layers, TransformerBlockSubmodules):
+        if not layers.layer_specs:
+            raise ConfigError(
+                f"mtp_num_layers {config.mtp_num_layers}: the last stage has no layer that these could be "
+                "like; give it one"
+            )
+        spec = layers.layer_specs[-1]
+    return MultiTokenPredictionBlockSubmodules([get_mtp_layer_spec(spec, use_transformer_engine)] * count)
+
+
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
+def _get_mlp_module_spec(
+    use_te: bool | None = True,
+    num_experts: int | None = None,
+    moe_grouped_gemm: bool | None = False,
+    fp8: str | None = None,
+    moe_use_legacy_grouped_gemm: bool | None = False,
+) -> ModuleSpec:
+    """Older name of :func:`get_mlp_module_spec`."""
+    warnings.warn("_get_mlp_module_spec() is now get_mlp_module_spec()", DeprecationWarning, stacklevel=2)
+    return get_mlp_module_spec(use_te, num_experts, moe_grouped_gemm, fp8, moe_use_legacy_grouped_gemm)

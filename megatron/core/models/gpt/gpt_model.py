@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from megatron.core import tensor_parallel
 from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
@@ -14,6 +14,10 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,9 +29,10 @@ class GPTModel(LanguageModule):
     """A decoder-only transformer.
 
     Attributes:
-        embedding: word (and learned position) embedding, on the first stage.
+        embedding: word (and learned position) embedding, on the first stage, and where ``mtp`` is.
         rotary_pos_emb: table of angles, with rotary positions.
         decoder: the layers.
+        mtp: layers that predict further tokens, on the last stage, if there are any.
         output_layer: projection to the vocabulary, on the last stage; without a weight of its own when tied.
 
     Args:
@@ -45,7 +50,7 @@ class GPTModel(LanguageModule):
             :class:`RotaryEmbedding`.
         scatter_embedding_sequence_parallel: ``embedding`` splits its output under sequence parallelism;
             otherwise it gives the whole to code that changes it, and forward splits what it made itself.
-        mtp_block_spec: layers that predict further tokens, not built yet.
+        mtp_block_spec: of layers that predict further tokens, on the last stage; None on the others.
     """
 
     def __init__(
@@ -66,12 +71,13 @@ class GPTModel(LanguageModule):
         rope_scaling_factor: float = 8.0,
         scatter_embedding_sequence_parallel: bool = True,
         seq_len_interpolation_factor: float | None = None,
-        mtp_block_spec: ModuleSpec | None = None,
+        mtp_block_spec: MultiTokenPredictionBlockSubmodules | ModuleSpec | None = None,
     ):
         super().__init__(config)
         if has_config_logger_enabled(config):
             log_config_to_disk(config, locals(), prefix=type(self).__name__)
-        _check_supported(config, position_embedding_type, mtp_block_spec)
+        _check_supported(config, position_embedding_type)
+        _check_further_tokens(config, position_embedding_type, mtp_block_spec, post_process)
         self.transformer_layer_spec = transformer_layer_spec
         self.vocab_size = vocab_size
         self.max_sequence_length = self.max_position_embeddings = max_sequence_length
@@ -83,9 +89,9 @@ class GPTModel(LanguageModule):
         self.rotary_percent, self.rotary_base = rotary_percent, rotary_base
         self.rotary_scaling = rope_scaling
         self.model_type = ModelType.encoder_or_decoder
-        self.mtp_process = False
+        self.mtp_process = mtp_block_spec is not None
 
-        if pre_process:
+        if pre_process or self.mtp_process:
             self.embedding = LanguageModelEmbedding(
                 config,
                 vocab_size,
@@ -109,6 +115,8 @@ class GPTModel(LanguageModule):
         self.decoder = TransformerBlock(
             config, transformer_layer_spec, pre_process=pre_process, post_process=post_process
         )
+        if mtp_block_spec is not None:
+            self.mtp = MultiTokenPredictionBlock(config, mtp_block_spec)
         if post_process:
             with tensor_parallel.weight_scope("output"):
                 self.output_layer = tensor_parallel.ColumnParallelLinear(
@@ -119,7 +127,8 @@ class GPTModel(LanguageModule):
                     bias=False,
                     skip_bias_add=False,
                     gather_output=not parallel_output,
-                    skip_weight_param_allocation=pre_process and share_embeddings_and_output_weights,
+                    skip_weight_param_allocation=share_embeddings_and_output_weights
+                    and (pre_process or self.mtp_process),
                 )
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
@@ -162,9 +171,7 @@ class GPTModel(LanguageModule):
             [b, s] loss with labels, [b, s, v] logits without, [s, b, h] on a stage that is not the last.
         """
         if decoder_input is None and self.pre_process:
-            decoder_input = self.embedding(input_ids, position_ids)
-            if self.config.sequence_parallel and not self.embedding.scatter_to_sequence_parallel:
-                decoder_input = tensor_parallel.scatter_to_sequence_parallel_region(decoder_input)
+            decoder_input = self._embed(input_ids, position_ids)
         angles = None
         if self.rotary_pos_emb is not None:
             length = self.rotary_pos_emb.get_rotary_seq_len(
@@ -172,6 +179,7 @@ class GPTModel(LanguageModule):
             )
             is_packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
             angles = self.rotary_pos_emb(length, packed_seq=is_packed)
+        norms_first = not self.mtp_process or self.config.mtp_after_norm
         hidden_states = self.decoder(
             decoder_input,
             attention_mask,
@@ -179,12 +187,32 @@ class GPTModel(LanguageModule):
             inference_context=inference_context,
             packed_seq_params=packed_seq_params,
             inference_params=inference_params,
+            apply_final_norm=norms_first,
             **(extra_block_kwargs or {}),
         )
         if not self.post_process:
             return hidden_states
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
+        # An evaluation has no use for losses that only make gradients.
+        if self.mtp_process and labels is not None and is_grad_enabled():
+            hidden_states = self.mtp(
+                input_ids,
+                position_ids,
+                hidden_states,
+                attention_mask,
+                labels=labels,
+                rotary_pos_emb=angles,
+                packed_seq_params=packed_seq_params,
+                extra_block_kwargs=extra_block_kwargs,
+                loss_mask=loss_mask,
+                embedding=self._embed,
+                output_layer=self.output_layer,
+                output_weight=weight,
+                compute_language_model_loss=self.compute_language_model_loss,
+            )
+        if not norms_first:
+            hidden_states = self.decoder.final_layernorm(hidden_states)
         if labels is not None:
             # The loss is made of logits that are split over ranks, whoever wants them whole otherwise.
             runtime_gather_output = False
@@ -195,6 +223,13 @@ class GPTModel(LanguageModule):
             return logits.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels, logits)
 
+    def _embed(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        """[b, s] -> [s, b, h], or [s/TP, b, h] under sequence parallelism."""
+        embedded = self.embedding(input_ids, position_ids)
+        if self.config.sequence_parallel and not self.embedding.scatter_to_sequence_parallel:
+            return tensor_parallel.scatter_to_sequence_parallel_region(embedded)
+        return embedded
+
 
 def _scaled_and_capped(logits: Tensor, config: TransformerConfig) -> Tensor:
     """Logits times their factor, then bounded.  [s, b, v] -> [s, b, v]"""
@@ -204,7 +239,7 @@ def _scaled_and_capped(logits: Tensor, config: TransformerConfig) -> Tensor:
     return logits if cap is None else soft_cap(logits, cap)
 
 
-def _check_supported(config: TransformerConfig, position_embedding_type: str, mtp_block_spec: Any) -> None:
+def _check_supported(config: TransformerConfig, position_embedding_type: str) -> None:
     if position_embedding_type == "mrope":
         raise NotBuiltYetError("multimodal rotary embedding", "position_embedding_type mrope", "Use rope.")
     if position_embedding_type not in POSITION_EMBEDDING_TYPES:
@@ -212,5 +247,22 @@ def _check_supported(config: TransformerConfig, position_embedding_type: str, mt
             f"position_embedding_type: {position_embedding_type!r} is not one of "
             f"{', '.join(POSITION_EMBEDDING_TYPES)}"
         )
-    if mtp_block_spec is not None or config.mtp_num_layers:
-        raise NotBuiltYetError("multi-token prediction", "mtp_num_layers", "Leave it out.")
+
+
+def _check_further_tokens(
+    config: TransformerConfig, position_embedding_type: str, spec: Any, post_process: bool
+) -> None:
+    depths = config.mtp_num_layers or 0
+    built = 0 if spec is None else len(getattr(spec, "submodules", spec).layer_specs or ())
+    # The first stage prepares its embedding for a copy on the last one; both must know.
+    if built != (depths if post_process else 0):
+        raise ConfigError(
+            f"mtp_block_spec has {built} layers on a stage that should have "
+            f"{depths if post_process else 0}, because of mtp_num_layers {config.mtp_num_layers}: pass "
+            "get_gpt_mtp_block_spec(config, transformer_layer_spec, ...)"
+        )
+    if depths and position_embedding_type not in ("rope", "none"):
+        raise ConfigError(
+            f"position_embedding_type {position_embedding_type} with mtp_num_layers {depths}: positions of "
+            "further tokens are not learned; use rope or none"
+        )

@@ -38,17 +38,20 @@ def gpt_parameter_count(
         first_layer: the first layer of this stage, counted from 0.
         num_layers: layers of this stage; default all from the first one on.
         has_embedding: this is the first stage.
-        has_output: this is the last stage.
+        has_output: this is the last stage, with the layers that predict further tokens.
         splits_latents: projections to the latents of attention are split over ranks as well; in
             TransformerEngine's form every rank has them whole.
     """
     hidden, tp = config.hidden_size, tensor_parallel_size
-    tied_here = has_embedding and share_embeddings_and_output_weights
-    rows = vocab_size // tp * (has_embedding + (has_output and not tied_here))
+    further = (config.mtp_num_layers or 0) if has_output else 0
+    embeds = has_embedding or further > 0
+    tied_here = embeds and share_embeddings_and_output_weights
+    rows = vocab_size // tp * (embeds + (has_output and not tied_here))
     if has_embedding and position_embedding_type == "learned_absolute":
         rows += max_sequence_length
     last_layer = config.num_layers if num_layers is None else first_layer + num_layers
-    pattern = moe_layer_pattern(config)[first_layer:last_layer]
+    whole = moe_layer_pattern(config)
+    pattern = whole[first_layer:last_layer] + whole[-1:] * further
     attention = (
         _latent_attention(config, tp, tp if splits_latents else 1)
         if isinstance(config, MLATransformerConfig)
@@ -58,6 +61,9 @@ def gpt_parameter_count(
     layers += pattern.count(False) * _mlp(config, tp)
     if any(pattern):
         layers += pattern.count(True) * _moe(config, tp, expert_parallel_size, expert_tensor_parallel_size)
+    # Before a layer that predicts a further token: two norms and the projection of both to one state; a norm
+    # behind it.
+    layers += further * (2 * hidden * (hidden // tp) + 3 * _norm(config, hidden))
     return rows * hidden + layers + (_norm(config, hidden) if has_output else 0)
 
 

@@ -5,11 +5,13 @@ from megatron.training.arguments.flag import (
     Group,
     NotBuilt,
     Notice,
+    Opponent,
     Refused,
     above,
     alike,
     at_least,
     between,
+    need,
     off_switch,
     switch,
     unless,
@@ -28,7 +30,6 @@ from megatron.training.arguments.values import attention_backend
 NO_LAYER_FILE = Refused(
     "per-layer architectures from a file are not part of this project", "give the sizes as flags"
 )
-MULTI_TOKEN = NotBuilt("multi-token prediction")
 OWN_LAYERS = unless(
     lambda a: a.spec is None or list(a.spec) == ["local"], "the layers are those that --spec names"
 )
@@ -235,14 +236,38 @@ NETWORK = Group(
         ),
         switch("--multi-latent-attention", help="DeepSeek style low-rank attention"),
         value(
-            "--mtp-num-layers", type=int, status=MULTI_TOKEN, help="number of multi-token-prediction layers"
+            "--mtp-num-layers",
+            type=int,
+            bounds=at_least(0),
+            most=10**6,
+            needs=need(
+                "--position-embedding-type rope",
+                lambda a: not a.mtp_num_layers or a.position_embedding_type in ("rope", "none"),
+                "add --position-embedding-type rope (or none), or leave it out",
+            ),
+            help="number of multi-token-prediction layers",
         ),
         value(
             "--mtp-loss-scaling-factor",
             type=float,
             default=0.1,
-            status=MULTI_TOKEN,
+            bounds=at_least(0),
+            no_effect=without("--mtp-num-layers"),
             help="weight of the averaged MTP loss",
+        ),
+        switch(
+            "--mtp-after-norm",
+            added=True,
+            status=Accepted("it is the default; --mtp-before-norm is the other choice"),
+            opponents=Opponent("--mtp-before-norm"),
+            help="predict further tokens from the output of the final norm",
+        ),
+        switch(
+            "--mtp-before-norm",
+            added=True,
+            no_effect=without("--mtp-num-layers"),
+            help="predict further tokens from the input of the final norm, which is the default of "
+            "MindSpeed-LLM",
         ),
         switch(
             "--qk-layernorm",

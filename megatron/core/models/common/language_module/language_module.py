@@ -13,7 +13,8 @@ class LanguageModule(MegatronModule):
     """Base of language models.
 
     Subclasses set ``pre_process``, ``post_process``, ``share_embeddings_and_output_weights``, ``embedding``,
-    ``output_layer`` and, if they know it, ``fp16_lm_cross_entropy``.
+    ``output_layer`` and, if they know them, ``fp16_lm_cross_entropy`` and ``mtp_process``: whether this stage
+    predicts further tokens, and so has an embedding.
     """
 
     pre_process: bool
@@ -22,6 +23,7 @@ class LanguageModule(MegatronModule):
     embedding: Any
     output_layer: Any
     fp16_lm_cross_entropy: bool = False
+    mtp_process: bool = False
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Per-token loss.  labels: [b, s], logits: [s, b, v] -> [b, s], fp32.
@@ -38,18 +40,23 @@ class LanguageModule(MegatronModule):
     def setup_embeddings_and_output_layer(self) -> None:
         """Marks embedding and output weights for the optimizer, and a weight that serves as both.
 
-        A tied weight whose two uses are on different stages has a copy on each: the later one starts as zeros
-        and becomes the first by one sum over the embedding group, in which all its stages take part.
+        An embedding that the last stage needs too, as its output weight or to predict further tokens, has a
+        copy there: it starts as zeros and becomes the first by one sum over the embedding group, in which all
+        its stages take part.
         """
-        if self.pre_process:
+        has_embedding = self.pre_process or self.mtp_process
+        if has_embedding:
             self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True
         if self.post_process and self.output_layer.weight is not None:
             self.output_layer.weight.is_embedding_or_output_parameter = True
-        if self.share_embeddings_and_output_weights and self.pre_process and self.post_process:
-            # Used twice, so gradients that went to main_grad directly must leave zeros for the other use's
-            # sum.
-            self.shared_embedding_or_output_weight().zero_out_wgrad = True
-        elif self.share_embeddings_and_output_weights and (self.pre_process or self.post_process):
+        tied = self.share_embeddings_and_output_weights
+        if self.post_process and (self.mtp_process or (tied and has_embedding)):
+            # Used several times, so gradients that went to main_grad directly must leave zeros for the sum
+            # with the other uses'.
+            weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+            weight.zero_out_wgrad = True
+        has_copies = tied or getattr(self.config, "mtp_num_layers", None)
+        if has_copies and self.pre_process != self.post_process:
             self._tie_copies_on_other_stages()
 
     def _tie_copies_on_other_stages(self) -> None:
@@ -68,7 +75,7 @@ class LanguageModule(MegatronModule):
             torch.distributed.all_reduce(weight.data, group=parallel_state.get_embedding_group())
 
     def shared_embedding_or_output_weight(self) -> torch.nn.Parameter | None:
-        """The tied weight: the embedding's on the first stage, the output layer's on the last.  [V, h]"""
-        if self.pre_process:
+        """The weight with copies: the embedding's where there is one, else the output layer's.  [V, h]"""
+        if self.pre_process or self.mtp_process:
             return self.embedding.word_embeddings.weight
         return self.output_layer.weight if self.post_process else None
