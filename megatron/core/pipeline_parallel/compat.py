@@ -55,8 +55,13 @@ def clear_embedding_activation_buffer(config: Any, model: Any) -> torch.nn.Modul
     return embedding_module
 
 
-def finish_embedding_wgrad_compute(config: Any, embedding_module: torch.nn.Module | None) -> None:
-    """Computes the weight gradients of the output layer that the model's buffers hold the operands of."""
+def finish_embedding_wgrad_compute(config: Any, embedding_module: Any) -> None:
+    """Computes the weight gradients of the output layer that the model's buffers hold the operands of.
+
+    Args:
+        config: of the model.
+        embedding_module: what :func:`clear_embedding_activation_buffer` returned, a language model or None.
+    """
     if not _keeps_output_layer_for_the_flush(config) or embedding_module is None:
         return
     weight = (

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core import parallel_state
+from megatron.core.errors import UsageError
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel.actions import Message
 from megatron.core.pipeline_parallel.planning import place_in_exchange
@@ -45,6 +46,12 @@ def _messages(output: bool, input_grad: bool, recv_prev: bool, recv_next: bool) 
     )
 
 
+def _by_kind(output: Tensor | None, input_grad: Tensor | None) -> dict[bool, Tensor]:
+    """What is to be sent, keyed by whether it is a gradient."""
+    tensors = {False: output, True: input_grad}
+    return {is_gradient: tensor for is_gradient, tensor in tensors.items() if tensor is not None}
+
+
 def _exchange(
     output: Tensor | None,
     input_grad: Tensor | None,
@@ -53,17 +60,26 @@ def _exchange(
     shape: Shape | None,
     config: ModelParallelConfig,
 ) -> tuple[dict[bool, Tensor], Pending]:
-    """Starts up to four transfers; what is received is keyed by whether it is a gradient."""
-    messages = _messages(output is not None, input_grad is not None, recv_prev, recv_next)
-    sent = {m: as_sent(input_grad if m.gradient else output, config) for m in messages if m.send}
-    places = [(m.peer, m.send) for m in messages]
-    announced = (
-        iter(announce_shapes(list(sent.values()), places, config)) if config.variable_seq_lengths else None
-    )
+    """Starts up to four transfers; what is received is keyed by whether it is a gradient.
+
+    Raises:
+        UsageError: no shape for what is received, and ``config.variable_seq_lengths`` is off.
+    """
+    outgoing = _by_kind(output, input_grad)
+    messages = _messages(False in outgoing, True in outgoing, recv_prev, recv_next)
+    sent = {m: as_sent(outgoing[m.gradient], config) for m in messages if m.send}
+    to_come = [m.gradient for m in messages if not m.send]
+    if config.variable_seq_lengths:
+        places = [(m.peer, m.send) for m in messages]
+        shapes = announce_shapes(list(sent.values()), places, config)
+    elif shape is not None:
+        shapes = [shape] * len(to_come)
+    elif to_come:
+        raise UsageError("receiving from another stage needs a tensor_shape, but got None: give its sizes")
+    else:
+        shapes = []
     received = {
-        m.gradient: receive_buffer(shape if announced is None else next(announced), config)
-        for m in messages
-        if not m.send
+        gradient: receive_buffer(shape, config) for gradient, shape in zip(to_come, shapes, strict=True)
     }
     transfers = [
         Transfer(sent[m] if m.send else received[m.gradient].detach(), m.peer, m.send) for m in messages
@@ -224,8 +240,9 @@ def _communicate_shapes(
     Returns:
         Shapes of what the previous and the next stage are about to send; [0, 0, 0] where nothing comes.
     """
-    messages = _messages(tensor_send_next is not None, tensor_send_prev is not None, recv_prev, recv_next)
-    sent = [tensor_send_prev if m.gradient else tensor_send_next for m in messages if m.send]
+    outgoing = _by_kind(tensor_send_next, tensor_send_prev)
+    messages = _messages(False in outgoing, True in outgoing, recv_prev, recv_next)
+    sent = [outgoing[m.gradient] for m in messages if m.send]
     announced = iter(announce_shapes(sent, [(m.peer, m.send) for m in messages], config))
     shapes = {m.gradient: list(next(announced)) for m in messages if not m.send}
     return shapes.get(False, [0, 0, 0]), shapes.get(True, [0, 0, 0])

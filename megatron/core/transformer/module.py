@@ -70,6 +70,9 @@ class Float16Module(MegatronModule):
         fp16, bf16: which of the two.
     """
 
+    # A model brings methods of its own, which torch.nn.Module does not have.
+    module: Any
+
     def __init__(self, config: TransformerConfig, module: torch.nn.Module):
         super().__init__(config)
         if config.fp16 == config.bf16:

@@ -1,9 +1,12 @@
 """Recipes for modules: which class, with which parameters and parts."""
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
+
+from megatron.core.errors import UsageError
 
 
 @dataclass
@@ -34,15 +37,27 @@ def import_module(module_path: tuple[str, ...]) -> Any:
     return getattr(module, name)
 
 
-def get_module(spec_or_module: ModuleSpec | type, **additional_kwargs: Any) -> Any:
-    """The class or function behind a spec."""
+def get_module(
+    spec_or_module: ModuleSpec | type | Callable[..., Any] | None, **additional_kwargs: Any
+) -> Any:
+    """The class or function behind a spec.
+
+    Raises:
+        UsageError: None, a slot that was left empty, or what is neither a spec nor a class nor a function.
+    """
     if isinstance(spec_or_module, type | FunctionType):
         return spec_or_module
+    if not isinstance(spec_or_module, ModuleSpec):
+        raise UsageError(
+            f"a slot of a layer spec holds {spec_or_module!r}: put a ModuleSpec, a class or a function there"
+        )
     module = spec_or_module.module
     return module if isinstance(module, type | FunctionType) else import_module(module)
 
 
-def build_module(spec_or_module: ModuleSpec | type, *args: Any, **kwargs: Any) -> Any:
+def build_module(
+    spec_or_module: ModuleSpec | type | Callable[..., Any] | None, *args: Any, **kwargs: Any
+) -> Any:
     """An instance of the class behind a spec; a plain function is returned as it is.
 
     Keyword arguments given here win over nothing: they and the spec's ``params`` must not overlap. An

@@ -22,6 +22,7 @@ from megatron.core.timers import Timer, Timers
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import global_vars
 from megatron.training.data.samplers import MegatronPretrainingSampler
@@ -311,3 +312,9 @@ def test_what_is_no_index_and_no_data_set(tmp_path):
         dataset["0"]
     (tmp_path / "x.idx").write_bytes(b"MMAPIDX\0\0" + bytes(40))
     expect(AssertionError, lambda: IndexedDataset(str(tmp_path / "x")))
+
+
+@pytest.mark.parametrize("slot", [None, "Linear"])
+def test_a_slot_without_a_module_is_named(slot):
+    with pytest.raises(MegatronError, match=f"a slot of a layer spec holds {slot!r}"):
+        build_module(slot)

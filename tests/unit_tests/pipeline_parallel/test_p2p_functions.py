@@ -8,6 +8,7 @@ import torch.distributed as dist
 from toy_stages import make_config
 
 from megatron.core import accelerator, parallel_state
+from megatron.core.errors import UsageError
 from megatron.core.pipeline_parallel import p2p_communication as p2p
 from megatron.core.pipeline_parallel import schedules
 from tests.distributed.pool import run_ranks
@@ -140,6 +141,16 @@ def many_dimensions():
 
 def test_shapes_of_seven_dimensions_are_announced():
     assert run_ranks(2, many_dimensions)[1] == (1, 2, 1, 2, 1, 2, 3)
+
+
+def no_shape():
+    config, rank, _ = begin()
+    with pytest.raises(UsageError, match="needs a tensor_shape"):
+        (p2p.recv_backward if rank == 0 else p2p.recv_forward)(None, config)
+
+
+def test_receiving_without_a_shape_is_refused():
+    run_ranks(2, no_shape)
 
 
 def synchronisations(batched, asked):
