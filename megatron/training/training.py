@@ -1,8 +1,9 @@
 """The training loop: what a run does, from its first line to its last evaluation."""
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -130,6 +131,10 @@ __all__ = [
 # Limits such as --exit-duration-in-mins count from here: importing is part of what a job waits for.
 _PROCESS_START_TIME = _TRAIN_START_TIME = time.time()
 
+# Timers of the setup.
+_MODEL_SETUP = "model-and-optimizer-setup"
+_DATA_SETUP = "train/valid/test-data-iterators-setup"
+
 
 @stop_signals.answered
 def pretrain(
@@ -161,66 +166,43 @@ def pretrain(
     """
     family = get_model_family(model_family).name
     _initialize(extra_args_provider, args_defaults, get_embedding_ranks, get_position_embedding_ranks, family)
-    args, timers = get_args(), get_timers()
-
-    timers("model-and-optimizer-setup", log_level=0).start(barrier=True)
-    model, optimizer, scheduler = setup_model_and_optimizer(model_provider, model_type)
-    timers("model-and-optimizer-setup").stop()
-    print_datetime("after model, optimizer, and learning rate scheduler are built")
-
-    timers("train/valid/test-data-iterators-setup", log_level=0).start(barrier=True)
-    train_iterator, valid_iterator, test_iterator = build_data_iterators_of_chunks(
-        train_valid_test_dataset_provider, len(model)
-    )
-    timers("train/valid/test-data-iterators-setup").stop()
-    print_datetime("after dataloaders are built")
+    args = get_args()
+    with _setup_phase(_MODEL_SETUP, "after model, optimizer, and learning rate scheduler are built"):
+        model, optimizer, scheduler = setup_model_and_optimizer(model_provider, model_type)
+    with _setup_phase(_DATA_SETUP, "after dataloaders are built"):
+        train_iterator, valid_iterator, test_iterator = build_data_iterators_of_chunks(
+            train_valid_test_dataset_provider, len(model)
+        )
     name_flags_unread_in_setup()
     print_rank_0("done with setup ...")
-    timers.log(["model-and-optimizer-setup", "train/valid/test-data-iterators-setup"], barrier=True)
+    get_timers().log([_MODEL_SETUP, _DATA_SETUP], barrier=True)
 
     config = get_model_config(model[0])
     iteration = args.iteration
     args.num_floating_point_operations_at_start = args.num_floating_point_operations_so_far
     args.validated_iteration = None
     saves = context_after_loading(args)
-    if args.skip_train:
-        print_rank_0("skipping training (--skip-train is on) ...")
-    else:
-        print_rank_0("training ...")
-        answer_signals(in_training=True)
-        if args.do_train:
-            iteration, flops = train(
-                forward_step_func,
-                model,
-                optimizer,
-                scheduler,
-                train_data_iterator=train_iterator,
-                valid_data_iterator=valid_iterator,
-                process_non_loss_data_func=process_non_loss_data_func,
-                config=config,
-                checkpointing_context=saves,
-                non_loss_data_func=non_loss_data_func,
-            )
-            print_datetime("after training is done")
-            if args.save and iteration != 0:
-                save_checkpoint_and_time(
-                    iteration,
-                    model,
-                    optimizer,
-                    scheduler,
-                    num_floating_point_operations_so_far=flops,
-                    checkpointing_context=saves,
-                    train_data_iterator=train_iterator,
-                )
+    print_rank_0("skipping training (--skip-train is on) ..." if args.skip_train else "training ...")
+    answer_signals(in_training=not args.skip_train)
+    if args.do_train and not args.skip_train:
+        iteration, flops = train(
+            forward_step_func,
+            model,
+            optimizer,
+            scheduler,
+            train_data_iterator=train_iterator,
+            valid_data_iterator=valid_iterator,
+            process_non_loss_data_func=process_non_loss_data_func,
+            config=config,
+            checkpointing_context=saves,
+            non_loss_data_func=non_loss_data_func,
+        )
+        print_datetime("after training is done")
+        if args.save and iteration != 0:
+            save = _saving(model, optimizer, scheduler, saves, train_iterator)
+            save(iteration, num_floating_point_operations_so_far=flops)
     answer_signals(in_training=False)
-    evaluation = partial(
-        evaluate_and_print_results,
-        forward_step_func=forward_step_func,
-        model=model,
-        process_non_loss_data_func=process_non_loss_data_func,
-        config=config,
-        non_loss_data_func=non_loss_data_func,
-    )
+    evaluation = _evaluation(forward_step_func, model, process_non_loss_data_func, config, non_loss_data_func)
     _evaluate_at_the_end(args, evaluation, iteration, {"validation": valid_iterator, "test": test_iterator})
     name_flags_unread_by_script()
     flush_writers()
@@ -251,6 +233,51 @@ def _initialize(
         with failing_together():
             check_save_directory(args.save)
     append_start_line(args)
+
+
+@contextlib.contextmanager
+def _setup_phase(timer: str, what_is_done: str) -> Iterator[None]:
+    """Time a part of the setup, and print the time of day when it is done."""
+    get_timers()(timer, log_level=0).start(barrier=True)
+    yield
+    get_timers()(timer).stop()
+    print_datetime(what_is_done)
+
+
+def _saving(
+    model: list[torch.nn.Module],
+    optimizer: Any,
+    opt_param_scheduler: Any,
+    checkpointing_context: dict,
+    train_data_iterator: DataIterators,
+) -> Callable[..., None]:
+    """:func:`save_checkpoint_and_time` of this run, but for iteration and floating-point operations."""
+    return partial(
+        save_checkpoint_and_time,
+        model=model,
+        optimizer=optimizer,
+        opt_param_scheduler=opt_param_scheduler,
+        checkpointing_context=checkpointing_context,
+        train_data_iterator=train_data_iterator,
+    )
+
+
+def _evaluation(
+    forward_step_func: Callable,
+    model: list[torch.nn.Module],
+    process_non_loss_data_func: Callable | None,
+    config: Any,
+    non_loss_data_func: Callable | None,
+) -> Callable[..., bool]:
+    """:func:`evaluate_and_print_results` of this model."""
+    return partial(
+        evaluate_and_print_results,
+        forward_step_func=forward_step_func,
+        model=model,
+        process_non_loss_data_func=process_non_loss_data_func,
+        config=config,
+        non_loss_data_func=non_loss_data_func,
+    )
 
 
 def _evaluate_at_the_end(
@@ -301,14 +328,8 @@ def train(
     for chunk in model:
         chunk.train()
     config = schedule_config(config, model, optimizer)
-    evaluation = partial(
-        evaluate_and_print_results,
-        forward_step_func=forward_step_func,
-        model=model,
-        process_non_loss_data_func=process_non_loss_data_func,
-        config=config,
-        non_loss_data_func=non_loss_data_func,
-    )
+    evaluation = _evaluation(forward_step_func, model, process_non_loss_data_func, config, non_loss_data_func)
+    save = _saving(model, optimizer, opt_param_scheduler, checkpointing_context, train_data_iterator)
     iteration, flops = args.iteration, args.num_floating_point_operations_so_far
     log = LoopLog(args, model, optimizer)
     must_exit = False
@@ -319,22 +340,13 @@ def train(
         while iteration < args.train_iters and not must_exit:
             hooks.before_step(iteration)
             if _batch_size_grew(args, iteration) and args.save:
-                save_checkpoint_and_time(
-                    iteration,
-                    model,
-                    optimizer,
-                    opt_param_scheduler,
-                    num_floating_point_operations_so_far=flops,
-                    checkpointing_context=checkpointing_context,
-                    train_data_iterator=train_data_iterator,
-                )
+                save(iteration, num_floating_point_operations_so_far=flops)
             get_rerun_state_machine().current_iteration = args.curr_iteration = iteration
             if iteration in args.iterations_to_skip:
                 dummy_train_step(train_data_iterator)
                 iteration += 1
                 args.skipped_train_samples += _count_consumed_samples(args)
                 continue
-
             result = train_step(
                 forward_step_func, train_data_iterator, model, optimizer, opt_param_scheduler, config
             )
@@ -444,9 +456,11 @@ def train_step(
     """
     args, timers = get_args(), get_timers()
     machine = get_rerun_state_machine()
+    reports: list[dict[str, Any]] = []
     while machine.should_run_forward_backward(data_iterator):
         for chunk in model:
-            chunk.zero_grad_buffer()
+            # What torch knows as a module is a data-parallel wrapper here.
+            chunk.zero_grad_buffer()  # pyright: ignore[reportCallIssue]
         # A repeated step must not count twice.
         MTPLossLoggingHelper.clean_loss_in_tracker()
         optimizer.zero_grad()
