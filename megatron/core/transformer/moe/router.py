@@ -155,15 +155,11 @@ class TopKRouter(Router):
         seq_length, bsz = logits.shape[:2]
         logits = self.apply_z_loss(logits.reshape(-1, self.num_experts))
         if self.config.moe_router_force_load_balancing:
-            probs, routing_map = self._balanced_by_force(logits)
-        else:
-            probs, routing_map = _ROUTINGS[self.kind](self, logits, bsz, seq_length)
-        if self.local_tokens_per_expert is not None and self._counts:
-            self.local_tokens_per_expert += routing_map.sum(0)
-        return probs, routing_map
+            return self._balanced_by_force(logits)
+        return _ROUTINGS[self.kind](self, logits, bsz, seq_length)
 
     @property
-    def _counts(self) -> bool:
+    def _trains(self) -> bool:
         """Whether this pass trains: not an evaluation, nor the first run of a layer that is recomputed."""
         return self.training and torch.is_grad_enabled()
 
@@ -177,7 +173,7 @@ class TopKRouter(Router):
     def apply_z_loss(self, logits: Tensor) -> Tensor:
         """Attaches the loss on large logits.  [t, E] -> [t, E]"""
         coefficient = self.config.moe_z_loss_coeff
-        if not coefficient or not self._counts:
+        if not coefficient or not self._trains:
             return logits
         # Parts of a sequence have as many tokens, so the mean over all of them is that of their means.
         loss = z_loss_func(logits, coefficient / group_size(_sequence_group()))
@@ -192,23 +188,23 @@ class TopKRouter(Router):
 
     def aux_loss_load_balancing(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Top-k, with the loss over the tokens of the micro-batch."""
-        probs, routing_map, wanted = self._choose(logits)
+        probs, routing_map, chosen = self._choose(logits)
 
         def loss(group: ProcessGroup | None) -> Tensor:
             scores = self.compute_routing_scores_for_aux_loss(logits)
             coefficient = self.config.moe_aux_loss_coeff
-            return switch_load_balancing_loss_func(scores, wanted, self.topk, coefficient, group)
+            return switch_load_balancing_loss_func(scores, chosen.sum(0), self.topk, coefficient, group)
 
         return self.apply_load_balancing_loss(probs, loss), routing_map
 
     def seq_aux_loss_load_balancing(self, logits: Tensor, bsz: int, seq_length: int) -> tuple[Tensor, Tensor]:
         """Top-k, with the loss over each sequence."""
-        probs, routing_map, _ = self._choose(logits)
+        probs, routing_map, chosen = self._choose(logits)
 
         def loss(group: ProcessGroup | None) -> Tensor:
             return sequence_load_balancing_loss_func(
                 self.compute_routing_scores_for_aux_loss(logits),
-                routing_map,
+                chosen,
                 bsz,
                 seq_length,
                 self.topk,
@@ -227,7 +223,7 @@ class TopKRouter(Router):
             ranked = sinkhorn(logits) if self.training else logits
             experts = ranked.topk(self.topk, dim=-1).indices
         probs, routing_map = dense(scores.gather(-1, experts), experts, self.num_experts)
-        self._note_load(logits, routing_map.sum(0), routing_map)
+        self._count(logits, routing_map, routing_map)
         return probs, routing_map
 
     def apply_load_balancing_loss(
@@ -240,7 +236,7 @@ class TopKRouter(Router):
             load_balancing_loss_func: the loss, given the ranks that share the sequences.
         """
         coefficient = self.config.moe_aux_loss_coeff
-        if not coefficient or not self._counts:
+        if not coefficient or not self._trains:
             return activation
         loss = load_balancing_loss_func(_sequence_group())
         name = EXPERT_LEVEL if self.kind == "group_limited_greedy" else BALANCE
@@ -265,7 +261,7 @@ class TopKRouter(Router):
         return MoEAuxLossAutoScaler.apply(activation, loss)
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[t, E] weights, [t, E] bool map, [E] tokens that chose each expert before any was dropped."""
+        """[t, E] weights, [t, E] bool map, and the map before any token was dropped."""
         config = self.config
         over_all = self.kind in ("softmax_topk", "pai_megatron_aux_loss")
         options: dict[str, Any] = {"pre_softmax": True}
@@ -280,21 +276,24 @@ class TopKRouter(Router):
             }
         weights, experts = topk_routing(logits, self.topk, **options)
         if config.norm_topk_prob and self.kind in ("aux_loss", "softmax_topk"):
-            weights = weights / weights.sum(-1, keepdim=True)
+            wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
+            weights = (wide / (wide.sum(-1, keepdim=True) + SCORE_SUM_EPSILON)).to(weights.dtype)
         return self._limit(logits, weights, experts)
 
     def _limit(self, logits: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[t, k] weights and experts -> as :meth:`_choose`; experts take what their capacity allows."""
         config = self.config
-        probs, routing_map, wanted = with_capacity(
-            *dense(weights, experts, self.num_experts),
+        probs, chosen = dense(weights, experts, self.num_experts)
+        probs, routing_map, _ = with_capacity(
+            probs,
+            chosen,
             self.topk,
             config.moe_expert_capacity_factor,
             config.moe_pad_expert_input_to_capacity,
             config.moe_token_drop_policy,
         )
-        self._note_load(logits, wanted, routing_map)
-        return probs, routing_map, wanted
+        self._count(logits, chosen, routing_map)
+        return probs, routing_map, chosen
 
     def _without_loss(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         probs, routing_map, _ = self._choose(logits)
@@ -314,7 +313,7 @@ class TopKRouter(Router):
         else:
             weights = weights * (config.moe_router_topk_scaling_factor or 1.0)
         probs, routing_map, _ = self._limit(logits, weights.to(logits.dtype), experts)
-        if not self._counts:
+        if not self._trains:
             return probs, routing_map
         # Without seq_aux all tokens of the micro-batch count as one sequence.
         shape = (bsz, seq_length) if config.seq_aux else (1, bsz * seq_length)
@@ -344,17 +343,27 @@ class TopKRouter(Router):
         probs, routing_map, _ = self._limit(logits, weights, experts)
         return probs, routing_map
 
-    def _note_load(self, logits: Tensor, wanted: Tensor, routing_map: Tensor) -> None:
+    def _count(self, logits: Tensor, chosen: Tensor, routing_map: Tensor) -> None:
+        """Adds to the loads that the bias follows, and to those that are logged.
+
+        Args:
+            logits: [t, E].
+            chosen: [t, E] bool, before any token was dropped.
+            routing_map: [t, E] bool, after, and perhaps with rows that only fill an expert's capacity.
+        """
         config = self.config
-        if not config.log_moe_balance or not self._counts:
+        if not self._trains:
             return
-        save_load(
-            self.layer_number,
-            config.num_layers + (config.mtp_num_layers or 0),
-            wanted,
-            torch.minimum(wanted, routing_map.sum(0)),
-            self.compute_routing_scores_for_aux_loss(logits.detach()),
-        )
+        if self.local_tokens_per_expert is not None:
+            self.local_tokens_per_expert += chosen.sum(0)
+        if config.log_moe_balance:
+            save_load(
+                self.layer_number,
+                config.num_layers + (config.mtp_num_layers or 0),
+                chosen.sum(0),
+                (chosen & routing_map).sum(0),
+                self.compute_routing_scores_for_aux_loss(logits.detach()),
+            )
 
 
 # Kind of balancing -> routing of [t, E] logits of ``bsz`` sequences with ``seq_length`` tokens on this rank

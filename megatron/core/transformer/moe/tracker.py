@@ -135,19 +135,23 @@ def track_moe_metrics(
         mean = by_layer.sum() / max(count, 1)
         if total_loss_dict is not None:
             total_loss_dict[name] = total_loss_dict.get(name, 0.0) + mean
-        points = {name: mean}
+        tags = [name]
         if per_layer_logging:
-            points |= {f"moe/{name}_layer_{number}": loss for number, loss in enumerate(by_layer)}
-        _write(points, iteration, writer, wandb_writer)
+            tags += [f"moe/{name}_layer_{number}" for number in range(len(by_layer))]
+        _write(tags, torch.cat((mean.view(1), by_layer)), iteration, writer, wandb_writer)
     clear_aux_losses_tracker()
 
 
-def _write(points: dict[str, Tensor], iteration: int, writer: Any, wandb_writer: Any) -> None:
+def _write(tags: list[str], values: Tensor, iteration: int, writer: Any, wandb_writer: Any) -> None:
+    """One point for each tag, from the first of the values, for which the host waits once."""
+    if writer is None and wandb_writer is None:
+        return
+    points = dict(zip(tags, values.tolist(), strict=False))
     if writer is not None:
         for tag, point in points.items():
             writer.add_scalar(tag, point, iteration)
     if wandb_writer is not None:
-        wandb_writer.log({tag: float(point) for tag, point in points.items()}, iteration)
+        wandb_writer.log(points, iteration)
 
 
 def save_load(
@@ -207,23 +211,29 @@ class Load:
 
 def take_loads(num_layers: int, num_experts: int) -> list[Load]:
     """Loads of all layers and ranks since the last call; all ranks call this together."""
-    table = _table()
-    device = accelerator.current_device()
-    entries = [table.pop(name, None) for name in LOADS]
-    shapes = [(num_layers, num_experts), *[(num_layers,)] * 3]
-    parts = [
-        torch.zeros(shape, device=device) if entry is None else entry["values"]
-        for entry, shape in zip(entries, shapes, strict=True)
-    ]
-    # [L, E + 3], summed over ranks with other tokens, and over stages with other layers
-    joined = torch.cat([part.reshape(num_layers, -1) for part in parts], dim=1).double()
+    table, device = _table(), accelerator.current_device()
+    entries = {name: table.pop(name, None) for name in LOADS}
+
+    def everywhere(name: str, width: int, dtype: torch.dtype) -> Tensor:
+        """[L, width]; zeros on stages without experts."""
+        entry = entries[name]
+        if entry is None:
+            return torch.zeros(num_layers, width, dtype=dtype, device=device)
+        return entry["values"].view(num_layers, width)
+
+    # Whole numbers apart from the entropy: float32 would round them, and HCCL adds up no float64.
+    widths = {LOAD: num_experts, DROPPED: 1, TOKENS: 1}
+    counts = torch.cat([everywhere(name, width, torch.int64) for name, width in widths.items()], dim=1)
+    entropies = everywhere(ENTROPY, 1, torch.float32)
     for group in _groups_with_other_tokens_or_layers():
-        all_reduce(joined, group, ReduceOp.SUM)
-    found = []
-    for number, (*tokens, dropped, entropy, routed) in enumerate(joined.tolist(), start=1):
-        if routed:
-            found.append(Load(number, [int(count) for count in tokens], int(dropped), entropy / routed))
-    return found
+        all_reduce(counts, group, ReduceOp.SUM)
+        all_reduce(entropies, group, ReduceOp.SUM)
+    rows = zip(counts.tolist(), entropies.squeeze(1).tolist(), strict=True)
+    return [
+        Load(number, tokens, dropped, entropy / routed)
+        for number, ((*tokens, dropped, routed), entropy) in enumerate(rows, start=1)
+        if routed
+    ]
 
 
 def _groups_with_other_tokens_or_layers() -> Iterable[ProcessGroup | None]:
