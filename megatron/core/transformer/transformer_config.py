@@ -512,31 +512,17 @@ def _moe_capacity(c: TransformerConfig) -> Rules:
         c.moe_pad_expert_input_to_capacity and not capped,
         "moe_pad_expert_input_to_capacity: set moe_expert_capacity_factor as well",
     )
-    yield (
-        c.moe_pad_expert_input_to_capacity and c.moe_token_dispatcher_type == "flex",
-        "moe_pad_expert_input_to_capacity: not with moe_token_dispatcher_type flex; use alltoall",
-    )
 
 
 def _moe_dispatch(c: TransformerConfig) -> Rules:
     dispatcher = c.moe_token_dispatcher_type
     yield (
-        c.moe_shared_expert_overlap and dispatcher != "alltoall",
-        f"moe_shared_expert_overlap: moe_token_dispatcher_type is {dispatcher}; use alltoall",
+        c.moe_shared_expert_overlap and dispatcher == "allgather",
+        "moe_shared_expert_overlap: moe_token_dispatcher_type is allgather; use alltoall",
     )
     yield (
-        dispatcher == "alltoall_seq" and c.expert_tensor_parallel_size != c.tensor_model_parallel_size,
-        "moe_token_dispatcher_type alltoall_seq: expert_tensor_parallel_size "
-        f"{c.expert_tensor_parallel_size} must "
-        f"equal tensor_model_parallel_size {c.tensor_model_parallel_size}, or use alltoall",
-    )
-    yield (
-        dispatcher == "alltoall_seq" and c.moe_permute_fusion,
-        "moe_permute_fusion: not with moe_token_dispatcher_type alltoall_seq; use alltoall or leave it off",
-    )
-    yield (
-        dispatcher in ("allgather", "alltoall_seq") and c.variable_seq_lengths,
-        f"variable_seq_lengths: not with moe_token_dispatcher_type {dispatcher}; use alltoall",
+        dispatcher == "allgather" and c.variable_seq_lengths,
+        "variable_seq_lengths: not with moe_token_dispatcher_type allgather; use alltoall",
     )
 
 

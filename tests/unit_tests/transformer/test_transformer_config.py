@@ -129,16 +129,11 @@ SEQUENCE = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
         ({**MOE, "num_moe_experts": 2}, {"num_moe_experts": 0}, "must be positive"),
         (PADDED, {"moe_expert_capacity_factor": None}, "set moe_expert_capacity_factor"),
         (PADDED, {"moe_router_load_balancing_type": "sinkhorn"}, "aux_loss"),
-        (PADDED, {"moe_token_dispatcher_type": "flex"}, "not with moe_token_dispatcher_type flex"),
         (
-            {**MOE, **SEQUENCE, "moe_token_dispatcher_type": "alltoall_seq"},
-            {"expert_tensor_parallel_size": 1},
-            "must equal tensor_model_parallel_size 2",
-        ),
-        (
-            {**MOE, "moe_token_dispatcher_type": "alltoall_seq"},
-            {"moe_permute_fusion": True},
-            "moe_permute_fusion",
+            {**MOE, "moe_shared_expert_intermediate_size": 8, "moe_shared_expert_overlap": True}
+            | {"moe_token_dispatcher_type": "alltoall_seq"},
+            {"moe_token_dispatcher_type": "allgather"},
+            "moe_shared_expert_overlap",
         ),
         (
             {**MOE, "moe_token_dispatcher_type": "allgather"},
