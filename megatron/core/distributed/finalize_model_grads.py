@@ -113,8 +113,7 @@ def _update_router_expert_bias(model: list[torch.nn.Module], config: Transformer
     )
     updated = get_updated_expert_bias(counts, biases, config.moe_router_bias_update_rate)
     for router, bias in zip(routers, updated, strict=True):
-        router.expert_bias.copy_(bias)
-        router.local_tokens_per_expert.zero_()
+        router.move_bias(bias)
 
 
 def _allreduce_conditional_embedding_grads(model: list[torch.nn.Module], config: TransformerConfig) -> None:

@@ -146,6 +146,12 @@ class TopKRouter(Router):
                 )
         return self
 
+    def move_bias(self, bias: Tensor) -> None:
+        """Takes a new bias, [E], and counts tokens anew."""
+        assert self.expert_bias is not None and self.local_tokens_per_expert is not None
+        self.expert_bias.copy_(bias)
+        self.local_tokens_per_expert.zero_()
+
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """[s, b, h] -> [t, E] weights, 0 outside the map, and the bool map; t counts positions first."""
         return self.routing(self.gating(self.apply_input_jitter(input)))
