@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 _LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
-# A parameter of one expert, and one of all experts of a rank.
-_ONE_EXPERT = re.compile(r"(.*\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)(.*)")
-_ALL_EXPERTS = re.compile(r"(.*\.experts\.weight)([12])")
+# A parameter of one expert, alone or beside others; and the parameters of all experts of a rank.
+_ONE_EXPERT = re.compile(r"(.*\.experts\.)local_experts\.(\d+)(\..*)")
+_BESIDE_OTHERS = re.compile(r"(.*\.experts\.)(linear_fc[12]\.weight)(\d+)")
+_ALL_EXPERTS = re.compile(r"(.*\.experts\.)weight([12])")
 
 
 @dataclass(frozen=True)
@@ -59,22 +60,32 @@ class Experts:
     gated: bool
 
     def pieces(self, name: str, param: nn.Parameter, value: Tensor) -> dict[str, Piece] | None:
-        """Pieces of the experts that a parameter holds, by their numbers among all; None for other ones."""
+        """Pieces of the experts that a parameter holds; None for other parameters.
+
+        However weights are laid out, their names are those of one MLP after the other, numbered over all
+        ranks, and their shapes [out, in].
+        """
         local = self.count // self.ep_size
         first = self.ep_rank * local
         if match := _ONE_EXPERT.fullmatch(name):
             before, index, after = match.groups()
             piece = piece_of(param, value, self.part, self.parts)
             return {f"{before}{first + int(index)}{after}": piece}
+        if match := _BESIDE_OTHERS.fullmatch(name):
+            before, after, index = match.groups()
+            piece = piece_of(param, value, self.part, self.parts)
+            return {f"{before}{first + int(index)}.{after}": piece}
         if match := _ALL_EXPERTS.fullmatch(name):
-            is_first = match[2] == "1"
+            before, number = match.groups()
+            is_first = number == "1"
             # [h, experts * f] or [experts * f, h]; in memory expert by expert
             rows = value.shape[0] if is_first else value.shape[0] // local
-            blocks = value.reshape(local, rows, -1)
             stride = 2 if is_first and self.gated else 1
             return {
-                f"{name}.{first + i}": Piece(block, self.part, self.parts, int(is_first), stride)
-                for i, block in enumerate(blocks)
+                f"{before}{first + i}.linear_fc{number}.weight": Piece(
+                    block.t(), self.part, self.parts, int(not is_first), stride
+                )
+                for i, block in enumerate(value.reshape(local, rows, -1))
             }
         return None
 

@@ -19,23 +19,24 @@ from megatron.core import accelerator
 class _Scope:
     """A part of the model, and how many weights it has drawn."""
 
-    def __init__(self, place: tuple[Any, ...]):
+    def __init__(self, place: tuple[Any, ...], drawn: int = 0):
         self.place = place
-        self.drawn = 0
+        self.drawn = drawn
 
 
 _SCOPE: ContextVar[_Scope | None] = ContextVar("weight_scope", default=None)
 
 
 @contextlib.contextmanager
-def weight_scope(*place: Any) -> Iterator[None]:
+def weight_scope(*place: Any, drawn: int = 0) -> Iterator[None]:
     """Names the part of the model that is being built, as in ``weight_scope("decoder", 3)``.
 
-    The weights inside are numbered in the order of construction, so that order must not depend on the layout.
+    The weights inside are numbered in the order of construction, from ``drawn`` on, so that order must not
+    depend on the layout.
     Scopes nest: the place of an inner one follows that of the outer one.
     """
     outer = _SCOPE.get()
-    token = _SCOPE.set(_Scope((() if outer is None else outer.place) + place))
+    token = _SCOPE.set(_Scope((() if outer is None else outer.place) + place, drawn))
     try:
         yield
     finally:

@@ -237,7 +237,7 @@ class GroupedLinear(LinearBase):
         bias: must be False.
         skip_bias_add: as in other linear layers; without a bias it changes nothing.
         is_expert: the groups are experts, which have a first value of their own each.
-        tp_comm_buffer_name: tells the layers of one expert apart when their weights are drawn.
+        tp_comm_buffer_name: tells layers of one expert apart that are not split, when weights are drawn.
         stride: parts of the output that are split one by one.
     """
 
@@ -264,8 +264,10 @@ class GroupedLinear(LinearBase):
         self.leave_communication_to_caller()
         first = first_local_expert(config, num_gemms) if is_expert else 0
         place = self.place if split_dim is not None else Place(0, 1, is_expert)
+        # An expert's layer split by its input is its second, and draws what it draws in an MLP of its own.
+        scope = () if split_dim is not None else (tp_comm_buffer_name,)
         for index in range(num_gemms):
-            with weight_scope("expert", first + index, tp_comm_buffer_name, split_dim):
+            with weight_scope("expert", first + index, *scope, drawn=int(split_dim == 1)):
                 weight, _ = new_weight(
                     config, (output_size, input_size), split_dim, init_method, place, stride=stride
                 )
