@@ -104,12 +104,12 @@ BARES = [
     bare(pp=2, vpp=2, dp=2, ep=2),
     bare(cp=2, dp=2, ep=2),
     bare(cp=2, dp=2, ep=4),
+    bare(tp=2, pp=2, vpp=2, ep=2, etp=1),
 ]
 LARGE = [
     bare(dp=8, ep=4),
     bare(dp=4, ep=2, etp=2),
     bare(tp=2, dp=4, ep=2),
-    bare(tp=2, pp=2, vpp=2, ep=2, etp=1),
     bare(tp=2, pp=2, dp=2, ep=2),
     bare(tp=2, pp=2, vpp=2, dp=2, ep=2),
     bare(tp=2, cp=2, dp=2, ep=4),

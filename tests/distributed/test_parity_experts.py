@@ -31,6 +31,9 @@ def check(layout, flags, data_cache):
     print(name_of((layout, flags)), {key: f"{worst[key]:.1e}" for key in sorted(worst, key=worst.get)[-2:]})
     assert sum(".experts." in name for name in worst) >= 2 * 2 * 4  # matmuls, layers, experts
     assert worst.pop("loss") < LOSS_TOLERANCE
+    norms = reference(flags.everywhere(), data_cache).records[0].grad_norms
+    for record in found.records:
+        assert record.grad_norms == pytest.approx(norms, rel=LOSS_TOLERANCE)
     too_far = {name: f"{value:.1e}" for name, value in worst.items() if value >= GRADIENT_TOLERANCE}
     assert not too_far
 
