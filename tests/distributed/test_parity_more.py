@@ -1,5 +1,6 @@
 """Parity of what the table of layouts does not name: other batches, orders, accumulations, and bfloat16."""
 
+import re
 from dataclasses import dataclass
 from functools import cache
 
@@ -176,6 +177,17 @@ def check(case, name, data_cache):
     print(name, {key: f"{worst[key]:.1e}" for key in sorted(worst, key=worst.get)[-2:]})
     assert worst.pop("loss") < LOSS_TOLERANCE
     assert max(worst.values()) < GRADIENT_TOLERANCE
+    expected = further_losses(reference(case.layout.model, case.both, data_cache))
+    assert bool(expected) == ("--mtp-num-layers" in case.both)
+    # The log averages means of micro-batches, whose numbers of tokens may differ between layouts.
+    tolerance = 1e-3 if "--calculate-per-token-loss" in case.both else LOSS_TOLERANCE
+    assert further_losses(result) == pytest.approx(expected, rel=tolerance)
+
+
+def further_losses(result: Result) -> list[float]:
+    """What the log lines say of the losses of further tokens."""
+    lines = "".join(record.output for record in result.records)
+    return [float(loss) for loss in re.findall(r"mtp_\d loss: (\S+)", lines)]
 
 
 # bfloat16 keeps 8 bits (2^-8 = 4e-3), and gradients pass through four layers twice: the order of sums shows.

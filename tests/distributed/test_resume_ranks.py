@@ -60,17 +60,17 @@ def documented_names(layout):
     return sorted(names)
 
 
-def check(layout, data_cache, tmp_path, stops):
-    whole = run(layout, data_cache, tmp_path / "whole")
+def check(layout, data_cache, tmp_path, stops, *extra):
+    whole = run(layout, data_cache, tmp_path / "whole", *extra)
     expected = files(tmp_path / "whole")
     assert list(expected) == documented_names(layout)
     everything = {path.name for path in (tmp_path / "whole" / f"iter_{STEPS:07d}").rglob("*")}
     assert everything == {part for name in documented_names(layout) for part in name.split("/")}
     for stop in stops:
         save = tmp_path / f"stop{stop}"
-        before = run(layout, data_cache, save, "--exit-interval", str(stop))
+        before = run(layout, data_cache, save, "--exit-interval", str(stop), *extra)
         assert (save / "latest_checkpointed_iteration.txt").read_text() == str(stop)
-        after = run(layout, data_cache, save)
+        after = run(layout, data_cache, save, *extra)
         assert [first + second for first, second in zip(before, after, strict=True)] == whole
         assert_same_bits(files(save), expected, f"{layout} stopped after {stop}")
 
@@ -78,6 +78,20 @@ def check(layout, data_cache, tmp_path, stops):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_resumed_run_equals_the_uninterrupted_one(layout, data_cache, tmp_path):
     check(layout, data_cache, tmp_path, [2])
+
+
+def test_resume_with_layers_that_predict_further_tokens(data_cache, tmp_path):
+    layout = Layout(pp=2, dp=2, reduction="sharded", model="llama")
+    check(layout, data_cache, tmp_path, [2], "--mtp-num-layers", "2")
+    first, last = (
+        content["model"] for path, content in files(tmp_path / "whole").items() if "model_optim_rng" in path
+    )
+    table = "embedding.word_embeddings.weight"
+    # The last stage embeds tokens by a copy, and names its layers as a model on one rank does.
+    assert torch.equal(first[table], last[table])
+    made_here = {name.split(".")[3] for name in last if name.startswith("mtp.layers.1.")}
+    assert made_here == {"enorm", "hnorm", "eh_proj", "transformer_layer", "final_layernorm"}
+    assert not any(name.startswith("mtp.") for name in first)
 
 
 @pytest.mark.slow
