@@ -10,6 +10,7 @@ from megatron.core.errors import ConfigError
 from megatron.training.arguments import checks, derive
 from megatron.training.arguments.flag import Withdrawn
 from megatron.training.arguments.flags import ALL_FLAGS
+from megatron.training.arguments.presets import apply_preset
 from megatron.training.arguments.problem import ArgumentsError, Problem
 from megatron.training.arguments.rules import RULES
 from megatron.training.arguments.spellings import with_flags
@@ -65,7 +66,8 @@ def completed(args: Namespace, defaults: Mapping[str, Any] = {}) -> Namespace:
 
 
 def _derive(args: Namespace, given: list[str]) -> list[str]:
-    return [note for step in (derive.checkpoint_format, *derive.STEPS) for note in step(args, given)]
+    steps = (apply_preset, derive.checkpoint_format, *derive.STEPS)
+    return [note for step in steps for note in step(args, given)]
 
 
 def _check(args: Namespace, defaults: Mapping[str, Any]) -> Outcome:
@@ -75,6 +77,7 @@ def _check(args: Namespace, defaults: Mapping[str, Any]) -> Outcome:
     refused = checks.refused_problems(args, given)
     if beyond := checks.numbers_beyond_limits(args):
         return Outcome(_as_typed(refused + beyond, given))
+    outcome.notes += apply_preset(args, given)
     outcome.notes += derive.checkpoint_format(args, given)
     refused += checks.not_built_problems(args)
     for step in derive.STEPS:

@@ -6,6 +6,7 @@ from argparse import Namespace
 from megatron.core.pipeline_parallel.orders import SCHEDULES
 from megatron.training.arguments.derive import EXCHANGES
 from megatron.training.arguments.flag import (
+    Accepted,
     Group,
     NotBuilt,
     Notice,
@@ -176,6 +177,15 @@ DISTRIBUTED = Group(
                 lambda a: a.sequence_parallel and a.tensor_model_parallel_size > 1,
             ),
             help="fused TP matmul+collective ops",
+        ),
+        switch(
+            "--use-mc2",
+            added=True,
+            status=Accepted(
+                "ModelLink, which it is from, switches it off again; --use-ascend-mc2 asks for kernels that "
+                "send while they multiply"
+            ),
+            help="older name of fused TP matmul+collective ops",
         ),
         switch(
             "--use-ascend-coc",

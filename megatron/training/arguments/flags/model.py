@@ -278,6 +278,13 @@ NETWORK = Group(
             "--is-x-model",
             help="gated MLP whose --ffn-hidden-size counts both halves a, b; output a * gelu(b)",
         ),
+        value(
+            "--grok-preset",
+            choices=("modellink", "grok1"),
+            added=True,
+            read="while the arguments are checked",
+            help="sizes and layers of ModelLink's Grok-1 40B, or of the published Grok-1; flags given win",
+        ),
         switch("--geglu", added=True, help="gated MLP: exact GELU of the first half times the second"),
         switch(
             "--gelu-tanh",
