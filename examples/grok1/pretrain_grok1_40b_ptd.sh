@@ -74,11 +74,11 @@ else
     )
     DATA_AND_TOKENIZER+=(--split "${SPLIT:-949,50,1}" --no-shared-storage)
     TRAINING+=(
-        --num-layers-per-virtual-pipeline-stage 1 --context-parallel-size 1
-        --context-parallel-algo ulysses_cp_algo --gemm-gradient-accumulation-fusion --reuse-fp32-param
+        --context-parallel-size 1 --context-parallel-algo ulysses_cp_algo --gemm-gradient-accumulation-fusion --reuse-fp32-param
         --save-interval 2000 --eval-interval 2000 --eval-iters 0 --no-save-optim --no-save-rng
         --seed 1234 --distributed-backend nccl
     )
+    if ((PP > 1)); then TRAINING+=(--num-layers-per-virtual-pipeline-stage 1); fi
 fi
 PLACES=()
 if [[ -n $SAVE_PATH ]]; then PLACES+=(--save "$SAVE_PATH"); fi
