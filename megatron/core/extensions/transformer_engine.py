@@ -141,9 +141,7 @@ class TELayerNormColumnParallelLinear(TEColumnParallelLinear):
         self.zero_centered_gamma = norm.zero_centered_gamma
         self.layer_norm_weight = norm.weight
         self.layer_norm_bias = getattr(norm, "bias", None)
-        self.recompute_norm = (
-            config.recompute_granularity == "selective" and "layernorm" in config.recompute_modules
-        )
+        self.recompute_norm = config.recomputes("layernorm")
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None

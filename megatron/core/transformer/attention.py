@@ -75,15 +75,16 @@ class Attention(MegatronModule, ABC):
         self.layer_number = layer_number
         self.attn_mask_type = attn_mask_type
         self.attention_type = attention_type
-        width = config.kv_channels if value_width is None else value_width
+        width, groups = config.kv_channels if value_width is None else value_width, config.num_query_groups
+        assert width is not None and groups is not None, "the config fills them in"
         self.query_projection_size = width * config.num_attention_heads
-        self.kv_projection_size = width * config.num_query_groups
+        self.kv_projection_size = width * groups
         self.hidden_size_per_attention_head = divide(self.query_projection_size, config.num_attention_heads)
         place = tensor_parallel.Place.find(config)
         self.num_attention_heads_per_partition = place.divide(
             config.num_attention_heads, "num_attention_heads"
         )
-        self.num_query_groups_per_partition = place.divide(config.num_query_groups, "num_query_groups")
+        self.num_query_groups_per_partition = place.divide(groups, "num_query_groups")
         self.core_attention = build_module(
             submodules.core_attention,
             config=config,
@@ -93,9 +94,7 @@ class Attention(MegatronModule, ABC):
             cp_comm_type=cp_comm_type,
             **({"softmax_scale": config.softmax_scale} if core_options is None else core_options),
         )
-        self.checkpoint_core_attention = (
-            config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
-        )
+        self.checkpoint_core_attention = config.recomputes("core_attn")
         self.linear_proj = build_module(
             submodules.linear_proj,
             self.query_projection_size,
@@ -146,7 +145,7 @@ class Attention(MegatronModule, ABC):
         query, key, value = self.get_query_key_value_tensors(hidden_states, key_value_states)
         if rotary_pos_emb is not None:
             query, key = self._rotate(query, key, rotary_pos_emb, packed_seq_params)
-        if rotary_pos_cos is not None or rotary_pos_sin is not None:
+        if rotary_pos_cos is not None and rotary_pos_sin is not None:
             if rotary_pos_emb is not None or packed_seq_params is not None:
                 raise UsageError(
                     "rotary_pos_cos and rotary_pos_sin stand in the place of rotary_pos_emb, for sequences "

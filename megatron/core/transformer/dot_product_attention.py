@@ -63,6 +63,7 @@ class DotProductAttention(MegatronModule):
         self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.fused = config.attention_backend in FUSED_BACKENDS
         width = config.kv_channels if k_channels is None else k_channels
+        assert width is not None, "the config fills it in"
         scale = config.softmax_scale if softmax_scale is None else softmax_scale
         self.softmax_scale = 1.0 / math.sqrt(width) if scale is None else scale
         # Dividing by the layer number keeps fp16 scores small; the softmax multiplies it back in fp32.
@@ -160,7 +161,8 @@ class DotProductAttention(MegatronModule):
             raise NotBuiltYetError(
                 "padding between packed sequences", remedy="Leave the cu_seqlens_*_padded fields out."
             )
-        query_ends, key_ends = (t.tolist()[1:] for t in (params.cu_seqlens_q, params.cu_seqlens_kv))
+        starts = (params.cu_seqlens_q, params.cu_seqlens_kv)
+        query_ends, key_ends = (t.tolist()[1:] for t in starts if t is not None)
         out = packed_attention(
             q[:, 0],
             k[:, 0],

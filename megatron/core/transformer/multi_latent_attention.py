@@ -83,9 +83,7 @@ class MultiLatentAttention(Attention):
         )
         self.q_head_dim = q_head_dim
         self.rotary_pos_emb = _rotary_embedding(config)
-        self.recompute_up_proj = (
-            config.recompute_granularity == "selective" and "mla_up_proj" in config.recompute_modules
-        )
+        self.recompute_up_proj = config.recomputes("mla_up_proj")
 
     def forward(
         self,

@@ -306,7 +306,7 @@ class MultiTokenPredictionBlock(MegatronModule):
             output_weight: of the output layer, where it is tied.
             compute_language_model_loss: ``(labels, logits)`` -> [b, s].
         """
-        if labels is None or None in (embedding, output_layer, compute_language_model_loss):
+        if labels is None or embedding is None or output_layer is None or compute_language_model_loss is None:
             raise UsageError(
                 "multi-token prediction computes losses: pass labels, embedding, output_layer and "
                 "compute_language_model_loss"
@@ -328,7 +328,8 @@ class MultiTokenPredictionBlock(MegatronModule):
                 **(extra_block_kwargs or {}),
             },
         )
-        for depth, layer in enumerate(self.layers):
+        layers: Any = self.layers  # of the class that the spec names
+        for depth, layer in enumerate(layers):
             input_ids, labels, loss_mask = (next_tokens(each) for each in (input_ids, labels, loss_mask))
             decoder_input = embedding(input_ids=input_ids, position_ids=position_ids)
             if self.config.mtp_after_norm:

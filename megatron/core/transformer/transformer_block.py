@@ -71,9 +71,9 @@ class TransformerBlock(MegatronModule):
         self.post_layer_norm = post_layer_norm
         self.pre_process, self.post_process = pre_process, post_process
         self.input_tensor: Tensor | None = None
-        self.checkpoint_core_attention = (
-            config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
-        )
+        self.checkpoint_core_attention = config.recomputes("core_attn")
+        if self.submodules.layer_specs is None:
+            raise UsageError("a block is made of layer_specs: give the spec of each layer of this stage")
         self.layers = torch.nn.ModuleList(
             build_module(layer_spec, config=config, layer_number=number)
             for number, layer_spec in enumerate(self.submodules.layer_specs, start=1)
@@ -117,12 +117,11 @@ class TransformerBlock(MegatronModule):
 
         Without ``apply_final_norm`` the caller wants the output of the last layer, and norms it itself.
         """
-        if isinstance(hidden_states, WrappedTensor):
-            hidden_states = hidden_states.unwrap()
+        x = hidden_states.unwrap() if isinstance(hidden_states, WrappedTensor) else hidden_states
         if not self.pre_process:
             if self.input_tensor is None:
                 raise UsageError("a later stage needs set_input_tensor() before forward()")
-            hidden_states = self.input_tensor
+            x = self.input_tensor
         arguments = {
             "attention_mask": attention_mask,
             "context": context,
@@ -138,12 +137,10 @@ class TransformerBlock(MegatronModule):
         }
         with self._random_stream():
             for first, last in self._recompute_units():
-                hidden_states = self._run_recomputed(hidden_states, first, last, arguments)
+                x = self._run_recomputed(x, first, last, arguments)
             for layer in self.layers[self._num_recomputed() :]:
-                hidden_states, _ = layer(hidden_states, **arguments)
-        if self.final_layernorm is None or not apply_final_norm:
-            return hidden_states
-        return self.final_layernorm(hidden_states)
+                x, _ = layer(x, **arguments)
+        return x if self.final_layernorm is None or not apply_final_norm else self.final_layernorm(x)
 
     def _random_stream(self) -> contextlib.AbstractContextManager[None]:
         """Under sequence parallelism ranks hold different activations and must drop different elements."""
@@ -158,13 +155,15 @@ class TransformerBlock(MegatronModule):
             return 0
         if config.recompute_method == "uniform":
             return len(self.layers)
+        assert config.recompute_num_layers is not None, "the config's rules ask for it"
         return min(config.recompute_num_layers, len(self.layers))
 
     def _recompute_units(self) -> list[tuple[int, int]]:
         """(first, last + 1) of layers recomputed together: groups (uniform) or single ones (block)."""
         total = self._num_recomputed()
-        step = self.config.recompute_num_layers if self.config.recompute_method == "uniform" else 1
-        return [(first, min(first + step, total)) for first in range(0, total, step or 1)]
+        uniform = self.config.recompute_method == "uniform"
+        step = (self.config.recompute_num_layers or 1) if uniform else 1
+        return [(first, min(first + step, total)) for first in range(0, total, step)]
 
     def _run_recomputed(
         self, hidden_states: Tensor, first: int, last: int, arguments: dict[str, Any]

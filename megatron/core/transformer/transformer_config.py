@@ -198,8 +198,13 @@ class TransformerConfig(ModelParallelConfig):
             if "moe" not in self.recompute_modules:
                 self.recompute_modules = [*self.recompute_modules, "moe"]
         if self.window_size is not None:
-            self.window_size = tuple(self.window_size)
+            # Whether it has two entries is for the rules to say.
+            self.window_size = tuple(self.window_size)  # pyright: ignore[reportAttributeAccessIssue]
         self._derive_moe()
+
+    def recomputes(self, module: str) -> bool:
+        """Whether selective recompute covers ``module``, one of :data:`RECOMPUTE_MODULES`."""
+        return self.recompute_granularity == "selective" and module in (self.recompute_modules or ())
 
     def _derive_shapes(self) -> None:
         if self.ffn_hidden_size is None:
@@ -299,7 +304,7 @@ def _precision(c: TransformerConfig) -> Rules:
 
 def _attention(c: TransformerConfig) -> Rules:
     heads, groups, tp = c.num_attention_heads, c.num_query_groups, c.tensor_model_parallel_size
-    if heads:
+    if heads and groups is not None:
         yield heads % tp, f"num_attention_heads {heads} is not divisible by tensor_model_parallel_size {tp}"
         yield (
             groups < 1 or heads % groups,
@@ -400,15 +405,16 @@ def _recompute(c: TransformerConfig) -> Rules:
         c.distribute_saved_activations and c.sequence_parallel,
         "distribute_saved_activations: sequence_parallel splits them already; leave one of the two off",
     )
-    unknown = [name for name in c.recompute_modules if name not in RECOMPUTE_MODULES]
+    modules = c.recompute_modules or []
+    unknown = [name for name in modules if name not in RECOMPUTE_MODULES]
     yield unknown, f"recompute_modules: {', '.join(unknown)} not among {', '.join(RECOMPUTE_MODULES)}"
     if granularity == "selective":
         yield (
-            "moe_act" in c.recompute_modules and not c.moe_grouped_gemm,
+            "moe_act" in modules and not c.moe_grouped_gemm,
             "recompute_modules moe_act: set moe_grouped_gemm=True as well",
         )
         yield (
-            "mla_up_proj" in c.recompute_modules and not c.multi_latent_attention,
+            "mla_up_proj" in modules and not c.multi_latent_attention,
             "recompute_modules mla_up_proj: this model has no multi_latent_attention; leave it out",
         )
     yield (

@@ -76,13 +76,12 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
             raise NotBuiltYetError("cross attention")
         with tensor_parallel.weight_scope("decoder", self.layer_number):
             self._build(submodules)
-        recomputed = config.recompute_modules if config.recompute_granularity == "selective" else []
         # A norm's output that also serves as residual stays alive anyway.
         self.recompute_norms = (
-            "layernorm" in recomputed and not config.apply_residual_connection_post_layernorm
+            config.recomputes("layernorm") and not config.apply_residual_connection_post_layernorm
         )
         # A layer of experts decides for itself: ``recompute_modules`` calls it moe.
-        self.recompute_mlp = "mlp" in recomputed and not isinstance(self.mlp, BaseMoELayer)
+        self.recompute_mlp = config.recomputes("mlp") and not isinstance(self.mlp, BaseMoELayer)
 
     def _build(self, submodules: TransformerLayerSubmodules) -> None:
         """The modules of the layer, in the order that numbers their weights."""

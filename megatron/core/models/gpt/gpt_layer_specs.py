@@ -243,14 +243,16 @@ def get_gpt_mtp_block_spec(
     if not count:
         return None
     layers = spec if isinstance(spec, TransformerBlockSubmodules) else spec.submodules
+    layer = spec
     if isinstance(layers, TransformerBlockSubmodules):
         if not layers.layer_specs:
             raise ConfigError(
                 f"mtp_num_layers {config.mtp_num_layers}: the last stage has no layer that these could be "
                 "like; give it one"
             )
-        spec = layers.layer_specs[-1]
-    return MultiTokenPredictionBlockSubmodules([get_mtp_layer_spec(spec, use_transformer_engine)] * count)
+        layer = layers.layer_specs[-1]
+    assert isinstance(layer, ModuleSpec)
+    return MultiTokenPredictionBlockSubmodules([get_mtp_layer_spec(layer, use_transformer_engine)] * count)
 
 
 # ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----

@@ -102,6 +102,7 @@ class GPTModel(LanguageModule):
         self.rotary_pos_emb = None
         # Latent attention makes its own angles.
         if position_embedding_type == "rope" and not config.multi_latent_attention:
+            assert config.kv_channels is not None, "the config fills it in"
             self.rotary_pos_emb = RotaryEmbedding(
                 config.kv_channels,
                 rotary_percent,
@@ -212,6 +213,7 @@ class GPTModel(LanguageModule):
                 compute_language_model_loss=self.compute_language_model_loss,
             )
         if not norms_first:
+            assert self.decoder.final_layernorm is not None, "the last stage has one"
             hidden_states = self.decoder.final_layernorm(hidden_states)
         if labels is not None:
             # The loss is made of logits that are split over ranks, whoever wants them whole otherwise.

@@ -74,7 +74,9 @@ def _norm(config: TransformerConfig, width: int) -> int:
 
 def _attention(config: TransformerConfig, tp: int) -> int:
     """Projection to queries, keys and values; projection back; norms of query and key heads (all ranks)."""
-    heads, groups, width = config.num_attention_heads // tp, config.num_query_groups // tp, config.kv_channels
+    groups, width = config.num_query_groups, config.kv_channels
+    assert groups is not None and width is not None, "the config fills them in"
+    heads, groups = config.num_attention_heads // tp, groups // tp
     mixed = (heads + 2 * groups) * width
     weights = config.hidden_size * (mixed + heads * width)
     biases = mixed if config.add_bias_linear or config.add_qkv_bias else 0
@@ -96,6 +98,7 @@ def _latent_attention(config: MLATransformerConfig, tp: int, latent_ranks: int) 
 
 def _mlp(config: TransformerConfig, tp: int) -> int:
     """Projection to the inner width (twice with a gate) and back, whose bias all ranks have."""
+    assert config.ffn_hidden_size is not None, "the config fills it in"
     inner = config.ffn_hidden_size // tp
     first = inner * (2 if config.gated_linear_unit else 1)
     biases = first + config.hidden_size if config.add_bias_linear else 0

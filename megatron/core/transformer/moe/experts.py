@@ -50,8 +50,7 @@ class _Experts(MegatronModule):
         super().__init__(config)
         self.num_local_experts = num_local_experts
         self.activation_func = config.activation_func
-        recomputed = config.recompute_modules if config.recompute_granularity == "selective" else []
-        self.activation_recompute = "moe_act" in (recomputed or [])
+        self.activation_recompute = config.recomputes("moe_act")
 
     def _weigh_input(self, rows: Tensor, row_probs: Tensor) -> tuple[Tensor, Tensor]:
         """With ``moe_apply_probs_on_input`` the routing weights are spent on the rows themselves."""

@@ -105,22 +105,22 @@ class MoELayer(BaseMoELayer):
         if submodules is None:
             raise ConfigError("a layer of experts needs submodules: see get_moe_module_spec()")
         self.submodules = submodules
-        recomputed = config.recompute_modules if config.recompute_granularity == "selective" else []
-        self.moe_layer_recompute = "moe" in (recomputed or [])
+        self.moe_layer_recompute = config.recomputes("moe")
         self.router = TopKRouter(config)
         if layer_number is not None:
             self.router.set_layer_number(layer_number)
         kind = config.moe_token_dispatcher_type
         if kind not in DISPATCHERS:
             raise ConfigError(f"moe_token_dispatcher_type: {kind!r} is not one of {', '.join(DISPATCHERS)}")
-        self.token_dispatcher = DISPATCHERS[kind](self.num_local_experts, self.local_expert_indices, config)
+        dispatcher = DISPATCHERS[kind](self.num_local_experts, self.local_expert_indices, config)
+        self.token_dispatcher = dispatcher
         self.experts = build_module(submodules.experts, self.num_local_experts, config)
         self.use_shared_expert = config.moe_shared_expert_intermediate_size is not None
         self.shared_expert_overlap = config.moe_shared_expert_overlap
         if self.use_shared_expert:
             self.shared_experts = build_module(submodules.shared_experts, config=config)
             if self.shared_expert_overlap:
-                self.token_dispatcher.set_shared_experts(self.shared_experts)
+                dispatcher.set_shared_experts(self.shared_experts)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """[s, b, h] -> [s, b, h], and no bias.

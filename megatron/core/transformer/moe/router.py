@@ -79,6 +79,7 @@ class Router(MegatronModule, ABC):
         self.num_experts = config.num_moe_experts
         self.layer_number: int | None = None
         shape = (self.num_experts, config.hidden_size)
+        assert config.init_method is not None, "the config fills it in"
         self.weight, _ = new_weight(config, shape, None, config.init_method, Place(0, 1))
         # Every rank has it whole, and its gradient from a part of the sequence.
         mark(self.weight, sequence_parallel=config.sequence_parallel)

@@ -69,6 +69,7 @@ class SharedExpertMLP(MLP):
 
     def _gate_of(self, hidden_states: Tensor) -> Tensor:
         """[s, b, h] -> [s, b, 1]"""
+        assert self.gate_weight is not None, "called where there is one"
         return nn.functional.linear(hidden_states, self.gate_weight).sigmoid()
 
     # ---- the parts that a dispatcher calls ----
@@ -137,4 +138,4 @@ def set_tensor_grad_fn_sequence_sr(tensor: Tensor, value: int) -> None:
     """
     node = tensor.grad_fn
     if node is not None:
-        node._set_sequence_nr(value)
+        node._set_sequence_nr(value)  # pyright: ignore[reportAttributeAccessIssue]  (torch does not declare it)

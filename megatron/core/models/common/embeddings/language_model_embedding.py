@@ -13,6 +13,7 @@ from megatron.core.fusions.fused_bias_dropout import dropout
 from megatron.core.tensor_parallel.initial_weights import Place, new_weight
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils.tensors import mark
 
 
 class _Table(torch.nn.Module):
@@ -20,6 +21,7 @@ class _Table(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, rows: int):
         super().__init__()
+        assert config.init_method is not None, "the config fills it in"
         self.weight, _ = new_weight(config, (rows, config.hidden_size), None, config.init_method, Place(0, 1))
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ class LanguageModelEmbedding(MegatronModule):
         config: TransformerConfig,
         vocab_size: int,
         max_sequence_length: int,
-        position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute",
+        position_embedding_type: Literal["learned_absolute", "rope", "mrope", "none"] = "learned_absolute",
         num_tokentypes: int = 0,
         scatter_to_sequence_parallel: bool = True,
     ):
@@ -76,7 +78,7 @@ class LanguageModelEmbedding(MegatronModule):
         for table in (self.word_embeddings, self.position_embeddings, self.tokentype_embeddings):
             if table is not None:
                 torch.nn.init.zeros_(table.weight)
-                table.weight.shared = True
+                mark(table.weight, shared=True)
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor | None, tokentype_ids: Tensor | None = None
@@ -86,7 +88,9 @@ class LanguageModelEmbedding(MegatronModule):
         if self.config.embedding_multiplier_scale != 1.0:
             embeddings = embeddings * self.config.embedding_multiplier_scale
         if self.position_embeddings is not None:
-            embeddings = embeddings + self._positions(position_ids)
+            if position_ids is None:
+                raise UsageError("this model has learned positions: pass position_ids")
+            embeddings = embeddings + self._positions(self.position_embeddings, position_ids)
         if self.tokentype_embeddings is not None:
             if tokentype_ids is None:
                 raise UsageError("this model has token types: pass tokentype_ids")
@@ -115,9 +119,9 @@ class LanguageModelEmbedding(MegatronModule):
             return tensor_parallel.get_cuda_rng_tracker().fork()
         return contextlib.nullcontext()
 
-    def _positions(self, position_ids: Tensor) -> Tensor:
+    def _positions(self, table: _Table, position_ids: Tensor) -> Tensor:
         try:
-            return self.position_embeddings(position_ids)
+            return table(position_ids)
         except IndexError as error:
             raise DataError(
                 f"position {int(position_ids.max())} is beyond the {self.max_sequence_length} learned "

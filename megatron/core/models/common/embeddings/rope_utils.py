@@ -51,15 +51,16 @@ def apply_rotary_pos_emb_with_cos_sin(
             [s, 1, 1, d_rot], an entry per channel. Rows after the s-th are left out.
         rotary_interleaved: pairs are neighbouring channels.
     """
-    tables = []
-    for table in (cos, sin):
+
+    def of_sequence(table: Tensor) -> Tensor:
         if table.dim() == 2:
             # [s, d_rot / 2] -> [s, 1, 1, d_rot]
             table = angles_of_channels(table, rotary_interleaved)[:, None, None, :]
         if table.shape[0] < t.shape[0]:
             raise UsageError(f"tables of {table.shape[0]} positions for a sequence of {t.shape[0]}")
-        tables.append(table[: t.shape[0]].to(t.dtype))
-    return _rotate_first_channels(t, *tables, rotary_interleaved)
+        return table[: t.shape[0]].to(t.dtype)
+
+    return _rotate_first_channels(t, of_sequence(cos), of_sequence(sin), rotary_interleaved)
 
 
 def _apply_rotary_pos_emb_bshd(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from megatron import unbuilt
 from megatron.core import accelerator
 from megatron.core.context_parallel.zigzag import own_place, take_chunks
+from megatron.core.errors import UsageError
 from megatron.core.models.common.embeddings.rope_utils import (  # noqa: F401  (importable from here)
     _apply_rotary_pos_emb_bshd,
     _apply_rotary_pos_emb_thd,
@@ -52,7 +53,7 @@ class RotaryEmbedding(nn.Module):
         rotary_percent: float,
         rotary_interleaved: bool = False,
         seq_len_interpolation_factor: float | None = None,
-        rotary_base: int = 10000,
+        rotary_base: float = 10000,
         rope_scaling: bool = False,
         rope_scaling_factor: float = 8.0,
         use_cpu_initialization: bool = False,
@@ -124,7 +125,10 @@ class RotaryEmbedding(nn.Module):
         if inference_context is not None:
             return inference_context.max_sequence_length * transformer_config.context_parallel_size
         received = getattr(transformer, "input_tensor", None)
-        length = (received if received is not None else transformer_input).shape[0]
+        stack_input = received if received is not None else transformer_input
+        if stack_input is None:
+            raise UsageError("a table is as long as the stack's input: pass transformer_input")
+        length = stack_input.shape[0]
         if transformer_config.sequence_parallel:
             length *= transformer_config.tensor_model_parallel_size
         return length * transformer_config.context_parallel_size

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megatron.core import accelerator, parallel_state, tensor_parallel
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils.tensors import mark
 
 
 class LanguageModule(MegatronModule):
@@ -53,18 +54,19 @@ class LanguageModule(MegatronModule):
         if self.post_process and (self.mtp_process or (tied and has_embedding)):
             # Used several times, so gradients that went to main_grad directly must leave zeros for the sum
             # with the other uses'.
-            weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-            weight.zero_out_wgrad = True
+            weight = self._weight_with_copies() if tied else self.output_layer.weight
+            assert weight is not None, "an output layer that is not tied has one"
+            mark(weight, zero_out_wgrad=True)
         has_copies = tied or getattr(self.config, "mtp_num_layers", None)
         if has_copies and self.pre_process != self.post_process:
             self._tie_copies_on_other_stages()
 
     def _tie_copies_on_other_stages(self) -> None:
-        weight = self.shared_embedding_or_output_weight()
-        weight.shared_embedding = True
+        weight = self._weight_with_copies()
+        mark(weight, shared_embedding=True)
         if not self.pre_process:
             # A copy: norms and counts over the whole model leave it out.
-            weight.shared = True
+            mark(weight, shared=True)
         if weight.is_meta or not parallel_state.model_parallel_is_initialized():
             return
         if not self.pre_process:
@@ -73,6 +75,11 @@ class LanguageModule(MegatronModule):
         weight.data = weight.data.to(accelerator.current_device())
         if parallel_state.is_rank_in_embedding_group():
             torch.distributed.all_reduce(weight.data, group=parallel_state.get_embedding_group())
+
+    def _weight_with_copies(self) -> torch.nn.Parameter:
+        weight = self.shared_embedding_or_output_weight()
+        assert weight is not None, "the first and the last stage have one"
+        return weight
 
     def shared_embedding_or_output_weight(self) -> torch.nn.Parameter | None:
         """The weight with copies: the embedding's where there is one, else the output layer's.  [V, h]"""
