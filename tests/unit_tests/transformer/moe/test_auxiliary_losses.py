@@ -1,6 +1,7 @@
 """Values and gradients of the losses of routers against their formulas in float64."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ TOKENS = SEQUENCE * BATCH
 # Experts of a layer, and of a token.
 SIZES = [(8, 1), (8, 2), (64, 6), (256, 8)]
 BALANCE = "load_balancing_loss"
-SIGMOID = dict(moe_router_score_function="sigmoid")
+SIGMOID: dict[str, Any] = dict(moe_router_score_function="sigmoid")
 Formula = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -103,7 +104,9 @@ def test_scores_of_the_loss_are_without_the_bias(kind: dict) -> None:
             return sequence_balance_loss(scores, chosen, 2, BATCH)
         return balance_loss(scores, chosen, 2)
 
-    fields = dict(moe_aux_loss_coeff=0.02, moe_router_enable_expert_bias=True, **SIGMOID, **kind)
+    fields: dict[str, Any] = dict(
+        moe_aux_loss_coeff=0.02, moe_router_enable_expert_bias=True, **SIGMOID, **kind
+    )
     check_losses(router_of(8, 2, **fields), {BALANCE: (0.02, formula)})
 
 
@@ -111,7 +114,7 @@ def test_pai_megatron_aux_loss_takes_softmax_scores_whatever_the_score_function(
     def formula(logits: Tensor, chosen: Tensor) -> Tensor:
         return balance_loss(normalised_scores(logits), chosen, 2)
 
-    kind = dict(moe_router_load_balancing_type="pai_megatron_aux_loss", **SIGMOID)
+    kind: dict[str, Any] = dict(moe_router_load_balancing_type="pai_megatron_aux_loss", **SIGMOID)
     check_losses(router_of(8, 2, moe_aux_loss_coeff=0.02, **kind), {BALANCE: (0.02, formula)})
 
 
@@ -188,7 +191,7 @@ def test_group_limited_greedy_has_losses_on_three_levels(
         moe_comm_aux_loss_coeff=coefficients[2],
         seq_aux=seq_aux,
     )
-    check_losses(router, {name: pair for name, *pair in zip(levels, coefficients, formulas, strict=True)})
+    check_losses(router, dict(zip(levels, zip(coefficients, formulas, strict=True), strict=True)))
 
 
 def test_a_level_without_coefficient_is_neither_computed_nor_logged() -> None:
@@ -213,14 +216,15 @@ def test_aux_loss_is_that_of_mixtral(topk: int) -> None:
     hidden = drawn(SEQUENCE, BATCH, HIDDEN).float()
     router(hidden)
     logits = hidden.view(TOKENS, HIDDEN) @ router.weight.t()
+    theirs = torch.as_tensor(load_balancing_loss_func((logits,), 8, topk))
     # Theirs counts k tokens for each.
-    assert tracked(BALANCE) == pytest.approx(load_balancing_loss_func((logits,), 8, topk).item() / topk)
+    assert tracked(BALANCE) == pytest.approx(theirs.item() / topk)
 
 
 @pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss"])
 def test_losses_count_tokens_before_they_are_dropped(kind: str) -> None:
     """Else an expert that is full would look no worse for more tokens, and padding would hide any load."""
-    fields = dict(moe_router_load_balancing_type=kind, moe_aux_loss_coeff=0.02)
+    fields: dict[str, Any] = dict(moe_router_load_balancing_type=kind, moe_aux_loss_coeff=0.02)
     hidden = drawn(SEQUENCE, BATCH, HIDDEN).float()
     router_of(8, 2, **fields)(hidden)
     wanted = tracked(BALANCE)
@@ -271,7 +275,7 @@ def test_no_loss_outside_training(mode: str) -> None:
 
 
 def test_per_token_losses_count_once_for_each_token_of_the_micro_batch() -> None:
-    fields = dict(moe_aux_loss_coeff=0.02, moe_z_loss_coeff=0.01)
+    fields: dict[str, Any] = dict(moe_aux_loss_coeff=0.02, moe_z_loss_coeff=0.01)
     hidden = drawn(SEQUENCE, BATCH, HIDDEN).float()
     gradients, values = [], []
     for per_token in (False, True):
