@@ -31,6 +31,8 @@ FLOORS = {
         "process_groups_config",
         "rank_grid",
         "timers",
+        "transformer.config_fields",
+        "transformer.config_rules",
         "transformer.enums",
         "transformer.pipeline_layout",
         "transformer.transformer_config",
