@@ -26,6 +26,9 @@ from megatron.training.arguments.flags.shared import ALWAYS_SO, OWN_KERNEL
 from megatron.training.arguments.values import moe_freq_type
 
 UPCYCLING = NotBuilt("a mixture of experts from a dense checkpoint")
+NO_OVERLAP = Accepted(
+    "tokens travel before and after the experts' matmuls, not beside them: results are the same"
+)
 SCORES_IN_FP32 = Accepted("scores are computed in fp32 through the top-k in any case")
 
 
@@ -313,12 +316,25 @@ ROUTING_NOTICES = (
     ),
 )
 
+OVERLAPS = alike(
+    NO_OVERLAP,
+    switch("--moe-alltoall-overlap-comm", added=True, help="overlap the exchange of tokens with matmuls"),
+    switch("--moe-allgather-overlap-comm", added=True, help="overlap the gathering of tokens with matmuls"),
+    switch("--moe-fb-overlap", added=True, help="overlap one micro-batch's exchange with another's matmuls"),
+    switch(
+        "--moe-unperm2-mem-optim-swap",
+        added=True,
+        help="keep results of experts on the host under --moe-fb-overlap",
+    ),
+)
+
 MOE = Group(
     "moe",
     (
         *PARALLEL_AND_LAYERS,
         *ROUTING,
         *ROUTING_NOTICES,
+        *OVERLAPS,
         switch("--moe-use-upcycling", status=UPCYCLING, help="turn a dense checkpoint into MoE and save it"),
         switch("--moe-extended-tp", status=ALWAYS_SO, help="withdrawn; use --expert-tensor-parallel-size"),
         *alike(
