@@ -109,9 +109,13 @@ def grouped_weight_gradient(x: Tensor, grad_output: Tensor, tokens_per_expert: T
     if _has_one_call(x, grad_output):
         ends = _ends(tokens_per_expert, x.device)
         return F.grouped_mm(x.t(), grad_output, offs=ends.int())
+    compute = accelerator.matmul_compute_dtype(x.dtype, x.device)
     grads = x.new_empty(len(tokens_per_expert), x.shape[1], grad_output.shape[1])
     for grad, rows in zip(grads, _rows_of_experts(tokens_per_expert), strict=True):
-        grad.copy_(weight_gradient(x[rows], grad_output[rows]))
+        if compute == x.dtype:
+            torch.mm(x[rows].t(), grad_output[rows], out=grad)
+        else:
+            grad.copy_(weight_gradient(x[rows], grad_output[rows]))
     return grads
 
 

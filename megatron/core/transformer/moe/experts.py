@@ -60,8 +60,11 @@ class _Experts(MegatronModule):
 
     def _inner(self, x: Tensor, row_probs: Tensor) -> Tensor:
         """Activation times routing weight.  [r, f or 2f], [r] -> [r, f]"""
-        active = activate(self.config, self.activation_func, x, None)
-        return (active * row_probs.unsqueeze(-1)).to(x.dtype)
+        width = x.shape[1] // 2 if self.config.gated_linear_unit else x.shape[1]
+        return _WeightedActivation.apply(x, row_probs, self._activate, width)
+
+    def _activate(self, x: Tensor) -> Tensor:
+        return activate(self.config, self.activation_func, x, None)
 
     def _through(
         self, x: Tensor, row_probs: Tensor, fc1: Callable[[Tensor], Tensor], fc2: Callable[[Tensor], Tensor]
@@ -74,6 +77,38 @@ class _Experts(MegatronModule):
         output = fc2(recompute.checkpoint(self._inner, first, row_probs))
         recompute.discard_output_and_register_recompute(output)
         return output
+
+
+class _WeightedActivation(torch.autograd.Function):
+    """``activation(x) * weight`` of every row; keeps its inputs alone and activates again in backward.
+
+    A CPU takes some rows at a time, which stay in its cache from one step to the next.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, row_probs: Tensor, activation: Callable[[Tensor], Tensor], width: int
+    ) -> Tensor:
+        ctx.save_for_backward(x, row_probs)
+        ctx.activation = activation
+        out = x.new_empty(len(x), width)
+        for block in accelerator.row_blocks(len(x), x.shape[1], x.device):
+            torch.mul(activation(x[block]), row_probs[block].unsqueeze(-1), out=out[block])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, row_probs = ctx.saved_tensors
+        grad_x, grad_probs = torch.empty_like(x), torch.empty_like(row_probs)
+        wide = torch.promote_types(x.dtype, row_probs.dtype)
+        for block in accelerator.row_blocks(len(x), x.shape[1], x.device):
+            part, grad_part = x[block].detach().requires_grad_(), grad[block].to(wide)
+            with torch.enable_grad():
+                active = ctx.activation(part)
+            torch.sum(grad_part * active.detach(), -1, out=grad_probs[block])
+            grad_active = (grad_part * row_probs[block].unsqueeze(-1)).to(active.dtype)
+            (grad_x[block],) = torch.autograd.grad(active, part, grad_active)
+        return grad_x, grad_probs, None, None
 
 
 class SequentialMLP(_Experts):
