@@ -4,6 +4,7 @@ import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 from tests.distributed.layouts import REDUCTIONS, Layout
 
@@ -84,9 +85,9 @@ CHOICES = {
 ExpertLayout = tuple[Layout, ExpertFlags]
 
 
-def bare(**sizes: int) -> Layout:
-    """Sizes alone; ranks that split layers split sequences too."""
-    return Layout(model="moe", sequence_parallel=sizes.get("tp", 1) > 1, **sizes)
+def bare(**fields_: Any) -> Layout:
+    """A layout of the model with experts, mostly sizes alone; ranks that split layers split sequences too."""
+    return Layout(model="moe", sequence_parallel=fields_.get("tp", 1) > 1, **fields_)
 
 
 BARES = [

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.distributed.expert_layouts import bare
 from tests.distributed.gpt_run import command_line
 from tests.distributed.layouts import Layout, bare_layouts, spread
 from tests.distributed.pool import run_ranks
@@ -19,6 +20,40 @@ LAYOUTS = [
     Layout(dp=2, reduction="sharded-overlap-both", model="llama"),
     Layout(tp=2, pp=2, dp=2, sequence_parallel=True, reduction="sharded"),
 ]
+_EXCHANGE = "--moe-token-dispatcher-type alltoall"
+_BIAS = (
+    "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-bias-update-rate 0.05 "
+    "--moe-router-load-balancing-type none"
+)
+# With the directories of their files: tensor-parallel, pipeline and expert-parallel rank.
+EXPERT_LAYOUTS = {
+    "ep2-sharded": (
+        bare(dp=2, ep=2, reduction="sharded", experts=f"{_EXCHANGE} --moe-grouped-gemm {_BIAS}"),
+        ["mp_rank_00_000", "mp_rank_00_001"],
+    ),
+    "pp2-ep2": (
+        bare(pp=2, dp=2, ep=2, experts="--moe-token-dispatcher-type allgather"),
+        ["mp_rank_00_000_000", "mp_rank_00_000_001", "mp_rank_00_001_000", "mp_rank_00_001_001"],
+    ),
+    "tp2-ep2-etp1": (
+        bare(tp=2, ep=2, etp=1, experts=f"{_EXCHANGE} --moe-grouped-gemm --moe-aux-loss-coeff 0.1"),
+        ["mp_rank_00_000", "mp_rank_01_001"],
+    ),
+    # Replicas of whole experts on the ranks that split dense layers: both have files.
+    "tp2-etp1-sharded": (
+        bare(tp=2, dp=2, etp=1, reduction="sharded-overlap-both", experts=f"{_EXCHANGE} {_BIAS}"),
+        ["mp_rank_00", "mp_rank_01"],
+    ),
+    # Experts in more parts than dense layers: named by the former.
+    "etp2-sharded": (
+        bare(dp=2, etp=2, reduction="sharded", experts="--moe-token-dispatcher-type flex"),
+        ["mp_rank_00", "mp_rank_01"],
+    ),
+    "cp2-ep2-sharded": (
+        bare(cp=2, dp=2, ep=2, reduction="sharded", experts="--moe-input-jitter-eps 0.1"),
+        ["mp_rank_00_000", "mp_rank_00_001"],
+    ),
+}
 
 
 @pytest.fixture(scope="session")
@@ -41,9 +76,8 @@ def files(save, iteration=STEPS):
     found = {}
     for path in sorted(home.rglob("*.pt")):
         content = torch.load(path, weights_only=False)
-        args = content.pop("args", None)
-        if args is not None:  # paths, and where the run started, differ
-            content |= {"consumed": args.consumed_train_samples}
+        if isinstance(content, dict) and "args" in content:  # paths, and where the run started, differ
+            content["consumed"] = content.pop("args").consumed_train_samples
         found[str(path.relative_to(home))] = content
     return found
 
@@ -60,12 +94,13 @@ def documented_names(layout):
     return sorted(names)
 
 
-def check(layout, data_cache, tmp_path, stops, *extra):
+def check(layout, data_cache, tmp_path, stops, *extra, names=None):
     whole = run(layout, data_cache, tmp_path / "whole", *extra)
+    names = documented_names(layout) if names is None else names
     expected = files(tmp_path / "whole")
-    assert list(expected) == documented_names(layout)
+    assert list(expected) == names
     everything = {path.name for path in (tmp_path / "whole" / f"iter_{STEPS:07d}").rglob("*")}
-    assert everything == {part for name in documented_names(layout) for part in name.split("/")}
+    assert everything == {part for name in names for part in name.split("/")}
     for stop in stops:
         save = tmp_path / f"stop{stop}"
         before = run(layout, data_cache, save, "--exit-interval", str(stop), *extra)
@@ -78,6 +113,20 @@ def check(layout, data_cache, tmp_path, stops, *extra):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_resumed_run_equals_the_uninterrupted_one(layout, data_cache, tmp_path):
     check(layout, data_cache, tmp_path, [2])
+
+
+@pytest.mark.parametrize("name", EXPERT_LAYOUTS)
+def test_resumed_run_with_experts_equals_the_uninterrupted_one(name, data_cache, tmp_path):
+    layout, directories = EXPERT_LAYOUTS[name]
+    in_each = ["distrib_optim.pt"] if layout.reduction.startswith("sharded") else []
+    names = [f"{home}/{file}" for home in directories for file in [*in_each, "model_optim_rng.pt"]]
+    check(layout, data_cache, tmp_path, [2], names=names)
+
+
+def test_experts_in_other_parts_than_saved_are_refused(data_cache, tmp_path):
+    run(bare(tp=2, etp=1), data_cache, tmp_path)
+    with pytest.raises(AssertionError, match="--expert-tensor-parallel-size: 1 in the checkpoint, 2 in this"):
+        run(bare(tp=2, etp=2), data_cache, tmp_path)
 
 
 def test_resume_with_layers_that_predict_further_tokens(data_cache, tmp_path):

@@ -276,12 +276,12 @@ def get_expert_data_parallel_group_gloo() -> ProcessGroup:
     return state.group("_EXPERT_DATA_PARALLEL_GROUP_GLOO")
 
 
+# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
+
+
 def get_expert_data_parallel_rank() -> int:
     """Rank in the expert data-parallel group; 0 without torch.distributed."""
     return state.rank_or_zero("_EXPERT_DATA_PARALLEL_GROUP")
-
-
-# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
 
 
 def get_model_parallel_src_rank() -> int:

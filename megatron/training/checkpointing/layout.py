@@ -72,7 +72,7 @@ def get_checkpoint_name(
         release: the released weights instead of an iteration.
         pipeline_parallel: whether there is more than one pipeline stage; None asks ``parallel_state``,
             as for every other argument that follows.
-        tensor_rank: tensor-parallel rank.
+        tensor_rank: tensor-parallel rank, or the expert tensor-parallel one if there are more of these.
         pipeline_rank: pipeline stage.
         expert_parallel: whether experts are spread over ranks.
         expert_rank: expert-parallel rank.
@@ -85,7 +85,7 @@ def get_checkpoint_name(
     if pipeline_parallel is None:
         pipeline_parallel = rank_or_size(parallel_state.get_pipeline_model_parallel_world_size, 1) > 1
     if tensor_rank is None:
-        tensor_rank = rank_or_size(parallel_state.get_tensor_model_parallel_rank, 0)
+        tensor_rank = _tensor_rank()
     if pipeline_rank is None:
         pipeline_rank = rank_or_size(parallel_state.get_pipeline_model_parallel_rank, 0)
     if expert_parallel is None:
@@ -96,6 +96,18 @@ def get_checkpoint_name(
         tensor_rank, pipeline_rank if pipeline_parallel else None, expert_rank if expert_parallel else None
     )
     return os.path.join(base, directory, basename)
+
+
+def _tensor_rank() -> int:
+    """The tensor-parallel rank, or the expert tensor-parallel one where experts are cut into more parts.
+
+    The larger of both sizes is a multiple of the other, so its rank tells the other one too.
+    """
+    if rank_or_size(parallel_state.get_expert_tensor_parallel_world_size, 1) > rank_or_size(
+        parallel_state.get_tensor_model_parallel_world_size, 1
+    ):
+        return rank_or_size(parallel_state.get_expert_tensor_parallel_rank, 0)
+    return rank_or_size(parallel_state.get_tensor_model_parallel_rank, 0)
 
 
 def get_distributed_optimizer_checkpoint_name(model_checkpoint_name: str) -> str:

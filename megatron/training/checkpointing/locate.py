@@ -157,6 +157,9 @@ def sizes_here() -> dict[str, int | None]:
         "expert_model_parallel_size": max(
             1, rank_or_size(parallel_state.get_expert_model_parallel_world_size, 1)
         ),
+        "expert_tensor_parallel_size": max(
+            1, rank_or_size(parallel_state.get_expert_tensor_parallel_world_size, 1)
+        ),
     }
 
 
@@ -169,6 +172,8 @@ def size_differences(stored: argparse.Namespace) -> list[str]:
     found = []
     for name, here in sizes_here().items():
         value = getattr(stored, name, here)
+        if name == "expert_tensor_parallel_size" and not (value and getattr(stored, "num_experts", None)):
+            continue  # no part of the checkpoint depends on it
         if (value or 1) != (here or 1):
             # Virtual stages have two flags, and neither has this name.
             is_flag = name != "virtual_pipeline_model_parallel_size"

@@ -50,7 +50,10 @@ FORCE_EXTENSION = (
 
 # Arguments of a feature, by the argument that switches it on. The values that a model without the feature
 # happens to have are left where they are: they mean nothing, and may ask this version for what it lacks.
-SWITCHES = {"moe_": "num_experts", "mamba_": "is_hybrid_model", "hybrid_": "is_hybrid_model"}
+SWITCHES = {
+    "moe_": "num_experts", "expert_tensor_": "num_experts",
+    "mamba_": "is_hybrid_model", "hybrid_": "is_hybrid_model",
+}
 SWITCHES |= dict.fromkeys(
     ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "mscale",
      "rotary_scaling_factor"),
@@ -59,7 +62,7 @@ SWITCHES |= dict.fromkeys(
 
 PARALLEL_FORCE = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
-    "expert_model_parallel_size",
+    "expert_model_parallel_size", "expert_tensor_parallel_size",
 )
 PARALLEL_FILL = ("num_layers_per_virtual_pipeline_stage",)
 # fmt: on
@@ -193,6 +196,9 @@ def check_checkpoint_args(checkpoint_args: argparse.Namespace) -> None:
             stored, here = (getattr(a, field, None) or 1 for a in (checkpoint_args, args))
             if stored != here:
                 problems.append(_difference(field, stored, here))
+        stored, here = (_parts_of_experts(a) for a in (checkpoint_args, args))
+        if getattr(args, "num_experts", None) and stored != here:
+            problems.append(_difference("expert_tensor_parallel_size", stored, here))
     if problems:
         words = flags_to_change(checkpoint_args, args)
         remedy = f"\nTo go on with it, start with: {', '.join(words)}." if words else ""
@@ -201,6 +207,12 @@ def check_checkpoint_args(checkpoint_args: argparse.Namespace) -> None:
             + "\n".join(problems)
             + f"{remedy}\nTo start anew, give another directory with --load."
         )
+
+
+def _parts_of_experts(args: argparse.Namespace) -> int | None:
+    """Ranks that split an expert: as many as split dense layers, if nothing else is said."""
+    own = getattr(args, "expert_tensor_parallel_size", None)
+    return own or getattr(args, "tensor_model_parallel_size", None)
 
 
 def _difference(field: str, stored: Any, here: Any) -> str:

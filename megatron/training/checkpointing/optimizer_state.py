@@ -51,7 +51,7 @@ def read_state(optimizer: Any, model_file: str) -> Any | None:
             f"{path} does not exist, and this run has --use-distributed-optimizer: leave the flag out if the "
             "checkpoint was saved without it, or load the weights alone with --no-load-optim"
         )
-    return safe_load.load_file(path)
+    return safe_load.load_dict_or_list(path)
 
 
 def distribute_state(optimizer: Any, state: Any | None) -> None:

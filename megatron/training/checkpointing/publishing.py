@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron.core import parallel_state
-from megatron.training.agreement import extremes, failing_together, world_size
+from megatron.training.agreement import failing_together, world_size
 from megatron.training.checkpointing import durable, layout
 from megatron.training.checkpointing.state import to_host
 from megatron.training.processes import stop_signals
@@ -95,9 +94,8 @@ def role_in_save(save_dir: str, name: str) -> Role:
     if world_size() == 1:
         return Role(writes=True, publishes=True)
     rank, owner = torch.distributed.get_rank(), lowest_rank_that_shares(save_dir)
-    lowest, highest = extremes(owner)
-    if lowest == highest:
-        return Role(writes=parallel_state.get_expert_data_parallel_rank() == 0, publishes=rank == owner)
+    # Asked of the names: with expert tensor parallelism of another size than that of dense layers, neither
+    # the data-parallel nor the expert data-parallel rank tells which ranks hold the same.
     own = (owner, os.path.relpath(name, save_dir))
     wanted: list[tuple[int, str]] = [own] * world_size()
     torch.distributed.all_gather_object(wanted, own)

@@ -118,7 +118,19 @@ def _allow_list() -> list[Callable | tuple[Callable, str]]:
 
 
 def load_file(path: str) -> dict[str, Any]:
-    """Content of a checkpoint file, with every tensor on the CPU.
+    """Content of a checkpoint file that is one dict, with every tensor on the CPU.
+
+    Raises:
+        CheckpointError: as of :func:`load_dict_or_list`, or it holds something else.
+    """
+    content = load_dict_or_list(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not a dict")
+    return content
+
+
+def load_dict_or_list(path: str) -> dict[str, Any] | list[Any]:
+    """Content of a checkpoint file, with every tensor on the CPU; several chained optimizers save a list.
 
     Raises:
         CheckpointError: the file is missing, cut short, damaged, or asks for a function that is not allowed.
@@ -135,9 +147,10 @@ def load_file(path: str) -> dict[str, Any]:
     allowed.append((_member_of, _GETATTR))  # refuses whatever is not a member when it gets there
     with torch.serialization.safe_globals(allowed):
         content = _explained(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
-    if not isinstance(content, dict):
+    if not isinstance(content, dict | list):
         raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not a dict")
-    _restore_members(content.get("args"))
+    if isinstance(content, dict):
+        _restore_members(content.get("args"))
     return content
 
 

@@ -100,10 +100,22 @@ def whole_experts_are_asked_once(args: Namespace, given: Collection[str]) -> lis
     return [Problem("--moe-tp-extend-ep", None, f"excludes {_ETP}", "keep one of them")]
 
 
+def parts_of_experts_have_files(args: Namespace, given: Collection[str]) -> list[Problem]:
+    """A checkpoint's files are named by one tensor-parallel rank, which must tell that of experts as well."""
+    tp, etp = args.tensor_model_parallel_size, args.expert_tensor_parallel_size
+    if not args.num_experts or not args.save or tp < 1 or not etp or etp < 1:
+        return []
+    if max(tp, etp) % min(tp, etp) == 0:
+        return []
+    rule = f"and {_TP} {tp}: files of a checkpoint are named by one of both, so the larger must be a multiple"
+    return [Problem(_ETP, etp, rule, f"use a divisor or a multiple of {tp}, or leave --save out")]
+
+
 RULES = (
     experts_divide,
     experts_are_whole_layers,
     layers_with_experts_are_named_once,
     shared_experts_have_one_width,
     whole_experts_are_asked_once,
+    parts_of_experts_have_files,
 )

@@ -1,8 +1,11 @@
 """Flags of experts: what follows from them, and which of them do not go together."""
 
+from argparse import Namespace
+
 import pytest
 
 from megatron.training.arguments import ArgumentsError, core_transformer_config_from_args
+from megatron.training.arguments.rules.moe import parts_of_experts_have_files
 
 EXPERTS = "--num-experts 8 --moe-ffn-hidden-size 32 --disable-bias-linear"
 
@@ -91,6 +94,16 @@ def test_what_does_not_fit_is_refused(words, problem, check, ranks):
         check(f"{EXPERTS} {words}")
     problems = [str(each) for each in caught.value.problems]
     assert any(each.startswith(problem) for each in problems), problems
+
+
+@pytest.mark.parametrize("parts, problems", [(1, 0), (2, 0), (4, 0), (8, 0), (3, 1)])
+def test_a_checkpoint_needs_parts_of_experts_that_its_names_tell_apart(parts, problems):
+    args = Namespace(
+        num_experts=8, save="here", tensor_model_parallel_size=4, expert_tensor_parallel_size=parts
+    )
+    assert len(parts_of_experts_have_files(args, ())) == problems
+    args.save = None
+    assert not parts_of_experts_have_files(args, ())
 
 
 def test_without_experts_their_flags_say_that_nothing_happens(check, capsys):
