@@ -63,10 +63,13 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 class PassingState:
-    """The random streams and the rerun machine, which models make in passing: put back after a test."""
+    """What models change in passing, put back after a test: the random streams, the rerun machine, and the
+    losses of experts with the scale of their gradients.
+    """
 
     _TRACKER = "megatron.core.tensor_parallel.rng_tracker"
     _RERUN = "megatron.core.rerun_state_machine"
+    _LOSSES = "megatron.core.transformer.moe.moe_utils"
 
     def __init__(self) -> None:
         tracker = getattr(sys.modules.get(self._TRACKER), "_tracker", None)
@@ -74,12 +77,15 @@ class PassingState:
         self._machine = getattr(sys.modules.get(self._RERUN), "_GLOBAL_RERUN_STATE_MACHINE", None)
 
     def put_back(self) -> None:
-        """Bring both back to what they were."""
+        """Bring all of it back to what it was; figures of experts are forgotten."""
         if (tracker := getattr(sys.modules.get(self._TRACKER), "_tracker", None)) is not None:
             tracker.reset()
             vars(tracker).update(self._streams or {})
         if self._RERUN in sys.modules:
             sys.modules[self._RERUN]._GLOBAL_RERUN_STATE_MACHINE = self._machine
+        if (losses := sys.modules.get(self._LOSSES)) is not None:
+            losses.parallel_state.get_moe_layer_wise_logging_tracker().clear()
+            losses.MoEAuxLossAutoScaler.set_loss_scale(sys.modules["torch"].tensor(1.0))
 
 
 def seed(number: int) -> None:

@@ -14,6 +14,7 @@ TYPED_IN_ORDER = (
     "docs/own_data.md",
     "docs/resume.md",
     "docs/parallel.md",
+    "docs/experts.md",
     "docs/without_a_card.md",
     "docs/formats.md",
     "docs/api.md",

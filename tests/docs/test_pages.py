@@ -169,6 +169,16 @@ def test_parallel_page(reader: Reader) -> None:
     assert len(lines) == 7
 
 
+def test_experts_page(reader: Reader) -> None:
+    by_loss, by_bias = type_page(reader, "docs/experts.md")
+    for printed in (by_loss, by_bias):
+        lines = re.findall(r"experts of layer +(\d+) \| largest load over mean: ([\d.]+) \|", printed)
+        assert [layer for layer, _ in lines] == ["1", "2", "1", "2"]
+        assert all(1.0 <= float(load) <= 8.0 for _, load in lines)
+    assert by_loss.count("| load_balancing_loss: ") == 2
+    assert "load_balancing_loss" not in by_bias
+
+
 def test_page_about_debugging_without_a_card(reader: Reader) -> None:
     eight, one, two, compared = type_page(reader, "docs/without_a_card.md")
     assert sorted(losses(eight)) == [1, 2, 3]

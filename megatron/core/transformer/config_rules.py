@@ -279,6 +279,11 @@ def _moe_routing(c: TransformerFields, experts: int) -> Rules:
     )
     kind, topk = c.moe_router_load_balancing_type, c.moe_router_topk
     yield (
+        c.moe_router_enable_expert_bias and kind not in ("aux_loss", "seq_aux_loss", "none"),
+        f"moe_router_enable_expert_bias: moe_router_load_balancing_type {kind} chooses without a bias; set "
+        "it to none",
+    )
+    yield (
         topk == 1
         and c.moe_router_score_function == "softmax"
         and not c.moe_router_pre_softmax

@@ -82,7 +82,8 @@ def reduce_aux_losses_tracker_across_ranks(track_names: Sequence[str] | None = N
         if group_size(entry["avg_group"]) > 1:
             all_reduce(values, entry["avg_group"])
             values /= group_size(entry["avg_group"])
-        all_reduce(values, parallel_state.get_pipeline_model_parallel_group())
+        if parallel_state.model_parallel_is_initialized():
+            all_reduce(values, parallel_state.get_pipeline_model_parallel_group())
 
 
 def moe_layer_count(num_layers: int, moe_layer_freq: int | Sequence[int] | None) -> int:

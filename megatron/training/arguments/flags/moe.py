@@ -153,6 +153,25 @@ def _of_type(*kinds: str) -> NoEffect:
     )
 
 
+def _not_of_type(*kinds: str) -> NoEffect:
+    return NoEffect(
+        lambda a: a.moe_router_load_balancing_type not in kinds,
+        f" with --moe-router-load-balancing-type {' or '.join(kinds)}",
+    )
+
+
+# Kinds whose scores are a softmax over all experts, or the logits themselves.
+_SCORES_ARE_FIXED = _not_of_type("softmax_topk", "pai_megatron_aux_loss", "group_limited_greedy", "sinkhorn")
+_ONE_GROUP = _not_of_type("softmax_topk", "pai_megatron_aux_loss", "sinkhorn")
+
+
+def _keeps_factor(args: Namespace) -> bool:
+    """Whether weights are not divided by their sum after they are multiplied."""
+    kind = args.moe_router_load_balancing_type
+    many = kind == "aux_loss" or (kind == "group_limited_greedy" and args.moe_router_topk > 1)
+    return not (args.norm_topk_prob and many)
+
+
 _ROUTING = of_experts(
     value(
         "--moe-router-load-balancing-type",
@@ -180,9 +199,10 @@ _ROUTING = of_experts(
         "--moe-router-score-function",
         default="softmax",
         choices=("softmax", "sigmoid"),
+        no_effect=_SCORES_ARE_FIXED,
         help="softmax or sigmoid scores",
     ),
-    switch("--moe-router-pre-softmax", help="softmax before the top-k"),
+    switch("--moe-router-pre-softmax", no_effect=_SCORES_ARE_FIXED, help="softmax before the top-k"),
     switch(
         "--norm-topk-prob",
         added=True,
@@ -202,12 +222,14 @@ _ROUTING = of_experts(
         type=int,
         bounds=at_least(1),
         most=10**6,
+        no_effect=_ONE_GROUP,
         help="groups kept per token",
     ),
     value(
         "--moe-router-topk-scaling-factor",
         type=float,
         bounds=above(0),
+        no_effect=(_ONE_GROUP, unless(_keeps_factor, "--norm-topk-prob takes its place")),
         help="multiplier on routing probabilities",
     ),
     value("--moe-router-dtype", choices=("fp32", "fp64"), help="routing precision fp32/fp64"),
