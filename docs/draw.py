@@ -132,11 +132,11 @@ def schedule(path: Path, name: str, chunks: int = 1, stages: int = 4, microbatch
         for span in spans:
             opacity = 0.45 + 0.55 * (span.compute.chunk + 1) / chunks if chunks > 1 else 1
             x, width = left + unit * span.start, unit * (span.end - span.start)
-            colour = COLOURS[span.compute.work][1]
+            colour = COLOURS[span.compute.kind][1]
             picture.box(x, y, width, row - 2, colour, opacity=f"{opacity:g}", stroke="white", stroke_width=1)
             picture.text(x + width / 2, y + 16, str(span.compute.microbatch), 9 if chunks > 1 else 11)
-    used = {span.compute.work for spans in timeline.ranks for span in spans}
-    entries = [words for work, words in COLOURS.items() if work in used]
+    used = {span.compute.kind for spans in timeline.ranks for span in spans}
+    entries = [words for kind, words in COLOURS.items() if kind in used]
     legend(picture, left, top + row * stages + 24, [*entries, ("idle", GREY)])
     picture.write(path)
 

@@ -7,17 +7,17 @@ import argparse
 from typing import Any
 
 from megatron.core.errors import ConfigError
-from megatron.core.pipeline_parallel.actions import Work
+from megatron.core.pipeline_parallel.actions import PassKind
 from megatron.core.pipeline_parallel.checker import check_schedules
 from megatron.core.pipeline_parallel.planning import SCHEDULES, make_schedules
 from megatron.core.pipeline_parallel.timeline import Durations, Timeline, make_timeline
 
 SUFFIXES = (".svg", ".png")
 COLOURS = {
-    Work.FORWARD: ("forward", "#8ecae6"),
-    Work.BACKWARD: ("backward", "#ffb703"),
-    Work.INPUT_GRADIENT: ("backward, input gradient", "#fb8500"),
-    Work.WEIGHT_GRADIENT: ("backward, weight gradient", "#90be6d"),
+    PassKind.FORWARD: ("forward", "#8ecae6"),
+    PassKind.BACKWARD: ("backward", "#ffb703"),
+    PassKind.INPUT_GRADIENT: ("backward, input gradient", "#fb8500"),
+    PassKind.WEIGHT_GRADIENT: ("backward, weight gradient", "#90be6d"),
 }
 # Most boxes that still carry the number of their micro-batch.
 MOST_LABELS = 2000
@@ -100,7 +100,7 @@ def draw(timeline: Timeline, num_chunks: int, title: str, path: str) -> None:
             axes.broken_barh(
                 [(span.start, span.end - span.start)],
                 (rank - 0.45, 0.9),
-                facecolor=COLOURS[span.compute.work][1],
+                facecolor=COLOURS[span.compute.kind][1],
                 alpha=min(alpha, 1.0),
                 edgecolor="white",
                 linewidth=0.5,
@@ -113,8 +113,8 @@ def draw(timeline: Timeline, num_chunks: int, title: str, path: str) -> None:
     axes.set_yticks(range(len(timeline.ranks)))
     axes.set(xlabel="time", ylabel="pipeline rank")
     axes.set_title(f"{title}: bubble fraction {timeline.bubble_fraction:.3f}")
-    used = {span.compute.work for spans in timeline.ranks for span in spans}
-    legend = [words for work, words in COLOURS.items() if work in used]
+    used = {span.compute.kind for spans in timeline.ranks for span in spans}
+    legend = [words for kind, words in COLOURS.items() if kind in used]
     handles = [patches.Patch(color=colour, label=label) for label, colour in legend]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     try:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from enum import Enum, Flag, auto
 
 
-class Work(Enum):
-    """Kinds of computation on one micro-batch."""
+class PassKind(Enum):
+    """Kinds of passes of one micro-batch through one chunk."""
 
     FORWARD = "F"
     BACKWARD = "B"
@@ -20,9 +20,9 @@ class Work(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Run ``work`` for one micro-batch on one chunk."""
+    """Run a pass of one micro-batch on one chunk."""
 
-    work: Work
+    kind: PassKind
     microbatch: int
     chunk: int
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron.core.errors import MegatronError
-from megatron.core.pipeline_parallel.actions import Action, Compute, Exchange, Message, Work
+from megatron.core.pipeline_parallel.actions import Action, Compute, Exchange, Message, PassKind
 
 Schedules = Sequence[Sequence[Action]]
 
 
 class ScheduleError(MegatronError):
-    """A list of actions that would hang, compute with data it does not have, or leave work undone."""
+    """A list of actions that would hang, compute with data it does not have, or leave passes out."""
 
 
 @dataclass(frozen=True)
@@ -44,31 +44,31 @@ def check_schedules(schedules: Schedules, num_microbatches: int, num_chunks: int
         ScheduleError: naming the rank and the action.
     """
     for rank, actions in enumerate(schedules):
-        _check_work(rank, actions, num_microbatches, num_chunks)
+        _check_passes(rank, actions, num_microbatches, num_chunks)
         _check_inputs(rank, actions, len(schedules), num_chunks)
     num_messages = _check_channels(schedules)
     simulate(schedules, sending_waits=True)
     simulate(schedules, sending_waits=False)
     return ScheduleReport(
-        peak_activations=[_peak(actions, lambda c: c.work in _LAST_PARTS) for actions in schedules],
-        peak_outputs_waiting=[_peak(actions, lambda c: c.work in _FIRST_PARTS) for actions in schedules],
+        peak_activations=[_peak(actions, lambda c: c.kind in _LAST_PARTS) for actions in schedules],
+        peak_outputs_waiting=[_peak(actions, lambda c: c.kind in _FIRST_PARTS) for actions in schedules],
         num_messages=num_messages,
     )
 
 
-_FIRST_PARTS = (Work.BACKWARD, Work.INPUT_GRADIENT)
-_LAST_PARTS = (Work.BACKWARD, Work.WEIGHT_GRADIENT)
+_FIRST_PARTS = (PassKind.BACKWARD, PassKind.INPUT_GRADIENT)
+_LAST_PARTS = (PassKind.BACKWARD, PassKind.WEIGHT_GRADIENT)
 
 
 def _computes(actions: Sequence[Action]) -> list[Compute]:
     return [action for action in actions if isinstance(action, Compute)]
 
 
-def _check_work(rank: int, actions: Sequence[Action], num_microbatches: int, num_chunks: int) -> None:
+def _check_passes(rank: int, actions: Sequence[Action], num_microbatches: int, num_chunks: int) -> None:
     """Each micro-batch on each chunk: one forward, then nothing, one backward, or its two halves in order."""
     done: dict[tuple[int, int], str] = defaultdict(str)
     for compute in _computes(actions):
-        done[compute.microbatch, compute.chunk] += compute.work.value
+        done[compute.microbatch, compute.chunk] += compute.kind.value
     expected = {(k, chunk) for k in range(num_microbatches) for chunk in range(num_chunks)}
     if done.keys() != expected:
         wrong = min(done.keys() ^ expected)
@@ -87,10 +87,10 @@ def _check_inputs(rank: int, actions: Sequence[Action], num_stages: int, num_chu
     last_stage = num_stages * num_chunks - 1
     for action in actions:
         if isinstance(action, Compute):
-            gradient = action.work is not Work.FORWARD
+            gradient = action.kind is not PassKind.FORWARD
             stage = action.chunk * num_stages + rank
             key = (gradient, action.microbatch, action.chunk)
-            if action.work is Work.WEIGHT_GRADIENT or num_stages == 1:
+            if action.kind is PassKind.WEIGHT_GRADIENT or num_stages == 1:
                 continue
             if stage != (last_stage if gradient else 0) and key not in received:
                 raise ScheduleError(f"rank {rank}: {action} before its input has arrived")
@@ -192,7 +192,7 @@ def _run_until_stuck(num_ranks: int, advance: Callable[[int], bool]) -> None:
 def _peak(actions: Sequence[Action], frees: Callable[[Compute], bool]) -> int:
     live = peak = 0
     for compute in _computes(actions):
-        live += compute.work is Work.FORWARD
+        live += compute.kind is PassKind.FORWARD
         peak = max(peak, live)
         live -= frees(compute)
     return peak

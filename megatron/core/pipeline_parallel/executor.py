@@ -21,8 +21,8 @@ from megatron.core.pipeline_parallel.actions import (
     Direction,
     Exchange,
     Message,
+    PassKind,
     StartSync,
-    Work,
 )
 from megatron.core.pipeline_parallel.transport import (
     Pending,
@@ -121,9 +121,9 @@ class _Runner:
         self.put_off: dict[_Place, int] = {}
         self.num_forwards = 0
         # Forward passes before the first backward pass: the most micro-batches ever in flight.
-        works = [action.work for action in actions if isinstance(action, Compute)]
+        kinds = [action.kind for action in actions if isinstance(action, Compute)]
         self.most_in_flight = next(
-            (n for n, work in enumerate(works) if work is not Work.FORWARD), len(works)
+            (n for n, kind in enumerate(kinds) if kind is not PassKind.FORWARD), len(kinds)
         )
         self.has_virtual_stages = parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None
         # One chunk on the first stage: the step ends with its last backward pass, which can hide the
@@ -137,9 +137,9 @@ class _Runner:
         if self.has_virtual_stages:
             parallel_state.set_virtual_pipeline_model_parallel_rank(action.chunk)
         with self._reduction_held_back(action):
-            if action.work is Work.FORWARD:
+            if action.kind is PassKind.FORWARD:
                 self._forward(action.microbatch, action.chunk)
-            elif action.work is Work.WEIGHT_GRADIENT:
+            elif action.kind is PassKind.WEIGHT_GRADIENT:
                 deferred_gradients.run(self.put_off.pop((action.microbatch, action.chunk)))
             else:
                 self._backward(action)
@@ -217,7 +217,7 @@ class _Runner:
         place = (action.microbatch, action.chunk)
         grads = self._received(True, *place) or [None]
         inputs, outputs = self.inputs.pop(place), self.outputs.pop(place)
-        splits = action.work is Work.INPUT_GRADIENT
+        splits = action.kind is PassKind.INPUT_GRADIENT
         before = deferred_gradients.pending()
         with deferred_gradients.deferring() if splits else contextlib.nullcontext():
             input_grads = self.step.backward_step(inputs, outputs, grads, None, self.config)

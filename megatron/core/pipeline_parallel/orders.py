@@ -9,7 +9,7 @@ section 2 (ZB-H1).
 
 from collections.abc import Callable
 
-from megatron.core.pipeline_parallel.actions import Compute, Work
+from megatron.core.pipeline_parallel.actions import Compute, PassKind
 
 
 def schedule_table(num_microbatches: int, num_chunks: int, group_size: int) -> list[tuple[int, int]]:
@@ -63,10 +63,10 @@ def one_forward_one_backward(
     group_size = group_size or num_stages
     chunks = num_chunks or 1
     table = schedule_table(num_microbatches, chunks, group_size)
-    forwards = [Compute(Work.FORWARD, microbatch, chunk) for microbatch, chunk in table]
+    forwards = [Compute(PassKind.FORWARD, microbatch, chunk) for microbatch, chunk in table]
     if forward_only:
         return forwards
-    backwards = [Compute(Work.BACKWARD, microbatch, chunks - 1 - chunk) for microbatch, chunk in table]
+    backwards = [Compute(PassKind.BACKWARD, microbatch, chunks - 1 - chunk) for microbatch, chunk in table]
     warmup = num_warmup(num_stages, rank, num_microbatches, num_chunks, group_size)
     order = forwards[:warmup]
     for forward, backward in zip(forwards[warmup:], backwards, strict=False):
@@ -80,13 +80,13 @@ def zero_bubble_h1(num_stages: int, rank: int, num_microbatches: int) -> list[Co
     Rank ``r`` keeps ``r`` weight gradients back. In flight (forward done, weight gradient not) are then at
     most ``p`` micro-batches on every rank, as many as on the first rank of 1F1B.
     """
-    forward = [Compute(Work.FORWARD, k, 0) for k in range(num_microbatches)]
-    weight = [Compute(Work.WEIGHT_GRADIENT, k, 0) for k in range(num_microbatches)]
+    forward = [Compute(PassKind.FORWARD, k, 0) for k in range(num_microbatches)]
+    weight = [Compute(PassKind.WEIGHT_GRADIENT, k, 0) for k in range(num_microbatches)]
     warmup = min(num_stages - rank - 1, num_microbatches)
     order = forward[:warmup]
     for k in range(num_microbatches):
         order += forward[warmup + k : warmup + k + 1]
-        order.append(Compute(Work.INPUT_GRADIENT, k, 0))
+        order.append(Compute(PassKind.INPUT_GRADIENT, k, 0))
         if k >= rank:
             order.append(weight[k - rank])
     return order + weight[max(num_microbatches - rank, 0) :]

@@ -1,10 +1,10 @@
 """Schedules of all pipeline ranks: computations, the transfers between them, and the starts of collectives.
 
-A clock with steps of one computation runs through the orders of all ranks. What is computed in a step is
-exchanged at its end: an activation or gradient leaves its rank with the exchange of the step that made it,
-and its receiver takes part in the exchange of the *same* step. Exchanges are therefore in one order
+A clock runs through the orders of all ranks; every computation ends at a tick. What ends at a tick is
+exchanged right after it: an activation or gradient leaves its rank with the exchange of the tick that made
+it, and its receiver takes part in the exchange of the *same* tick. Exchanges are therefore in one order
 everywhere, whatever the orders of computation are, and none waits for a later one: no cycle, and no
-message that overtakes another between two ranks. Idle steps only tell in which order things happen; nobody
+message that overtakes another between two ranks. Ticks only tell in which order things happen; nobody
 waits for a clock.
 
 Inside an exchange the neighbours are served by the colour of the edge that joins them, so that transfers
@@ -16,13 +16,13 @@ from collections import defaultdict, deque
 from functools import lru_cache
 
 from megatron.core.errors import UsageError
-from megatron.core.pipeline_parallel.actions import Action, Compute, Exchange, Message, StartSync, Work
+from megatron.core.pipeline_parallel.actions import Action, Compute, Exchange, Message, PassKind, StartSync
 from megatron.core.pipeline_parallel.orders import ONE_CHUNK_ORDERS, SCHEDULES, one_forward_one_backward
 
 # (done forward?, micro-batch, virtual stage): what other computations wait for.
 _Event = tuple[bool, int, int]
 # Nominal times, from which only the order of exchanges follows.
-_TIMES = {Work.FORWARD: 1, Work.BACKWARD: 2, Work.INPUT_GRADIENT: 1, Work.WEIGHT_GRADIENT: 1}
+_TIMES = {PassKind.FORWARD: 1, PassKind.BACKWARD: 2, PassKind.INPUT_GRADIENT: 1, PassKind.WEIGHT_GRADIENT: 1}
 
 
 def make_schedule(
@@ -70,11 +70,11 @@ def make_schedules(
         else ONE_CHUNK_ORDERS[name](num_stages, rank, num_microbatches)
         for rank in range(num_stages)
     ]
-    steps = _steps(orders, num_stages * num_chunks)
-    exchanges = _exchanges(orders, steps, num_stages * num_chunks)
+    ticks = _ticks(orders, num_stages * num_chunks)
+    exchanges = _exchanges(orders, ticks, num_stages * num_chunks)
     return tuple(
         tuple(_merge(order, at, exchanges[rank], _sync_points(order, rank, num_chunks)))
-        for rank, (order, at) in enumerate(zip(orders, steps, strict=True))
+        for rank, (order, at) in enumerate(zip(orders, ticks, strict=True))
     )
 
 
@@ -102,51 +102,51 @@ def _check_request(
 
 def _event_of(compute: Compute, stage: int) -> _Event | None:
     """What other computations can wait for; nothing waits for a weight gradient."""
-    if compute.work is Work.WEIGHT_GRADIENT:
+    if compute.kind is PassKind.WEIGHT_GRADIENT:
         return None
-    return compute.work is Work.FORWARD, compute.microbatch, stage
+    return compute.kind is PassKind.FORWARD, compute.microbatch, stage
 
 
 def _needs(compute: Compute, stage: int, num_stages_total: int) -> list[_Event]:
     k = compute.microbatch
-    if compute.work is Work.FORWARD:
+    if compute.kind is PassKind.FORWARD:
         return [(True, k, stage - 1)] if stage > 0 else []
-    if compute.work is Work.WEIGHT_GRADIENT:
+    if compute.kind is PassKind.WEIGHT_GRADIENT:
         return [(False, k, stage)]
     return [(True, k, stage)] + ([(False, k, stage + 1)] if stage < num_stages_total - 1 else [])
 
 
-def _steps(orders: list[list[Compute]], num_stages_total: int) -> list[list[int]]:
-    """The step of the clock at which every computation runs: as early as its order and its inputs allow."""
+def _ticks(orders: list[list[Compute]], num_stages_total: int) -> list[list[int]]:
+    """The tick of the clock at which every computation ends: as early as its order and its inputs allow."""
     p = len(orders)
     done: dict[_Event, int] = {}
-    steps: list[list[int]] = [[] for _ in orders]
+    ticks: list[list[int]] = [[] for _ in orders]
     waiting: dict[_Event, int] = {}
     ready = deque(range(p))
     while ready:
         rank = ready.popleft()
-        while len(steps[rank]) < len(orders[rank]):
-            compute = orders[rank][len(steps[rank])]
+        while len(ticks[rank]) < len(orders[rank]):
+            compute = orders[rank][len(ticks[rank])]
             stage = compute.chunk * p + rank
             needs = _needs(compute, stage, num_stages_total)
             missing = next((event for event in needs if event not in done), None)
             if missing is not None:
                 waiting[missing] = rank
                 break
-            previous = steps[rank][-1] if steps[rank] else 0
-            step = _TIMES[compute.work] + max([previous, *(done[event] for event in needs)])
-            steps[rank].append(step)
+            previous = ticks[rank][-1] if ticks[rank] else 0
+            tick = _TIMES[compute.kind] + max([previous, *(done[event] for event in needs)])
+            ticks[rank].append(tick)
             event = _event_of(compute, stage)
             if event is not None:
-                done[event] = step
+                done[event] = tick
                 if event in waiting:
                     ready.append(waiting.pop(event))
-    _check_finished(orders, steps)
-    return steps
+    _check_finished(orders, ticks)
+    return ticks
 
 
-def _check_finished(orders: list[list[Compute]], steps: list[list[int]]) -> None:
-    stuck = [rank for rank, order in enumerate(orders) if len(steps[rank]) < len(order)]
+def _check_finished(orders: list[list[Compute]], ticks: list[list[int]]) -> None:
+    stuck = [rank for rank, order in enumerate(orders) if len(ticks[rank]) < len(order)]
     if stuck:
         raise UsageError(
             f"these numbers of micro-batches and virtual stages leave pipeline ranks {stuck} waiting for "
@@ -156,27 +156,27 @@ def _check_finished(orders: list[list[Compute]], steps: list[list[int]]) -> None
 
 
 def _exchanges(
-    orders: list[list[Compute]], steps: list[list[int]], num_stages_total: int
+    orders: list[list[Compute]], ticks: list[list[int]], num_stages_total: int
 ) -> list[dict[int, Exchange]]:
-    """Per rank: step -> the exchange at its end."""
+    """Per rank: tick -> the exchange that follows it."""
     p = len(orders)
     messages: list[dict[int, list[Message]]] = [defaultdict(list) for _ in orders]
     for rank, order in enumerate(orders):
-        for compute, step in zip(order, steps[rank], strict=True):
+        for compute, tick in zip(order, ticks[rank], strict=True):
             stage = compute.chunk * p + rank
-            gradient = compute.work is not Work.FORWARD
+            gradient = compute.kind is not PassKind.FORWARD
             target = stage - 1 if gradient else stage + 1
-            if compute.work is Work.WEIGHT_GRADIENT or not 0 <= target < num_stages_total or p == 1:
+            if compute.kind is PassKind.WEIGHT_GRADIENT or not 0 <= target < num_stages_total or p == 1:
                 continue
             chunk, peer = divmod(target, p)
-            messages[rank][step].append(Message(True, gradient, compute.microbatch, compute.chunk, peer))
-            messages[peer][step].append(Message(False, gradient, compute.microbatch, chunk, rank))
+            messages[rank][tick].append(Message(True, gradient, compute.microbatch, compute.chunk, peer))
+            messages[peer][tick].append(Message(False, gradient, compute.microbatch, chunk, rank))
     return [
         {
-            step: Exchange(tuple(sorted(found, key=lambda message: place_in_exchange(message, rank, p))))
-            for step, found in by_step.items()
+            tick: Exchange(tuple(sorted(found, key=lambda message: place_in_exchange(message, rank, p))))
+            for tick, found in by_tick.items()
         }
-        for rank, by_step in enumerate(messages)
+        for rank, by_tick in enumerate(messages)
     ]
 
 
@@ -197,12 +197,12 @@ def _sync_points(order: list[Compute], rank: int, num_chunks: int) -> dict[int, 
     does not slow stages that others wait for. Parameters are gathered one chunk ahead, by the same rule.
     """
     points: dict[int, list[StartSync]] = defaultdict(list)
-    forwards = [index for index, compute in enumerate(order) if compute.work is Work.FORWARD]
+    forwards = [index for index, compute in enumerate(order) if compute.kind is PassKind.FORWARD]
     first_of_chunk = {order[index].chunk: nth for nth, index in reversed(list(enumerate(forwards)))}
     for chunk in range(num_chunks):
         ahead = max(first_of_chunk[chunk - 1] - rank, 0) if chunk > 1 else 0
         points[forwards[ahead]].append(StartSync(False, chunk))
-    backwards = [index for index, compute in enumerate(order) if compute.work is not Work.FORWARD]
+    backwards = [index for index, compute in enumerate(order) if compute.kind is not PassKind.FORWARD]
     last_of_chunk = {order[index].chunk: nth for nth, index in enumerate(backwards)}
     for chunk, nth in sorted(last_of_chunk.items(), key=lambda item: item[1]):
         later = nth + rank + 1
@@ -211,15 +211,15 @@ def _sync_points(order: list[Compute], rank: int, num_chunks: int) -> dict[int, 
 
 
 def _merge(
-    order: list[Compute], steps: list[int], exchanges: dict[int, Exchange], syncs: dict[int, list[StartSync]]
+    order: list[Compute], ticks: list[int], exchanges: dict[int, Exchange], syncs: dict[int, list[StartSync]]
 ) -> list[Action]:
-    """Everything one rank does, in order: at each step its computation, then its exchange."""
-    place = {step: index for index, step in enumerate(steps)}
+    """Everything one rank does, in order: at each tick its computation, then its exchange."""
+    place = {tick: index for index, tick in enumerate(ticks)}
     actions: list[Action] = []
-    for step in sorted(place.keys() | exchanges.keys()):
-        if step in place:
-            actions += syncs.get(place[step], [])
-            actions.append(order[place[step]])
-        if step in exchanges:
-            actions.append(exchanges[step])
+    for tick in sorted(place.keys() | exchanges.keys()):
+        if tick in place:
+            actions += syncs.get(place[tick], [])
+            actions.append(order[place[tick]])
+        if tick in exchanges:
+            actions.append(exchanges[tick])
     return actions + syncs.get(len(order), [])

@@ -385,22 +385,21 @@ def forward_backward_pipelining_without_interleaving(
 
     Arguments, result and errors as of :func:`forward_backward_no_pipelining`.
     """
-    models, iterators = _per_chunk(model, data_iterator, 1)
-    config = get_model_config(models[0]) if config is None else config
-    step = StepInputs(
-        forward_step=forward_step,
-        backward_step=backward_step,
+    return _run_pipelined(
+        "1f1b",
+        1,
         forward_step_func=forward_step_func,
-        data_iterators=iterators,
-        models=models,
+        data_iterator=data_iterator,
+        model=model,
         num_microbatches=num_microbatches,
-        tensor_shapes=_shapes(models[0], seq_length, micro_batch_size, decoder_seq_length),
-        config=config,
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        decoder_seq_length=decoder_seq_length,
         forward_only=forward_only,
         collect_non_loss_data=collect_non_loss_data,
         first_val_step=first_val_step,
+        config=config,
     )
-    return _run_pipelined(config.pipeline_schedule or "1f1b", step)
 
 
 def forward_backward_pipelining_with_interleaving(
@@ -428,6 +427,43 @@ def forward_backward_pipelining_with_interleaving(
             "tensors of one length; leave it out"
         )
     num_chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or len(model)
+    return _run_pipelined(
+        "interleaved",
+        num_chunks,
+        forward_step_func=forward_step_func,
+        data_iterator=data_iterator,
+        model=model,
+        num_microbatches=num_microbatches,
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        decoder_seq_length=decoder_seq_length,
+        forward_only=forward_only,
+        collect_non_loss_data=collect_non_loss_data,
+        first_val_step=first_val_step,
+        config=config,
+    )
+
+
+def _run_pipelined(
+    default_schedule: str,
+    num_chunks: int,
+    *,
+    forward_step_func: Callable,
+    data_iterator: Iterator | list[Iterator],
+    model: torch.nn.Module | list[torch.nn.Module],
+    num_microbatches: int,
+    seq_length: int,
+    micro_batch_size: int,
+    decoder_seq_length: int | None,
+    forward_only: bool,
+    collect_non_loss_data: bool,
+    first_val_step: bool | None,
+    config: Any,
+) -> list[Report]:
+    """Make this rank's schedule of ``num_chunks`` model chunks, and run it.
+
+    The schedule is ``config.pipeline_schedule``, or ``default_schedule`` where that says nothing.
+    """
     models, iterators = _per_chunk(model, data_iterator, num_chunks)
     config = get_model_config(models[0]) if config is None else config
     step = StepInputs(
@@ -443,18 +479,15 @@ def forward_backward_pipelining_with_interleaving(
         collect_non_loss_data=collect_non_loss_data,
         first_val_step=first_val_step,
     )
-    return _run_pipelined(config.pipeline_schedule or "interleaved", step)
-
-
-def _run_pipelined(name: str, step: StepInputs) -> list[Report]:
+    name = config.pipeline_schedule or default_schedule
     actions = make_schedule(
         name,
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_rank(),
-        step.num_microbatches,
-        len(step.models),
-        step.config.microbatch_group_size_per_vp_stage if name == "interleaved" else None,
-        forward_only=step.forward_only,
+        num_microbatches,
+        num_chunks,
+        config.microbatch_group_size_per_vp_stage if name == "interleaved" else None,
+        forward_only=forward_only,
     )
     return run_schedule(actions, step)
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron.core.errors import ConfigError
-from megatron.core.pipeline_parallel.actions import Action, Compute, Exchange, Work
+from megatron.core.pipeline_parallel.actions import Action, Compute, Exchange, PassKind
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Durations:
     input_gradient: float = 1.0
     weight_gradient: float = 1.0
 
-    def of(self, work: Work, num_chunks: int) -> float:
+    def of(self, kind: PassKind, num_chunks: int) -> float:
         """Time of one computation on one of ``num_chunks`` chunks."""
         whole = {
-            Work.FORWARD: self.forward,
-            Work.BACKWARD: self.input_gradient + self.weight_gradient,
-            Work.INPUT_GRADIENT: self.input_gradient,
-            Work.WEIGHT_GRADIENT: self.weight_gradient,
+            PassKind.FORWARD: self.forward,
+            PassKind.BACKWARD: self.input_gradient + self.weight_gradient,
+            PassKind.INPUT_GRADIENT: self.input_gradient,
+            PassKind.WEIGHT_GRADIENT: self.weight_gradient,
         }
-        return whole[work] / num_chunks
+        return whole[kind] / num_chunks
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class _Player:
         """As many actions of one rank as possible; whether there was any."""
         before = self.position[rank]
         actions = self.schedules[rank]
-        while self.position[rank] < len(actions) and self._step(rank, actions[self.position[rank]]):
+        while self.position[rank] < len(actions) and self._play(rank, actions[self.position[rank]]):
             self.position[rank] += 1
         return self.position[rank] > before
 
@@ -123,7 +123,7 @@ class _Player:
         if stuck:
             raise ConfigError(f"this schedule deadlocks: ranks {stuck} wait for ever")
 
-    def _step(self, rank: int, action: Action) -> bool:
+    def _play(self, rank: int, action: Action) -> bool:
         if isinstance(action, Compute):
             return self._compute(rank, action)
         for message in action.messages if isinstance(action, Exchange) else ():
@@ -134,14 +134,14 @@ class _Player:
 
     def _compute(self, rank: int, compute: Compute) -> bool:
         start = self.clock[rank]
-        source = compute.chunk * len(self.schedules) + rank + (-1 if compute.work is Work.FORWARD else 1)
+        source = compute.chunk * len(self.schedules) + rank + (-1 if compute.kind is PassKind.FORWARD else 1)
         from_a_stage = 0 <= source < len(self.schedules) * self.num_chunks and len(self.schedules) > 1
-        if from_a_stage and compute.work is not Work.WEIGHT_GRADIENT:
-            key = (source, compute.work is not Work.FORWARD, compute.microbatch)
+        if from_a_stage and compute.kind is not PassKind.WEIGHT_GRADIENT:
+            key = (source, compute.kind is not PassKind.FORWARD, compute.microbatch)
             if key not in self.sent:
                 return False
             start = max(start, self.sent[key])
-        end = start + self.durations.of(compute.work, self.num_chunks)
+        end = start + self.durations.of(compute.kind, self.num_chunks)
         self.spans[rank].append(Span(compute, start, end))
         self.clock[rank] = end
         return True

@@ -16,7 +16,7 @@ from megatron.core import collectives, parallel_state
 from megatron.core.collectives import group_rank, group_size, tensor_group
 from megatron.core.utils import divide
 
-Step = Callable[[Tensor, ProcessGroup | None], Tensor]
+TensorMapping = Callable[[Tensor, ProcessGroup | None], Tensor]
 
 
 # ---- what happens to the numbers -----------------------------------------------------------------------
@@ -104,8 +104,8 @@ def _reduce_scatter_last(x: Tensor, group: ProcessGroup | None) -> Tensor:
 # ---- autograd nodes ------------------------------------------------------------------------------------
 
 
-def _node(name: str, forward: Step, backward: Step) -> type[torch.autograd.Function]:
-    """An autograd function ``apply(input_, group=None)`` made of a step and its transpose."""
+def _node(name: str, forward: TensorMapping, backward: TensorMapping) -> type[torch.autograd.Function]:
+    """An autograd function ``apply(input_, group=None)`` made of a mapping and its transpose."""
 
     def run(ctx: Any, input_: Tensor, group: ProcessGroup | None = None) -> Tensor:
         ctx.group, ctx.group_given = tensor_group(group), group is not None

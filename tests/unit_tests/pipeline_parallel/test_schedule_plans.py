@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from megatron.core.errors import ConfigError
-from megatron.core.pipeline_parallel.actions import Compute, Exchange, Message, StartSync, Work
+from megatron.core.pipeline_parallel.actions import Compute, Exchange, Message, PassKind, StartSync
 from megatron.core.pipeline_parallel.checker import ScheduleError, check_schedules, simulate
 from megatron.core.pipeline_parallel.orders import ONE_CHUNK_ORDERS, SCHEDULES
 from megatron.core.pipeline_parallel.planning import make_schedule, make_schedules, place_in_exchange
@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel.planning import make_schedule, make_schedul
 def words(actions):
     """F0 B0 ... of one rank; chunks above the first as F0'1."""
     return " ".join(
-        f"{a.work.value}{a.microbatch}" + (f"'{a.chunk}" if a.chunk else "")
+        f"{a.kind.value}{a.microbatch}" + (f"'{a.chunk}" if a.chunk else "")
         for a in actions
         if isinstance(a, Compute)
     )
@@ -125,7 +125,7 @@ def test_forward_only_has_forward_passes_only(name, p, m, v):
     schedules = make_schedules(name, p, m, v, forward_only=True)
     report = check_schedules(schedules, m, v)
     assert report.num_messages == (p * v - 1) * m
-    assert {a.work for actions in schedules for a in actions if isinstance(a, Compute)} == {Work.FORWARD}
+    assert {a.kind for actions in schedules for a in actions if isinstance(a, Compute)} == {PassKind.FORWARD}
     assert not any(isinstance(a, StartSync) and a.gradients for actions in schedules for a in actions)
 
 
@@ -139,11 +139,11 @@ def test_collectives_start_once_per_chunk_and_gradients_only_when_complete(name,
         assert sorted(a.chunk for a in syncs if not a.gradients) == list(range(v))
         for sync in syncs:
             rest = actions[actions.index(sync) :]
-            later = [a.work for a in rest if isinstance(a, Compute) and a.chunk == sync.chunk]
+            later = [a.kind for a in rest if isinstance(a, Compute) and a.chunk == sync.chunk]
             if sync.gradients:
                 assert later == []
             else:
-                assert later.count(Work.FORWARD) == m
+                assert later.count(PassKind.FORWARD) == m
 
 
 def test_edges_of_one_colour_share_no_rank_and_one_end_sends_first():
@@ -169,8 +169,8 @@ def edited(p, m, rank, edit):
     return schedules
 
 
-def position(actions, work, microbatch):
-    return actions.index(Compute(work, microbatch, 0))
+def position(actions, kind, microbatch):
+    return actions.index(Compute(kind, microbatch, 0))
 
 
 def swapped(a, b):
@@ -200,10 +200,10 @@ def other_microbatch(exchange, number):
 BROKEN = {
     "backward missing": (
         1,
-        lambda actions: [a for a in actions if a != Compute(Work.BACKWARD, 2, 0)],
+        lambda actions: [a for a in actions if a != Compute(PassKind.BACKWARD, 2, 0)],
         "some micro-batches run backward and some do not",
     ),
-    "backward first": (1, swapped((Work.FORWARD, 1), (Work.BACKWARD, 1)), "not F, FB or FIW"),
+    "backward first": (1, swapped((PassKind.FORWARD, 1), (PassKind.BACKWARD, 1)), "not F, FB or FIW"),
     "input not there": (1, lambda actions: actions[1:3] + actions[:1] + actions[3:], "before its input"),
     "sent what is not made": (0, with_exchanges(other_microbatch), "before it is computed"),
     "no transfers": (
@@ -292,7 +292,7 @@ def test_batches_end_where_a_backend_runs_each_as_one_kernel(p, name, v, group, 
         for actions in schedules:
             # A communicator is made by all ranks together, in the first exchange of each.
             before = actions[: next(i for i, action in enumerate(actions) if isinstance(action, Exchange))]
-            assert all(isinstance(a, StartSync) or a.work is Work.FORWARD for a in before)
+            assert all(isinstance(a, StartSync) or a.kind is PassKind.FORWARD for a in before)
 
 
 def test_batches_in_another_order_hang_as_kernels():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron.core.pipeline_parallel.actions import Compute, Exchange, Message, Work
+from megatron.core.pipeline_parallel.actions import Compute, Exchange, Message, PassKind
 from megatron.core.pipeline_parallel.planning import make_schedules
 from megatron.core.pipeline_parallel.timeline import Durations, make_timeline
 
@@ -42,7 +42,7 @@ def test_zb_h1_with_equal_times_is_idle_a_third_as_long_as_1f1b():
 
 def test_spans_of_two_stages_by_hand():
     timeline = make_timeline(make_schedules("1f1b", 2, 1), durations=Durations(1, 2, 3))
-    spans = [[(s.compute.work.value, s.start, s.end) for s in rank] for rank in timeline.ranks]
+    spans = [[(s.compute.kind.value, s.start, s.end) for s in rank] for rank in timeline.ranks]
     assert spans == [[("F", 0, 1), ("B", 7, 12)], [("F", 1, 2), ("B", 2, 7)]]
 
 
@@ -52,8 +52,8 @@ def test_one_stage_is_never_idle():
 
 def test_a_schedule_that_hangs_is_refused():
     waits_for_what_is_never_sent = [
-        [Compute(Work.FORWARD, 0, 0)],
-        [Exchange((Message(False, False, 0, 0, 0),)), Compute(Work.FORWARD, 0, 0)],
+        [Compute(PassKind.FORWARD, 0, 0)],
+        [Exchange((Message(False, False, 0, 0, 0),)), Compute(PassKind.FORWARD, 0, 0)],
     ]
     with pytest.raises(ValueError, match=r"ranks \[1\] wait for ever"):
         make_timeline(waits_for_what_is_never_sent)
