@@ -33,6 +33,8 @@ from megatron.core.transformer.moe.tracker import save_load, save_to_aux_losses_
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils.tensors import mark
 
+# Kinds of balancing whose scores follow the config's score function; those of others are a softmax.
+_READ_SCORE_FUNCTION = ("aux_loss", "seq_aux_loss", "none")
 ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 # Names of the losses in logs.
 BALANCE, Z_LOSS = "load_balancing_loss", "z_loss"
@@ -188,7 +190,7 @@ class TopKRouter(Router):
 
     def compute_routing_scores_for_aux_loss(self, logits: Tensor) -> Tensor:
         """[t, E] fp32 scores over all experts that add up to 1, without the bias."""
-        if self.config.moe_router_score_function == "sigmoid" and self.kind != "pai_megatron_aux_loss":
+        if self.config.moe_router_score_function == "sigmoid" and self.kind in _READ_SCORE_FUNCTION:
             scores = logits.float().sigmoid()
             return scores / (scores.sum(-1, keepdim=True) + SCORE_SUM_EPSILON)
         return logits.float().softmax(-1)
@@ -270,9 +272,8 @@ class TopKRouter(Router):
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[t, E] weights, [t, E] bool map, and the map before any token was dropped."""
         config = self.config
-        over_all = self.kind in ("softmax_topk", "pai_megatron_aux_loss")
         options: dict[str, Any] = {"pre_softmax": True}
-        if not over_all:
+        if self.kind in _READ_SCORE_FUNCTION:
             options = {
                 "score_function": config.moe_router_score_function,
                 "pre_softmax": config.moe_router_pre_softmax,

@@ -125,6 +125,18 @@ def test_weights_normalised_in_half_precision_are_finite_where_all_are_zero() ->
     assert probs.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "kind", ["softmax_topk", "pai_megatron_aux_loss", "group_limited_greedy", "sinkhorn"]
+)
+def test_scores_that_are_logged_are_a_softmax_where_the_score_function_is_not_read(kind: str) -> None:
+    groups = dict(moe_router_num_groups=4, moe_router_group_topk=2) if kind.startswith("group") else {}
+    router = router_of(
+        8, 2, moe_router_load_balancing_type=kind, moe_router_score_function="sigmoid", **groups
+    )
+    logits = drawn(TOKENS, 8).float()
+    torch.testing.assert_close(router.compute_routing_scores_for_aux_loss(logits), logits.softmax(-1))
+
+
 def test_a_router_without_a_layer_number_tracks_nothing() -> None:
     router = router_of(8, 2, moe_aux_loss_coeff=0.1, log_moe_balance=True)
     router.layer_number = None
