@@ -122,6 +122,47 @@ def head_exchange(cp: Ranks, queries: int, keys_and_values: int) -> Traffic:
     return times(both, 2)
 
 
+def exchanged_experts(
+    sharing: Ranks, spread: Ranks, parts: Ranks, rows: int, hidden: int, experts: int
+) -> Traffic:
+    """One layer, one microbatch, all-to-all, with as many rows for every rank: all ranks that share the
+    experts tell each other the rows of each expert (int64); rows and weights go to the ranks with other
+    experts, and results come back; in backward the same the other way round. Ranks with parts of the same
+    experts gather rows and weights, and reduce and scatter results; in backward the other operation each.
+    """
+    row, weight = rows * hidden * NUMBER, rows * NUMBER
+    whole_row, whole_weight = row * len(parts), weight * len(parts)
+    return add(
+        _many("all_gather", sharing, 1, len(sharing) * experts * 8),
+        _many("all_to_all", spread, 4, row),
+        _many("all_to_all", spread, 2, weight),
+        *(
+            add(_many(operation, parts, 2, whole_row), _many(operation, parts, 1, whole_weight))
+            for operation in ("all_gather", "reduce_scatter")
+        ),
+    )
+
+
+def gathered_experts(sharing: Ranks, tokens: int, hidden: int, experts: int) -> Traffic:
+    """One layer, one microbatch: tokens, weights and the choice (a byte each) of all ranks gathered, results
+    reduced and scattered; in backward the other operation each, but for the choice.
+    """
+    whole, weights = (len(sharing) * tokens * width * NUMBER for width in (hidden, experts))
+    return add(
+        _many("all_gather", sharing, 2, whole),
+        _many("reduce_scatter", sharing, 2, whole),
+        *(_many(operation, sharing, 1, weights) for operation in ("all_gather", "reduce_scatter")),
+        _many("all_gather", sharing, 1, weights // NUMBER),
+    )
+
+
+def experts_norm(dense: Ranks, of_experts: Ranks, sharded: bool) -> Traffic:
+    """One step: the experts' part of the gradient norm, where other ranks hold different experts than hold
+    different dense layers; a sharded optimizer adds both up at once.
+    """
+    return {} if sharded or dense == of_experts else _many("all_reduce", of_experts, 1, NUMBER)
+
+
 def reported_loss(cp: Ranks, dp: Ranks) -> Traffic:
     """One microbatch on the last stage: (sum, count) over the parts of a sequence, then over replicas."""
     return add(_many("all_reduce", cp, 1, 2 * NUMBER), _many("all_reduce", dp, 1, 2 * NUMBER))
@@ -196,3 +237,18 @@ def gpt_parameters(
     if last:
         found += [h, h] if first else [h, h, vocabulary * h // tp]
     return found
+
+
+def moe_parameters(
+    dense: int, mixed: int, hidden: int, keys: int, vocabulary: int, tp: int, first: bool, last: bool
+) -> list[int]:
+    """Elements of the parameters, but for routed experts, of a stage of an untied model with RMS norms, gated
+    MLPs and no biases: ``dense`` layers of width 96, then ``mixed`` ones with 4 experts and, of width 32, a
+    gated shared one. ``keys`` is the width of keys.
+    """
+    h = hidden
+    attention = [h, h * h // tp, (h + 2 * keys) * h // tp, h]
+    layers = [[*attention, 2 * 96 * h // tp, 96 * h // tp]] * dense
+    layers += [[*attention, 4 * h, 2 * 32 * h // tp, 32 * h // tp, h]] * mixed
+    ends = ([vocabulary * h // tp] if first else []), ([h, vocabulary * h // tp] if last else [])
+    return [*ends[0], *(size for layer in layers for size in layer), *ends[1]]

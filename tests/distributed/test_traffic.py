@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from tests.distributed import closed_forms as forms
 from tests.distributed import real_loop
+from tests.distributed.expert_layouts import bare
 from tests.distributed.gpt_run import NO_DROPOUT, command_line
 from tests.distributed.layouts import LAYERS, PADDED_VOCAB, SEQUENCE, Layout
 from tests.distributed.pool import run_ranks
@@ -19,6 +20,8 @@ from tests.distributed.traffic import Kind, add, metered, times
 # Width between layers, width of keys (that of values is the same), learned positions, elements of a layer's
 # norms and of biases that every tensor-parallel rank holds, and elements of the last norm.
 SHAPES = {"gpt": (32, 32, True, 6 * 32, 2 * 32), "llama": (64, 32, False, 2 * 64, 64)}
+SHAPES["moe"] = SHAPES["llama"]
+EXPERTS, EXPERT_WIDTH, TOPK = 4, 32, 2  # of the model "moe"
 BUCKET = 3000
 BATCH = 4
 # A step is metered until the next one starts; the first is left out.
@@ -77,6 +80,33 @@ class Place:
         group = self.group(axis)
         return group[(self.index(axis) + distance) % len(group)]
 
+    def expert_group(self, *axes):
+        """The same for the axes of experts, etp-ep-edp within a stage."""
+        within = self.layout.tp * self.layout.cp * self.layout.dp
+        parts, spread = expert_sizes(self.layout)
+        sizes = {"etp": parts, "ep": spread, "edp": within // parts // spread, "pp": self.layout.pp}
+
+        def places(rank):
+            return {
+                "etp": rank % parts,
+                "ep": rank // parts % spread,
+                "edp": rank % within // parts // spread,
+                "pp": rank // within,
+            }
+
+        mine = places(self.rank)
+        fixed = [axis for axis in sizes if axis not in axes]
+        return tuple(
+            rank
+            for rank in range(self.layout.world_size)
+            if all(places(rank)[axis] == mine[axis] for axis in fixed)
+        )
+
+
+def expert_sizes(layout):
+    """Parts of each expert, and ranks with different experts."""
+    return layout.tp if layout.etp is None else layout.etp, layout.ep
+
 
 def expected(layout, rank, chunks=1):
     """Traffic of one step, all reasons together; matmuls of split layers in some chunks."""
@@ -99,8 +129,15 @@ def expected(layout, rank, chunks=1):
         sent = activation // (layout.tp if layout.sequence_parallel else 1)
         around = place.neighbour("pp", -1), place.neighbour("pp", 1)
         step.append(forms.pipeline(*around, stage, layout.pp, layout.vpp, microbatches, sent))
+    mixed = _layers_with_experts(layout, first)
     if layout.sequence_parallel:
-        step.append(forms.replicated_gradients(tp, layers * norms + last * last_norm))
+        # A router and the gate of a shared expert see parts of the sequence as norms do.
+        routers = mixed * (EXPERTS + 1) * width
+        step.append(forms.replicated_gradients(tp, layers * norms + routers + last * last_norm))
+    if mixed:
+        step.append(times(_experts(layout, place), mixed * microbatches))
+        model_groups = place.group("tp", "pp"), place.expert_group("etp", "ep", "pp")
+        step.append(forms.experts_norm(*model_groups, layout.reduction.startswith("sharded")))
     if layout.pp > 1 and layout.model == "gpt" and (first or last):
         ends = (place.group("pp")[0], place.group("pp")[-1])
         step.append(forms.tied_embedding(ends, PADDED_VOCAB * width // layout.tp))
@@ -130,7 +167,40 @@ def _attention(layout, place):
     )
 
 
+def _layers_with_experts(layout, first):
+    """Of a stage; the first layer of the model has none."""
+    return LAYERS // layout.pp - first if layout.model == "moe" else 0
+
+
+def _experts(layout, place):
+    """One layer, one microbatch; every rank gives as many tokens to every expert."""
+    width, *_ = SHAPES["moe"]
+    tokens, sharing = SEQUENCE // layout.cp // layout.tp, place.expert_group("etp", "ep")
+    if "allgather" in layout.experts:
+        return forms.gathered_experts(sharing, tokens, width, EXPERTS)
+    groups = sharing, place.expert_group("ep"), place.expert_group("etp")
+    return forms.exchanged_experts(*groups, tokens * TOPK, width, EXPERTS)
+
+
+def _gradients_with_experts(layout, place, first, last):
+    width, keys, *_ = SHAPES["moe"]
+    mixed = _layers_with_experts(layout, first)
+    dense = forms.moe_parameters(int(first), mixed, width, keys, PADDED_VOCAB, layout.tp, first, last)
+    parts, spread = expert_sizes(layout)
+    one = [2 * EXPERT_WIDTH * width // parts, EXPERT_WIDTH * width // parts]
+    sharded, found = layout.reduction.startswith("sharded"), []
+    for replicas, sizes in (
+        (place.group("dp", "cp"), dense),
+        (place.expert_group("edp"), one * (mixed * EXPERTS // spread)),
+    ):
+        buckets = forms.bucket_sizes(sizes, None, len(replicas) if sharded else 1)
+        found.append((forms.sharded_optimizer if sharded else forms.reduced_gradients)(replicas, buckets))
+    return found
+
+
 def _gradients(layout, place, first, last):
+    if layout.model == "moe":
+        return _gradients_with_experts(layout, place, first, last)
     replicas = place.group("dp", "cp")
     if len(replicas) == 1:
         return []
@@ -184,6 +254,29 @@ def test_a_step_sends_what_the_closed_forms_say(layout, data_cache):
     argv = command_line(layout, data_cache, EXTRA)
     for rank, found in enumerate(run_ranks(layout.world_size, steps, argv)):
         (traffic,) = found
+        assert traffic == expected(layout, rank), f"rank {rank}"
+
+
+_EXCHANGED, _GATHERED = (f"--moe-token-dispatcher-type {name}" for name in ("alltoall", "allgather"))
+EXPERT_LAYOUTS = [
+    bare(dp=2, ep=2, experts=_EXCHANGED),
+    bare(dp=2, ep=2, reduction="sharded", experts=_GATHERED),
+    bare(tp=2, dp=2, ep=2, experts=_EXCHANGED),
+    bare(tp=2, dp=2, ep=2, experts=_GATHERED),
+    bare(tp=2, ep=2, etp=1, experts=_EXCHANGED),
+    bare(dp=4, ep=2, experts=_GATHERED),
+    bare(dp=4, ep=2, reduction="sharded", experts=_EXCHANGED),
+    bare(pp=2, dp=2, ep=2, experts=_EXCHANGED),
+    bare(cp=2, ep=2, experts=_GATHERED),
+]
+
+
+@pytest.mark.parametrize(
+    "layout", EXPERT_LAYOUTS, ids=[str(each).replace("-" * 3, "") for each in EXPERT_LAYOUTS]
+)
+def test_a_step_with_experts_sends_what_the_closed_forms_say(layout, data_cache):
+    argv = command_line(layout, data_cache, f"{EXTRA} --moe-router-force-load-balancing")
+    for rank, (traffic,) in enumerate(run_ranks(layout.world_size, steps, argv)):
         assert traffic == expected(layout, rank), f"rank {rank}"
 
 
