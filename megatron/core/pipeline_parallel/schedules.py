@@ -125,14 +125,14 @@ def forward_backward_no_pipelining(
     Raises:
         UsageError: numbers of chunks or micro-batches that cannot work; shapes other than announced.
     """
-    (model,), (data_iterator,) = _per_chunk(model, data_iterator, 1)
-    config = get_model_config(model) if config is None else config
+    (chunk,), (iterator,) = _per_chunk(model, data_iterator, 1)
+    config = get_model_config(chunk) if config is None else config
     if num_microbatches < 1:
         raise UsageError(f"a step of {num_microbatches} micro-batches: it must have at least 1")
     reports: list[Report] = []
     total_tokens = torch.zeros((), dtype=torch.int64)
     deferred_gradients.discard()
-    _only(config.param_sync_func)(model.parameters())
+    _only(config.param_sync_func)(chunk.parameters())
     # An evaluation draws nothing, and leaves the streams as they are.
     with contextlib.nullcontext() if forward_only else replica_streams():
         for microbatch in range(num_microbatches):
@@ -141,8 +141,8 @@ def forward_backward_no_pipelining(
             with hold_reduction_back():
                 output, num_tokens = forward_step(
                     forward_step_func,
-                    data_iterator,
-                    model,
+                    iterator,
+                    chunk,
                     num_microbatches,
                     None,
                     reports,
@@ -158,7 +158,7 @@ def forward_backward_no_pipelining(
                 with hold_reduction_back():
                     backward_step(None, output, None, None, config)
     if not forward_only:
-        finalize_gradients(config, [model], total_tokens)
+        finalize_gradients(config, [chunk], total_tokens)
     return reports
 
 
@@ -250,8 +250,9 @@ def forward_step(
         scalar, 0 where the loss function does not tell.
     """
     with timed(config, "forward-compute", log_level=2):
-        if is_first_microbatch and hasattr(model, "set_is_first_microbatch"):
-            model.set_is_first_microbatch()
+        set_is_first_microbatch = getattr(model, "set_is_first_microbatch", None)
+        if is_first_microbatch and set_is_first_microbatch is not None:
+            set_is_first_microbatch()
         if current_microbatch is not None:
             set_current_microbatch(model, current_microbatch)
         inputs = input_tensor if isinstance(input_tensor, list) else [input_tensor]
@@ -426,7 +427,7 @@ def forward_backward_pipelining_with_interleaving(
             f"decoder_seq_length {decoder_seq_length} with seq_length {seq_length}: all virtual stages send "
             "tensors of one length; leave it out"
         )
-    num_chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or len(model)
+    num_chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or len(_chunks(model))
     return _run_pipelined(
         "interleaved",
         num_chunks,
@@ -492,9 +493,14 @@ def _run_pipelined(
     return run_schedule(actions, step)
 
 
+def _chunks(model: Any) -> list[torch.nn.Module]:
+    """The chunks of a model, which may be bare."""
+    return list(model) if isinstance(model, list | tuple | torch.nn.ModuleList) else [model]
+
+
 def _per_chunk(model: Any, data_iterator: Any, num_chunks: int) -> tuple[list[torch.nn.Module], list[Any]]:
     """Models and iterators as lists of the right length."""
-    models = list(model) if isinstance(model, list | tuple | torch.nn.ModuleList) else [model]
+    models = _chunks(model)
     iterators = list(data_iterator) if isinstance(data_iterator, list | tuple) else [data_iterator]
     if len(models) != num_chunks:
         raise UsageError(f"this schedule runs {num_chunks} model chunk(s) per rank, but got {len(models)}")
