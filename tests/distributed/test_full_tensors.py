@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.distributed.full_tensors import Piece, assemble, global_names, join, piece_of
+from tests.distributed.full_tensors import Experts, Piece, assemble, global_names, join, piece_of
 
 
 def test_rows_columns_and_gates_come_together():
@@ -38,6 +38,37 @@ def test_every_set_of_replicas_makes_a_tensor():
     whole = assemble([held(0, 1.0), held(1, 2.0), held(0, 3.0), held(1, 4.0)])
     assert [t.tolist() for t in whole["cut"]] == [[1.0, 2.0], [3.0, 4.0]]
     assert [t.tolist() for t in whole["alone"]] == [[1.0], [2.0], [3.0], [4.0]]
+
+
+def test_experts_of_all_layouts_of_weights_come_under_one_name():
+    """Two experts of three inner features each, gate above the other half, on the second of two ranks."""
+    first = torch.arange(2 * 6 * 2.0).reshape(2, 6, 2)  # [expert, gate and other half, h]
+    second = torch.arange(2 * 2 * 3.0).reshape(2, 2, 3)  # [expert, h, inner]
+    experts = Experts(ep_rank=1, ep_size=2, part=0, parts=1, count=4, gated=True)
+
+    def found(**held):
+        pieces = {}
+        for name, value in held.items():
+            name = "mlp.experts." + name.replace("__", ".")
+            pieces |= experts.pieces(name, nn.Parameter(value), value)
+        return {name: join([piece]) for name, piece in pieces.items()}
+
+    # In memory expert by expert: [h, 2 * 3] each, then [3, h] each.
+    grouped = found(
+        weight1=torch.cat([each.t().flatten() for each in first]).reshape(2, 12),
+        weight2=torch.cat([each.t() for each in second]),
+    )
+    one_by_one = found(
+        linear_fc1__weight0=first[0],
+        linear_fc1__weight1=first[1],
+        linear_fc2__weight0=second[0],
+        linear_fc2__weight1=second[1],
+    )
+    for name, value in grouped.items():
+        torch.testing.assert_close(one_by_one[name], value, rtol=0, atol=0)
+    assert sorted(grouped) == sorted(one_by_one)
+    assert torch.equal(grouped["mlp.experts.3.linear_fc1.weight"], first[1])
+    assert torch.equal(grouped["mlp.experts.2.linear_fc2.weight"], second[0])
 
 
 def test_layers_are_numbered_over_all_stages():
