@@ -22,6 +22,7 @@ from megatron.training.arguments.model_config import field_values
 from megatron.training.checkpointing import load_checkpoint
 from megatron.training.global_vars import get_args, get_timers
 from megatron.training.model_family import model_family
+from megatron.training.upcycling import check_upcycling, upcycle
 from megatron.training.utils import print_rank_0
 
 
@@ -263,6 +264,8 @@ def setup_model_and_optimizer(
     Sets ``args.iteration`` and ``args.num_floating_point_operations_so_far``.
     """
     args, timers = get_args(), get_timers()
+    if args.moe_use_upcycling:
+        check_upcycling(args)
     model = get_model(model_provider_func, model_type)
     optimizer_config = optimizer_config_from_args(args)
     optimizer_config.timers = get_model_config(model[0]).timers = timers
@@ -277,7 +280,11 @@ def setup_model_and_optimizer(
     scheduler = get_optimizer_param_scheduler(optimizer)
     args.iteration = 0
     args.num_floating_point_operations_so_far = 0
-    if args.load is not None or args.pretrained_checkpoint is not None:
+    if args.moe_use_upcycling:
+        upcycle(
+            args, model, optimizer, lambda: get_model(model_provider_func, model_type, wrap_with_ddp=False)
+        )
+    elif args.load is not None or args.pretrained_checkpoint is not None:
         timers("load-checkpoint", log_level=0).start(barrier=True)
         args.iteration, args.num_floating_point_operations_so_far = load_checkpoint(
             model, optimizer, scheduler, checkpointing_context=checkpointing_context

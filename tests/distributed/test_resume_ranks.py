@@ -1,9 +1,12 @@
 """A run over ranks that is stopped and started again is the same run, bit for bit, with dropout on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from tests.distributed.expert_layouts import bare
+from tests.distributed.expert_layouts import BARES, bare, name_of, pairs_of_flags
+from tests.distributed.expert_layouts import spread as spread_experts
 from tests.distributed.gpt_run import command_line
 from tests.distributed.layouts import Layout, bare_layouts, spread
 from tests.distributed.pool import run_ranks
@@ -95,9 +98,10 @@ def documented_names(layout):
 
 
 def check(layout, data_cache, tmp_path, stops, *extra, names=None):
+    """``names``: of the files, where those of experts' ranks are among them."""
     whole = run(layout, data_cache, tmp_path / "whole", *extra)
-    names = documented_names(layout) if names is None else names
     expected = files(tmp_path / "whole")
+    names = documented_names(layout) if names is None else names
     assert list(expected) == names
     everything = {path.name for path in (tmp_path / "whole" / f"iter_{STEPS:07d}").rglob("*")}
     assert everything == {part for name in names for part in name.split("/")}
@@ -121,6 +125,27 @@ def test_resumed_run_with_experts_equals_the_uninterrupted_one(name, data_cache,
     in_each = ["distrib_optim.pt"] if layout.reduction.startswith("sharded") else []
     names = [f"{home}/{file}" for home in directories for file in [*in_each, "model_optim_rng.pt"]]
     check(layout, data_cache, tmp_path, [2], names=names)
+
+
+# Those of the parity tests with every size and every pair of flags.
+SPREAD_EXPERTS = spread_experts(BARES, pairs_of_flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout, flags", SPREAD_EXPERTS, ids=map(name_of, SPREAD_EXPERTS))
+def test_resumed_run_equals_the_uninterrupted_one_in_every_layout_of_experts(
+    layout, flags, data_cache, tmp_path
+):
+    layout = replace(layout, reduction=flags.reduction, experts=flags.alone())
+    words = flags.everywhere().split()
+    whole = run(layout, data_cache, tmp_path / "whole", *words)
+    expected = files(tmp_path / "whole")
+    save = tmp_path / "stopped"
+    before = run(layout, data_cache, save, "--exit-interval", "2", *words)
+    after = run(layout, data_cache, save, *words)
+    assert [first + second for first, second in zip(before, after, strict=True)] == whole
+    assert expected
+    assert_same_bits(files(save), expected, name_of((layout, flags)))
 
 
 def test_experts_in_other_parts_than_saved_are_refused(data_cache, tmp_path):

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from megatron.core.errors import ConfigError
 
-# ---- For scripts written for Megatron-LM: nothing in this project calls what follows ----
-
 _EXPERT = re.compile(r"(.*mlp\.)experts\.(?:local_experts\.\d+\.)?(linear_fc[12])\.weight\d*")
 _GROUPED = re.compile(r"(.*mlp\.)experts\.weight([12])")
 

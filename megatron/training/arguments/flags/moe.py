@@ -9,7 +9,6 @@ from megatron.training.arguments.flag import (
     Flag,
     Group,
     NoEffect,
-    NotBuilt,
     Refused,
     above,
     alike,
@@ -25,7 +24,6 @@ from megatron.training.arguments.flag import (
 from megatron.training.arguments.flags.shared import ALWAYS_SO, OWN_KERNEL
 from megatron.training.arguments.values import moe_freq_type
 
-UPCYCLING = NotBuilt("a mixture of experts from a dense checkpoint")
 NO_OVERLAP = Accepted(
     "tokens travel before and after the experts' matmuls, not beside them: results are the same"
 )
@@ -357,7 +355,19 @@ MOE = Group(
         *ROUTING,
         *ROUTING_NOTICES,
         *OVERLAPS,
-        switch("--moe-use-upcycling", status=UPCYCLING, help="turn a dense checkpoint into MoE and save it"),
+        switch(
+            "--moe-use-upcycling",
+            needs=(
+                need("--num-experts", lambda a: a.num_experts, "add it: the dense MLPs become experts"),
+                need("--save", lambda a: a.save, "add --save DIRECTORY for the model with experts"),
+                need(
+                    "--load or --pretrained-checkpoint",
+                    lambda a: a.load or a.pretrained_checkpoint,
+                    "add --load DIRECTORY of the dense checkpoint",
+                ),
+            ),
+            help="start from a dense checkpoint: its MLPs become experts; the result is saved as iteration 1",
+        ),
         switch("--moe-extended-tp", status=ALWAYS_SO, help="withdrawn; use --expert-tensor-parallel-size"),
         *alike(
             OWN_KERNEL,
