@@ -33,6 +33,7 @@ BASE = (
 )
 DATA = "--data-path {data}/u16_text_document --split 90,8,2 --data-cache-path {out}/cache"
 TP2, PP2, CP2 = (f"--{kind}-parallel-size 2" for kind in ("tensor-model", "pipeline-model", "context"))
+EXPERTS = "--num-experts 8 --disable-bias-linear"
 
 # Name -> (ranks, words beside BASE). Every working flag that has any effect on a CPU stands in one of them.
 RUNS: dict[str, tuple[int, str]] = {
@@ -156,6 +157,44 @@ RUNS: dict[str, tuple[int, str]] = {
         f"{DATA} --train-iters 1 {PP2} --account-for-embedding-in-pipeline-split "
         "--account-for-loss-in-pipeline-split",
     ),
+    "experts": (
+        2,
+        f"{DATA} --train-iters 2 {EXPERTS} --expert-model-parallel-size 2 --expert-tensor-parallel-size 1 "
+        "--first-k-dense-replace 1 --moe-layer-freq 1 --moe-ffn-hidden-size 32 --moe-grouped-gemm "
+        "--moe-use-legacy-grouped-gemm --moe-token-dispatcher-type alltoall --n-shared-experts 1 "
+        "--shared-expert-gate --moe-shared-expert-overlap --moe-layer-recompute --moe-router-topk 4 "
+        "--moe-router-load-balancing-type group_limited_greedy --moe-router-num-groups 4 "
+        "--moe-router-group-topk 2 --moe-router-topk-scaling-factor 2 --moe-aux-loss-coeff 0.01 "
+        "--moe-device-level-aux-loss-coeff 0.01 --moe-comm-aux-loss-coeff 0.01 --seq-aux "
+        "--moe-z-loss-coeff 0.01 --moe-input-jitter-eps 0.01 --moe-router-dtype fp32 --log-moe-balance "
+        "--moe-per-layer-logging --tensorboard-dir {out}/experts",
+    ),
+    "experts with a bias": (
+        1,
+        f"{DATA} --train-iters 2 {EXPERTS} --moe-router-load-balancing-type none "
+        "--moe-router-score-function sigmoid --moe-router-enable-expert-bias "
+        "--moe-router-bias-update-rate 0.01 --moe-expert-capacity-factor 1.25 "
+        "--moe-pad-expert-input-to-capacity --moe-token-drop-policy position "
+        "--moe-shared-expert-intermediate-size 32",
+    ),
+    "experts by a softmax over all": (
+        1,
+        f"{DATA} --train-iters 2 {EXPERTS} --moe-router-pre-softmax --norm-topk-prob",
+    ),
+    "experts in turn": (1, f"{DATA} --train-iters 2 {EXPERTS} --moe-router-force-load-balancing"),
+    "latent attention and further tokens": (
+        1,
+        f"{DATA} --train-iters 2 --multi-latent-attention --q-lora-rank 16 --kv-lora-rank 12 --qk-head-dim 8 "
+        "--qk-pos-emb-head-dim 4 --v-head-dim 8 --rotary-scaling-factor 4 --mscale 0.7 --mscale-all-dim 0.3 "
+        "--position-embedding-type rope --mtp-num-layers 1 --mtp-loss-scaling-factor 0.2 --mtp-before-norm",
+    ),
+    "grok": (
+        1,
+        f"{DATA} --train-iters 1 --post-norm --embedding-multiplier-scale 2 --output-multiplier-scale 0.5 "
+        "--output-logit-softcapping 30 --geglu --disable-bias-linear",
+    ),
+    "gate by tanh": (1, f"{DATA} --train-iters 1 --gelu-tanh --disable-bias-linear"),
+    "grok preset": (1, f"{DATA} --train-iters 1 --grok-preset modellink --num-query-groups 2"),
     "context": (2, f"{DATA} --train-iters 1 {CP2} --cp-comm-type a2a"),
     "context of two levels": (
         4,
@@ -180,9 +219,7 @@ ELSEWHERE = {
     "--wandb-save-dir": "the wandb package",
     "--yaml-cfg": "replaces the command line",
     "--no-position-embedding": "a position type that no GPT has",
-    "--expert-tensor-parallel-size": "experts",
-    "--expert-model-parallel-size": "experts",
-    "--num-experts": "experts",
+    "--moe-use-upcycling": "a dense checkpoint without biases: see test_upcycled_runs",
     "--vocab-file": "files of tokenizers",
     "--merge-file": "files of tokenizers",
     "--vocab-extra-ids": "files of tokenizers",
@@ -197,6 +234,7 @@ ELSEWHERE = {
 }
 # Read before the record begins, or waiting for something that does not happen in these runs.
 UNSEEN = {
+    "grok_preset",
     "deterministic_mode",
     "encoder_num_layers",
     "encoder_seq_length",

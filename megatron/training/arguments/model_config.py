@@ -58,6 +58,8 @@ SPECIAL: dict[str, Callable[[Namespace], Any]] = {
     "tp_comm_chunks": lambda a: a.coc_parallel_num if a.use_ascend_coc else 1,
     "tp_comm_fused_matmul": lambda a: a.use_ascend_mc2,
     "mtp_after_norm": lambda a: not getattr(a, "mtp_before_norm", False),
+    # On by default, and without a fused form for latent attention's rotation.
+    "apply_rope_fusion": lambda a: a.apply_rope_fusion and not a.multi_latent_attention,
     "use_cpu_initialization": lambda a: bool(a.use_cpu_initialization),
 }
 

@@ -222,7 +222,7 @@ def take_loads(num_layers: int, num_experts: int) -> list[Load]:
             return torch.zeros(num_layers, width, dtype=dtype, device=device)
         return entry["values"].view(num_layers, width)
 
-    # Whole numbers apart from the entropy: float32 would round them, and HCCL adds up no float64.
+    # Whole numbers apart from the entropy: float32 would round them, and not every device adds up float64.
     widths = {LOAD: num_experts, DROPPED: 1, TOKENS: 1}
     counts = torch.cat([everywhere(name, width, torch.int64) for name, width in widths.items()], dim=1)
     entropies = everywhere(ENTROPY, 1, torch.float32)

@@ -301,9 +301,16 @@ NETWORK = Group(
             type=float,
             default=1.0,
             bounds=above(0),
+            read="in every step",
             help="multiply embedding output",
         ),
-        value("--output-multiplier-scale", type=float, bounds=above(0), help="multiply logits"),
+        value(
+            "--output-multiplier-scale",
+            type=float,
+            bounds=above(0),
+            read="in every step",
+            help="multiply logits",
+        ),
         value(
             "--attn-logit-softcapping",
             type=float,
@@ -320,6 +327,7 @@ NETWORK = Group(
             type=float,
             added=True,
             bounds=above(0),
+            read="in every step",
             help="C: logits x become C tanh(x/C), after their multiplier",
         ),
         value(

@@ -133,6 +133,7 @@ PARALLEL_AND_LAYERS = (
         ),
         switch(
             "--moe-pad-expert-input-to-capacity",
+            read="in every step",
             help="pad every expert to capacity",
         ),
     ),
@@ -306,8 +307,11 @@ _ROUTING = of_experts(
     ),
 )
 
-# Routers read them in every pass, by way of the config.
-ROUTING = tuple(replace(flag, read="in every step") for flag in _ROUTING)
+# Routers read all but these two in every pass, by way of the config.
+_READ_WHEN_BUILT = ("--moe-router-load-balancing-type", "--moe-router-topk")
+ROUTING = tuple(
+    flag if flag.name in _READ_WHEN_BUILT else replace(flag, read="in every step") for flag in _ROUTING
+)
 
 ROUTING_NOTICES = (
     switch(

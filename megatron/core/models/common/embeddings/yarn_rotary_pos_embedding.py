@@ -28,8 +28,8 @@ class YarnRotaryEmbedding(RotaryEmbedding):
     the one that turns ``beta_slow`` times.
 
     Args:
-        kv_channels, rotary_percent, rotary_interleaved, seq_len_interpolation_factor, rotary_base,
-            use_cpu_initialization: as of :class:`RotaryEmbedding`.
+        kv_channels, rotary_percent, rotary_interleaved: as of :class:`RotaryEmbedding`.
+        seq_len_interpolation_factor, rotary_base, use_cpu_initialization: likewise.
         scaling_factor: new context length over the original one.
         original_max_position_embeddings: length of the original context.
         beta_fast, beta_slow: turns within it.
