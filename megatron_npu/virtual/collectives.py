@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch import library as torch_library
 
 from megatron_npu.virtual import operators
 from megatron_npu.virtual.host_memory import CPU, Crossing
@@ -26,7 +27,7 @@ SETTINGS: dict[str, dict[str, Any] | None] = {}
 def carry_hccl() -> None:
     """Puts gloo behind the backend name ``hccl``."""
     dist.Backend._plugins["HCCL"] = dist.Backend._BackendPlugin(_connect, True)
-    library = torch.library.Library("c10d", "IMPL")
+    library = torch_library.Library("c10d", "IMPL")
     operators.keep(library)
     for name, operator in operators.registered("c10d"):
         library.impl(name, _by_gloo(name, operator), operators.KEY)

@@ -2,11 +2,12 @@
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 
 from megatron_npu.virtual.kernels import kernel
 
 
-def install(library: torch.library.Library) -> None:
+def install(library: torch_library.Library) -> None:
     """Registers what belongs to torch's namespace; the rest of this module is among ``KERNELS``."""
     library.impl("matmul_backward", _matmul_backward, "PrivateUse1")
     # torch_npu's own, at this key, goes past the dispatcher, and refuses a 950 without CANN.

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 
 from megatron_npu.virtual.host_memory import Crossing
 from megatron_npu.virtual.kernels import all_kernels
@@ -24,7 +25,7 @@ KEY = "PrivateUse1"
 CALLS: collections.Counter[str] = collections.Counter()
 CALLS_DIRECTORY = "VIRTUAL_NPU_CALLS"
 
-_KEPT_LIBRARIES: list[torch.library.Library] = []
+_KEPT_LIBRARIES: list[torch_library.Library] = []
 _TORCH_NPU_DOES = frozenset(
     [
         "empty.memory_format",
@@ -67,7 +68,7 @@ _PRODUCTS = frozenset(["mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "mv"
 _HALVES = ({torch.float16}, {torch.bfloat16})
 
 
-def keep(library: torch.library.Library) -> None:
+def keep(library: torch_library.Library) -> None:
     """Its end would take the kernels back."""
     _KEPT_LIBRARIES.append(library)
 
@@ -82,7 +83,7 @@ def registered(namespace: str) -> Iterator[tuple[str, torch._ops.OpOverload]]:
             yield name, getattr(packet, overload or "default")
 
 
-def route_aten(library: torch.library.Library) -> None:
+def route_aten(library: torch_library.Library) -> None:
     """Lets torch's operators on NPU tensors run the CPU's kernels."""
     for name, operator in registered("aten"):
         if name not in _TORCH_NPU_DOES and not _is_view(operator):
@@ -98,7 +99,7 @@ def route_npu() -> None:
     the variable VIRTUAL_NPU_CALLS names.
     """
     kernels = all_kernels()
-    library = torch.library.Library("npu", "IMPL")
+    library = torch_library.Library("npu", "IMPL")
     keep(library)
     for name, _ in registered("npu"):
         if name in kernels:

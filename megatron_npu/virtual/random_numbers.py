@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 
 from megatron_npu.virtual.host_memory import host
 
@@ -36,7 +37,7 @@ def drawing_from(generator: torch.Generator) -> Iterator[None]:
         torch.set_rng_state(before)
 
 
-def install(library: torch.library.Library) -> None:
+def install(library: torch_library.Library) -> None:
     """Lets dropout, inside attention too, draw from the device's generator."""
     from megatron_npu.virtual.kernels import attention
 

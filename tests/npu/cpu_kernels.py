@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import library as torch_library
 
 from megatron_npu.virtual.kernels import all_kernels, matmul_collectives
 
-_KEPT: list[torch.library.Library] = []
+_KEPT: list[torch_library.Library] = []
 
 
 def install_on_cpu() -> None:
@@ -19,7 +20,7 @@ def install_on_cpu() -> None:
     """
     import torch_npu  # noqa: F401
 
-    library = torch.library.Library("npu", "IMPL")
+    library = torch_library.Library("npu", "IMPL")
     _KEPT.append(library)  # its end would take the kernels back
     formulas = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradPrivateUse1)
     for name, function in all_kernels().items():

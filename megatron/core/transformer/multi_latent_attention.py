@@ -6,6 +6,7 @@ part, of its rotated part and of its value.
 
 import inspect
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +127,7 @@ class MultiLatentAttention(Attention):
             recompute.discard_output_and_register_recompute(context)
         return self.linear_proj(context)
 
+    @abstractmethod
     def _query_key_value(
         self,
         hidden_states: Tensor,
@@ -134,7 +136,6 @@ class MultiLatentAttention(Attention):
         recompute: CheckpointWithoutOutput | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As :meth:`get_query_key_value_tensors`; ``recompute`` is told how to make them once more."""
-        raise NotImplementedError
 
 
 def _rotary_embedding(config: MLATransformerConfig) -> RotaryEmbedding:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch import library as torch_library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,7 +46,7 @@ class Recorder(TorchDispatchMode):
 @pytest.fixture(scope="module", autouse=True)
 def missing_shape_functions():
     """What torch_npu 2.13 lacks (flags, the functional AdamW) or has with a wrong signature (GEGLU)."""
-    library = torch.library.Library("npu", "IMPL")
+    library = torch_library.Library("npu", "IMPL")
     status = lambda input, mode=0: torch.empty_like(input)  # noqa: E731
     library.impl("npu_get_float_status", status, "Meta")
     library.impl("npu_clear_float_status", status, "Meta")
